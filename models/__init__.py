@@ -1,0 +1,34 @@
+"""SpectFormer and SVT. Importing this package registers the models with timm (`timm.create_model(name)`)."""
+
+from . import spectformer, spectformer_h, svt
+from .checkpoints import WeightMismatch, checkpoint_filter_fn, load_weights, to_original, to_ours
+from .pyramid import Pyramid, sample_mix_box
+from .spectformer import SpectFormer
+
+__all__ = [
+    "ARCHITECTURES",
+    "Pyramid",
+    "SpectFormer",
+    "WeightMismatch",
+    "checkpoint_filter_fn",
+    "load_weights",
+    "resolve_arch",
+    "sample_mix_box",
+    "to_original",
+    "to_ours",
+]
+
+# All names this package registers.
+ARCHITECTURES = tuple(name for family in (spectformer, spectformer_h, svt) for name in family.default_cfgs)
+
+
+def resolve_arch(name: str) -> str:
+    """A model's registered name from the papers' spelling: "spectformer-xs", "SpectFormer-H-S".
+
+    Other names come back with underscores for hyphens, for timm to judge; sources ("hf-hub:...") as they are.
+    """
+    if ":" in name or "/" in name:
+        return name
+    plain = name.replace("-", "_")
+    ours = {"spectformer_t": "spectformer_ti"}.get(plain.lower(), plain.lower())
+    return ours if ours in ARCHITECTURES else plain

@@ -1,0 +1,96 @@
+"""What both families share as timm models: input size, pooling, classifier, gradient checkpointing."""
+
+import torch
+from timm.layers import global_pool_nlc, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import Grid, to_grid
+
+
+class ImageModel(nn.Module):
+    """Base of the models. Images are (B, in_chans, H, W); features are a token sequence (B, N, C)."""
+
+    pools: tuple[str, ...]  # what global_pool can be, the default first
+    num_prefix_tokens: int
+    checkpoint_format: str  # which of the authors' naming schemes a checkpoint of this family has
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_chans: int,
+        img_size: int | Grid,
+        num_features: int,
+        global_pool: str,
+        drop_rate: float,
+        dynamic_img_size: bool,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.img_size = to_grid(img_size)
+        self.num_features = self.head_hidden_size = num_features
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+        self._set_pool(global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
+
+    def _set_pool(self, global_pool: str) -> None:
+        if global_pool not in self.pools:
+            raise ValueError(f"global_pool is one of {', '.join(map(repr, self.pools))}, not {global_pool!r}")
+        self.global_pool = global_pool
+
+    def _classifier(self) -> nn.Module:
+        """A new classifier, the identity for no classes, where the model's weights are."""
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = next(self.parameters())
+        head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head.train(self.training)
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a linear layer, or the identity for no classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` (0: none, the model returns its features)."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self._set_pool(global_pool)
+        self.head = self._classifier()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, N, C) to logits (B, num_classes), or to the pooled features (B, C)."""
+        pooled = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
+        return pooled if pre_logits else self.head(pooled)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def _check_input(self, x: Tensor) -> None:
+        if not self.dynamic_img_size and tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(
+                f"the model is built for images of {self.img_size[0]}x{self.img_size[1]} pixels, not "
+                f"{x.shape[-2]}x{x.shape[-1]}: use img_size, set_input_size or dynamic_img_size=True"
+            )
+
+    def _record_input_size(self, img_size: int | Grid) -> None:
+        """Keep the size where timm looks for a model's current input and its construction arguments."""
+        self.img_size = to_grid(img_size)
+        self._traits = dict(getattr(self, "_traits", {}), img_size=self.img_size)
+        self._model_args = dict(getattr(self, "_model_args", {}), img_size=self.img_size)
+
+
+def resize_mixers(blocks: nn.Module, grid_size: Grid) -> None:
+    """Give every mixer in `blocks` whose weights depend on the grid those of another one."""
+    for block in blocks:
+        if hasattr(block.mixer, "set_grid_size"):
+            block.mixer.set_grid_size(grid_size)

@@ -1,0 +1,90 @@
+"""Arithmetic of a model's forward pass in multiply-adds, elementwise operations left out, as papers count it.
+
+The figures published for the vanilla models are everything counted here; those for the pyramids leave out
+attention's products of tokens with tokens, and SVT's are the layers alone with scattering in two stages.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .layers import Attention, ClassAttention, Grid, to_grid
+
+aten = torch.ops.aten
+
+
+def _fft_flops(points: int, transforms: int, real: bool) -> int:
+    """5 N log2 N operations a complex transform of N points, half of it a real one (the usual convention)."""
+    return round((2.5 if real else 5.0) * points * math.log2(max(points, 2)) * transforms)
+
+
+def _real_to_complex(shape, dim, *_args, **_options) -> int:
+    points = math.prod(shape[axis] for axis in dim)
+    return _fft_flops(points, math.prod(shape) // points, real=True)
+
+
+def _complex_to_real(_shape, dim, *_args, out_shape, **_options) -> int:
+    points = math.prod(out_shape[axis] for axis in dim)
+    return _fft_flops(points, math.prod(out_shape) // points, real=True)
+
+
+def _complex_to_complex(shape, dim, *_args, **_options) -> int:
+    points = math.prod(shape[axis] for axis in dim)
+    return _fft_flops(points, math.prod(shape) // points, real=False)
+
+
+def _attention(query, key, value, *_args, **_options) -> int:
+    """Query with key and weights with value; shapes are (B, heads, tokens, channels)."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+# What FlopCounterMode counts as nothing.
+FORMULAS = {
+    aten._fft_r2c: _real_to_complex,
+    aten._fft_c2r: _complex_to_real,
+    aten._fft_c2c: _complex_to_complex,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
+_LAYERS = (aten.mm, aten.addmm, aten.convolution)
+
+
+@torch.no_grad()
+def flops_by_kind(model: nn.Module, input_size: int | Grid, in_chans: int = 3) -> dict[str, int]:
+    """Multiply-adds for one image of `input_size` pixels (a side, or height and width), by kind.
+
+    "layers": linear layers and convolutions; "attention": products of tokens with tokens; "spectral":
+    transforms and blending, as executed. For models of this project. The model runs once in evaluation mode, where its weights are.
+    """
+    weight = next(model.parameters())
+    image = torch.zeros(1, in_chans, *to_grid(input_size), device=weight.device, dtype=weight.dtype)
+    training = model.training
+    model.eval()
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            model(image)
+    finally:
+        model.train(training)
+    counts = counter.get_flop_counts()
+    attention = sum(
+        _flops(counts.get(f"{type(model).__name__}.{name}", {}), layers=False)
+        for name, module in model.named_modules()
+        if isinstance(module, (Attention, ClassAttention))
+    )
+    kinds = {
+        "layers": _flops(counts["Global"], layers=True),
+        "attention": attention,
+        "spectral": _flops(counts["Global"], layers=False) - attention,
+    }
+    return {kind: flops // 2 for kind, flops in kinds.items()}  # the counter takes a multiply-add for two
+
+
+def _flops(counts: Mapping, layers: bool) -> int:
+    return sum(flops for operation, flops in counts.items() if (operation in _LAYERS) == layers)
+
+
+def count_flops(model: nn.Module, input_size: int | Grid, in_chans: int = 3) -> int:
+    """All multiply-adds of the forward pass of one image; see `flops_by_kind`."""
+    return sum(flops_by_kind(model, input_size, in_chans).values())

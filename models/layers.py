@@ -1,0 +1,200 @@
+"""Layers the two families share. Every block and mixer maps a token grid (B, H, W, C) to (B, H, W, C)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+def to_grid(size: int | tuple[int, int] | list[int]) -> Grid:
+    """An int or a pair as (height, width) in pixels or tokens; ValueError for anything else."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"a size is a positive int or a pair of them, not {size!r}")
+    return pair
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half-precision tensors as float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def autocast_off(x: Tensor) -> torch.autocast:
+    """A context without autocast on x's device (the meta device, which has none, borrows the CPU's)."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+def resize_image(image: Tensor, size: Grid, align_corners: bool) -> Tensor:
+    """Bicubic resampling of a (C, h, w) image to `size`, without antialiasing, in the image's dtype."""
+    batch = full_precision(image)[None]
+    resized = F.interpolate(batch, size=size, mode="bicubic", align_corners=align_corners)
+    return resized[0].to(image.dtype)
+
+
+def resize_grid(grid: Tensor, size: Grid, align_corners: bool) -> Tensor:
+    """`resize_image` for a channels-last (h, w, C) tensor."""
+    return resize_image(grid.permute(2, 0, 1), size, align_corners).permute(1, 2, 0).contiguous()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens of a (B, H, W, C) grid.
+
+    One biased linear makes queries, keys and values; the scale is head_dim ** -0.5.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(x.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+class ClassAttention(nn.Module):
+    """Attention in which only the first token of a (B, 1 + N, C) sequence asks; returns it, (B, 1, C)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        query = self.q(x[:, :1]).view(batch, 1, self.num_heads, -1).transpose(1, 2)
+        key, value = self.kv(x).view(batch, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(x.transpose(1, 2).reshape(batch, 1, dim))
+
+
+class ConvFFN(nn.Module):
+    """Linear, depthwise 3x3 convolution over the grid, GELU, linear: (B, H, W, C) to (B, H, W, C)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x).permute(0, 3, 1, 2)  # a channels_last view: no copy
+        x = self.dwconv(x).permute(0, 2, 3, 1)
+        return self.fc2(self.act(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual pair: x + mixer(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ClassBlock(nn.Module):
+    """Puts the mean token in front of a (B, N, C) sequence and refines it: (B, 1 + N, C).
+
+    Both residuals, class attention and MLP, act on the class token alone.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ClassAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        sequence = torch.cat((tokens.mean(1, keepdim=True), tokens), 1)
+        token = sequence[:, :1] + self.attn(self.norm1(sequence))
+        token = token + self.mlp(self.norm2(token))
+        return torch.cat((token, tokens), 1)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches: images (B, 3, H, W) to a contiguous grid (B, H // size, W // size, C)."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()
+
+
+class Stem(nn.Module):
+    """Convolutional stem: images (B, 3, H, W) to a grid (B, ceil(H / 4), ceil(W / 4), dim)."""
+
+    def __init__(self, in_chans: int, width: int, dim: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for source, kernel, stride in ((in_chans, 7, 2), (width, 3, 1), (width, 3, 1)):
+            conv = nn.Conv2d(source, width, kernel, stride, padding=kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(width, dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In channels_last the grid below is a view of the convolution's output, not a copy.
+        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Downsample(nn.Module):
+    """Between stages: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), dim_out)."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def init_linear(module: nn.Module) -> None:
+    """For `Module.apply`: linear weights truncated normal (std 0.02), biases 0. Norms start at 1 and 0."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_conv(module: nn.Module) -> None:
+    """For `Module.apply`: convolutions normal with std sqrt(2 / fan_out), biases 0."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def format_grid(x: Tensor, output_fmt: str) -> Tensor:
+    """A grid (B, H, W, C) as "NCHW", "NHWC" or a sequence "NLC"."""
+    if output_fmt == "NCHW":
+        return x.permute(0, 3, 1, 2).contiguous()
+    return x if output_fmt == "NHWC" else x.flatten(1, 2)

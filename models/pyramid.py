@@ -1,0 +1,344 @@
+"""The four-stage pyramid of SpectFormer-H and SVT-H, strides 4, 8, 16, 32.
+
+The two families differ in the mixer of the early blocks (SpectFormer, section 3; SVT, section 3). Stem,
+feed-forward and class block are those of Wave-ViT (https://arxiv.org/abs/2207.04978), MixToken is that of
+token labelling (https://arxiv.org/abs/2104.10858).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from timm.layers import calculate_drop_path_rates
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .base import ImageModel, resize_mixers
+from .checkpoints import checkpoint_filter_fn
+from .layers import (
+    Block,
+    ClassBlock,
+    ConvFFN,
+    Downsample,
+    Grid,
+    Stem,
+    format_grid,
+    init_conv,
+    init_linear,
+    to_grid,
+)
+from .mixers import build_mixer
+
+HEAD_DIM = 32
+Box = tuple[int, int, int, int] | Tensor
+
+
+class Stage(nn.Module):
+    """Downsampling (but for the first stage), blocks, norm; grids in, grids out."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block], norm: nn.Module):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+
+
+class Pyramid(ImageModel):
+    """Images (B, in_chans, H, W) to logits (B, num_classes); features are tokens (B, 1 + N, C).
+
+    The class token comes first. `spectral_depths` says how many of each stage's first blocks use `mixer`; the
+    rest are attention. `num_heads` follows from a head's width of 32 unless given.
+
+    With `token_label`, a second linear, `aux_head`, classifies every token of the last stage. In evaluation
+    the logits are then class + 0.5 * maximum over tokens. In training `forward(x, box)` swaps the stem's
+    tokens inside the box with those of the flipped batch (MixToken) and returns class logits, token logits
+    (B, h * w, num_classes), swapped back, and the box: (x1, y1, x2, y2) on the last stage's grid
+    `token_label_size`, x along the width, drawn by `sample_mix_box` unless given. It may be a tensor of four
+    integers, for the values of which a compiled model is not compiled anew.
+
+    ValueError for arguments that do not fit together, and in `forward` for images of another size, unless
+    `dynamic_img_size`.
+    """
+
+    pools = ("token", "avg", "")
+    num_prefix_tokens = 1
+    checkpoint_format = "pyramid"
+
+    def __init__(
+        self,
+        img_size: int | Grid = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        stem_width: int = 32,
+        embed_dims: Sequence[int] = (64, 128, 320, 448),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        spectral_depths: Sequence[int] = (3, 4, 0, 0),
+        num_heads: Sequence[int] | None = None,
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        mixer: str = "spectral",
+        mixer_options: Mapping[str, str] | None = None,
+        token_label: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+    ):
+        dim = embed_dims[-1]
+        super().__init__(num_classes, in_chans, img_size, dim, global_pool, drop_rate, dynamic_img_size)
+        num_heads = num_heads or [max(dim // HEAD_DIM, 1) for dim in embed_dims]
+        _check_stages(depths, spectral_depths, embed_dims, num_heads, mlp_ratios)
+        self.embed_dims = tuple(embed_dims)
+        self.token_label = token_label
+        self.stem = Stem(in_chans, stem_width, embed_dims[0])
+        self.stages = nn.ModuleList()
+        grids = stage_grids(self.img_size, len(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        for i, (dim, grid, heads) in enumerate(zip(embed_dims, grids, num_heads, strict=True)):
+            blocks = []
+            for j, rate in enumerate(rates[i]):
+                spectral = j < spectral_depths[i]
+                options = dict(mixer_options or {}) if spectral else {}
+                token_mixer = build_mixer(mixer if spectral else "attention", dim, grid, heads, **options)
+                blocks.append(Block(dim, token_mixer, ConvFFN(dim, int(dim * mlp_ratios[i])), rate))
+            downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
+            last = i == len(depths) - 1  # its norm follows the class block
+            norm = nn.Identity() if last else nn.LayerNorm(dim, eps=1e-6)
+            self.stages.append(Stage(downsample, blocks, norm))
+        self.token_label_size = grids[-1]
+        self.class_block = ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratios[-1])
+        self.norm = nn.LayerNorm(embed_dims[-1], eps=1e-6)
+        self.head = self._classifier()
+        self.aux_head = self._classifier() if token_label else None
+        self.feature_info = [
+            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"}
+            for i, width in enumerate(embed_dims)
+        ]
+        self.apply(init_linear)
+        self.apply(init_conv)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters exempt from weight decay besides all one-dimensional ones: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        if coarse:
+            blocks = r"^stages\.(\d+)"
+        else:
+            blocks = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99999,)),
+            ]
+        last = [(r"^class_block", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": blocks, "class_block": last}
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` (0: none), and a new `aux_head` where there was one."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.token_label:
+            self.aux_head = self._classifier()
+
+    def set_input_size(self, img_size: int | Grid) -> None:
+        """Resample filters and blending weights to another image size, by the rule of each mixer."""
+        grids = stage_grids(to_grid(img_size), len(self.stages))
+        for stage, grid in zip(self.stages, grids, strict=True):
+            resize_mixers(stage.blocks, grid)
+        self.token_label_size = grids[-1]
+        self._record_input_size(img_size)
+
+    def _run_stage(self, stage: Stage, x: Tensor) -> Tensor:
+        x = stage.downsample(x)
+        for block in stage.blocks:
+            x = self._run_block(block, x)
+        return stage.norm(x)
+
+    def _add_class_token(self, x: Tensor) -> Tensor:
+        """The last stage's grid to normalised tokens (B, 1 + N, C)."""
+        return self.norm(self.class_block(x.flatten(1, 2)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to normalised tokens (B, 1 + N, C), the class token first."""
+        self._check_input(x)
+        x = self.stem(x)
+        for stage in self.stages:
+            x = self._run_stage(stage, x)
+        return self._add_class_token(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, 1 + N, C) to logits (B, num_classes), or to the pooled features (B, C)."""
+        logits = super().forward_head(x, pre_logits)
+        if pre_logits or not self._labels_tokens or not self.global_pool:
+            return logits
+        return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+
+    @property
+    def _labels_tokens(self) -> bool:
+        return self.token_label and self.num_classes > 0
+
+    def forward(self, x: Tensor, box: Box | None = None) -> Tensor | tuple[Tensor, Tensor, Box]:
+        if self.training and self._labels_tokens:
+            return self._forward_mixed(x, box)
+        if box is not None and not self.token_label:
+            raise ValueError("a box to mix tokens in needs a model with token_label=True")
+        return self.forward_head(self.forward_features(x))
+
+    def _forward_mixed(self, x: Tensor, box: Box | None) -> tuple[Tensor, Tensor, Box]:
+        self._check_input(x)
+        grid = stage_grids((x.shape[-2], x.shape[-1]), len(self.stages))[-1]
+        box = sample_mix_box(grid) if box is None else box
+        x = swap_box(self.stem(x), box, scale=2 ** (len(self.stages) - 1))
+        for stage in self.stages:
+            x = self._run_stage(stage, x)
+        x = self._add_class_token(x)
+        token_logits = self.aux_head(x[:, 1:])
+        token_logits = swap_box(token_logits.unflatten(1, grid), box).flatten(1, 2)
+        return super().forward_head(x), token_logits, box
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of chosen stages, and the features unless `intermediates_only`.
+
+        indices: the last n stages, all for None, or a list. norm: apply the final norm to the last stage, the
+        only one without a norm of its own. stop_early: run no stage after the last chosen one; if that leaves
+        stages out, the features are its grid. output_fmt: "NCHW" or "NHWC".
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is NCHW or NHWC, not {output_fmt!r}")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        self._check_input(x)
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(stages):
+            x = self._run_stage(stage, x)
+            if i in take:
+                normed = self.norm(x) if norm and i == len(self.feature_info) - 1 else x
+                intermediates.append(format_grid(normed, output_fmt))
+        if intermediates_only:
+            return intermediates
+        complete = len(stages) == len(self.feature_info)
+        return (self._add_class_token(x) if complete else format_grid(x, output_fmt)), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`; returns the indices kept, counted from the front."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.class_block = nn.Identity()
+            self.reset_classifier(0, "")
+        return take
+
+
+def _check_stages(depths, spectral_depths, embed_dims, num_heads, mlp_ratios) -> None:
+    lengths = {len(depths), len(spectral_depths), len(embed_dims), len(num_heads), len(mlp_ratios)}
+    if lengths != {4}:
+        raise ValueError("depths, spectral_depths, embed_dims, num_heads, mlp_ratios: four numbers each")
+    for spectral, depth in zip(spectral_depths, depths, strict=True):
+        if not 0 <= spectral <= depth:
+            raise ValueError(f"spectral_depths {tuple(spectral_depths)} exceeds depths {tuple(depths)}")
+
+
+def stage_grids(img_size: Grid, stages: int) -> list[Grid]:
+    """(rows, columns) of each stage; every halving rounds up, as its padded convolution does."""
+    height, width = img_size
+    return [(-(-height // (4 * 2**i)), -(-width // (4 * 2**i))) for i in range(stages)]
+
+
+def sample_mix_box(grid_size: Grid) -> Box:
+    """A random MixToken box (x1, y1, x2, y2) on a (rows, columns) grid, from torch's CPU generator.
+
+    lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid's, centre uniform, clipped to the grid.
+    """
+    height, width = grid_size
+    lam, column, row = torch.rand(3).tolist()
+    side = (1.0 - lam) ** 0.5
+    half_width, half_height = int(width * side) // 2, int(height * side) // 2
+    x, y = int(column * width), int(row * height)
+    return (
+        max(x - half_width, 0),
+        max(y - half_height, 0),
+        min(x + half_width, width),
+        min(y + half_height, height),
+    )
+
+
+def swap_box(x: Tensor, box: Box, scale: int = 1) -> Tensor:
+    """(B, H, W, C) with the tokens inside box * scale exchanged with those of the batch in reverse order."""
+    x1, y1, x2, y2 = (scale * side for side in box)
+    rows = torch.arange(x.shape[1], device=x.device)
+    columns = torch.arange(x.shape[2], device=x.device)
+    inside = ((rows >= y1) & (rows < y2))[:, None] & ((columns >= x1) & (columns < x2))
+    return torch.where(inside[..., None], x.flip(0), x)
+
+
+def pyramid_cfg(**source: str) -> dict:
+    """timm's default configuration of a pyramid; `source` names paper and repository."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "pool_size": (7, 7),
+        "crop_pct": 0.96,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.conv.0",
+        "classifier": "head",
+        "license": "mit",
+        **source,
+    }
+
+
+_SIZES = {
+    "s": {
+        "stem_width": 32,
+        "embed_dims": (64, 128, 320, 448),
+        "depths": (3, 4, 6, 3),
+        "drop_path_rate": 0.1,
+    },
+    "b": {
+        "stem_width": 64,
+        "embed_dims": (64, 128, 320, 512),
+        "depths": (3, 4, 12, 3),
+        "drop_path_rate": 0.1,
+    },
+    "l": {
+        "stem_width": 64,
+        "embed_dims": (96, 192, 384, 512),
+        "depths": (3, 6, 18, 3),
+        "drop_path_rate": 0.3,
+    },
+}
+
+
+def create_pyramid(variant: str, pretrained: bool, spectral_stages: int, overrides: dict) -> Pyramid:
+    """The pyramid called `variant` (its size is the last letter), its first stages spectral by default."""
+    arguments = {**_SIZES[variant[-1]], **overrides}
+    depths = arguments["depths"]
+    default = [depth if i < spectral_stages else 0 for i, depth in enumerate(depths)]
+    arguments.setdefault("spectral_depths", tuple(default))
+    if arguments.get("token_label"):
+        # Both heads are replaced when a checkpoint of another number of classes is loaded.
+        overlay = {"classifier": ("head", "aux_head"), **(arguments.get("pretrained_cfg_overlay") or {})}
+        arguments["pretrained_cfg_overlay"] = overlay
+    return build_model_with_cfg(
+        Pyramid,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **arguments,
+    )

@@ -1,0 +1,287 @@
+import pytest
+import timm
+import torch
+
+from models import ARCHITECTURES, Pyramid, resolve_arch, sample_mix_box
+from models.flops import count_flops, flops_by_kind
+from models.layers import Attention
+from models.mixers import MIXERS, build_mixer
+from models.pyramid import stage_grids
+from models.scattering import ScatteringMixer
+from models.spectral_gate import SpectralGate
+
+TINY = {
+    "img_size": 64,
+    "num_classes": 5,
+    "stem_width": 8,
+    "embed_dims": (16, 32, 32, 64),
+    "depths": (1, 1, 1, 1),
+    "mlp_ratios": (2, 2, 2, 2),
+}
+
+
+def parameters(name, **arguments):
+    with torch.device("meta"):
+        model = timm.create_model(name, **arguments)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("spectformer_ti", 9_158_376),
+        ("spectformer_xs", 20_028_520),
+        ("spectformer_s", 32_449_768),
+        ("spectformer_b", 57_159_656),
+    ],
+)
+def test_vanilla_models_have_the_published_parameters(name, count):
+    assert parameters(name) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "with_head", "without"),
+    [
+        ("spectformer_h_s", 22_226_928, 21_777_928),
+        ("spectformer_h_b", 33_052_880, 32_539_880),
+        ("spectformer_h_l", 54_675_792, 54_162_792),
+        ("svt_h_s", 22_052_592, 21_603_592),
+        ("svt_h_b", 32_878_544, 32_365_544),
+        ("svt_h_l", 54_594_000, 54_081_000),
+    ],
+)
+def test_pyramids_have_the_published_parameters_with_both_heads(name, with_head, without):
+    assert parameters(name, token_label=True) == with_head
+    assert parameters(name) == without
+
+
+@pytest.mark.parametrize(("name", "count"), [("svt_h_s", 22_015_728), ("svt_h_b", 32_841_680)])
+def test_channel_token_mixing_has_the_published_parameters(name, count):
+    assert parameters(name, token_label=True, mixing="channel_token") == count
+
+
+def test_aliases_are_the_same_models():
+    for size in "sbl":
+        assert parameters(f"svt_{size}", depths=(1, 1, 1, 1)) == parameters(f"svt_h_{size}", depths=(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "kinds"),
+    [
+        ("spectformer_ti", 1.8, ("layers", "attention", "spectral")),
+        ("spectformer_xs", 4.0, ("layers", "attention", "spectral")),
+        ("spectformer_s", 6.6, ("layers", "attention", "spectral")),
+        ("spectformer_b", 11.5, ("layers", "attention", "spectral")),
+        ("spectformer_h_s", 3.9, ("layers", "spectral")),
+        ("spectformer_h_b", 6.3, ("layers", "spectral")),
+        ("spectformer_h_l", 12.7, ("layers", "spectral")),
+    ],
+)
+def test_arithmetic_is_the_published_one(name, published, kinds):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    counted = flops_by_kind(model, 224)
+    assert sum(counted[kind] for kind in kinds) / 1e9 == pytest.approx(published, abs=0.07)
+    assert count_flops(model, 224) == sum(counted.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "alpha2"), [("svt_h_s", 3.9, (3, 4, 0, 0)), ("svt_h_l", 12.7, (3, 6, 0, 0))]
+)
+def test_published_arithmetic_of_svt_is_that_of_its_layers_for_alpha_2(name, published, alpha2):
+    with torch.device("meta"):
+        model = timm.create_model(name, spectral_depths=alpha2)
+    assert flops_by_kind(model, 224)["layers"] / 1e9 == pytest.approx(published, abs=0.07)
+
+
+def test_papers_spellings_are_resolved():
+    assert resolve_arch("spectformer-xs") == "spectformer_xs"
+    assert resolve_arch("spectformer-t") == "spectformer_ti"
+    assert resolve_arch("SpectFormer-H-S") == "spectformer_h_s"
+    assert resolve_arch("svt-s") == "svt_s"
+    assert resolve_arch("deit-small_patch16_224") == "deit_small_patch16_224"
+    assert resolve_arch("hf-hub:timm/some-model") == "hf-hub:timm/some-model"
+    assert all(resolve_arch(name) == name for name in ARCHITECTURES)
+
+
+def test_the_tables_say_where_each_mixer_is():
+    def kinds(name, **arguments):
+        with torch.device("meta"):
+            model = timm.create_model(name, **arguments)
+        stages = model.stages if isinstance(model, Pyramid) else [model]
+        return [[type(block.mixer) for block in stage.blocks] for stage in stages]
+
+    gate, scatter, attention = SpectralGate, ScatteringMixer, Attention
+    assert kinds("spectformer_xs") == [[gate] * 4 + [attention] * 8]
+    assert kinds("spectformer_xs", alpha=0) == [[attention] * 12]
+    assert kinds("spectformer_h_s") == [[gate] * 3, [gate] * 4, [attention] * 6, [attention] * 3]
+    assert kinds("spectformer_h_s", spectral_depths=(2, 3, 0, 0))[:2] == [
+        [gate] * 2 + [attention],
+        [gate] * 3 + [attention],
+    ]
+    assert kinds("svt_h_l") == [[scatter] * 3, [attention] * 6, [attention] * 18, [attention] * 3]
+    assert kinds("svt_h_s", depths=(1, 1, 1, 1)) == [[scatter], [attention], [attention], [attention]]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("grid", [(8, 8), (7, 5)])
+def test_every_mixer_keeps_the_grid_and_its_dtype(name, grid):
+    torch.manual_seed(0)
+    mixer = build_mixer(name, 16, grid, 2)
+    x = torch.randn(2, *grid, 16)
+    assert mixer(x).shape == x.shape
+    assert mixer.double()(x.double()).dtype == torch.float64
+    mixer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mixer(x)
+    assert (mixed.float() - mixer(x)).abs().max() <= 0.02 * max(mixer(x).abs().max(), 0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "attention"])
+def test_spectral_mixers_take_another_grid_as_if_resized_to_it(name):
+    torch.manual_seed(0)
+    mixer = build_mixer(name, 16, (8, 6), 2)
+    x = torch.randn(2, 11, 9, 16)
+    on_the_fly = mixer(x)
+    mixer.set_grid_size((11, 9))
+    assert torch.allclose(mixer(x), on_the_fly, atol=1e-6)
+    assert all(parameter.requires_grad for parameter in mixer.parameters())
+
+
+def test_spectral_gate_is_untouched_by_autocast():
+    gate = SpectralGate(8, (8, 8))
+    x = torch.randn(1, 8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate(x), gate(x.float()))
+    assert gate(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [(224, 224), (225, 97), (33, 250), (32, 48)])
+def test_stage_grids_are_those_of_the_convolutions(size):
+    model = timm.create_model("spectformer_h_s", **TINY | {"img_size": size})
+    shapes = [tuple(f.shape[2:]) for f in model.forward_intermediates(torch.zeros(2, 3, *size))[1]]
+    assert shapes == stage_grids(size, 4)
+    assert model.token_label_size == shapes[-1]
+
+
+def test_weights_start_as_specified():
+    torch.manual_seed(0)
+    model = timm.create_model("svt_h_s", mixing="channel_token", token_label=True)
+    mixer = model.stages[0].blocks[0].mixer
+    for weight, std in [
+        (model.head.weight, 0.02),
+        (model.aux_head.weight, 0.02),
+        (model.stages[2].blocks[0].mixer.qkv.weight, 0.02),
+        (mixer.low_pass, 0.02),
+        (mixer.token_blend.weight1, 0.02),
+        (model.stages[1].downsample.proj.weight, (2 / (9 * 128)) ** 0.5),
+        (model.stages[0].blocks[0].mlp.dwconv.weight, (2 / 9) ** 0.5),
+    ]:
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+    assert not any(model.get_parameter(f"{name}.bias").any() for name in ("head", "stem.proj", "aux_head"))
+    vanilla = timm.create_model("spectformer_ti")
+    assert vanilla.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert vanilla.blocks[0].mixer.complex_weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_drop_path_grows_linearly_over_all_blocks():
+    model = timm.create_model("svt_h_s", drop_path_rate=0.3)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.3 * i / 15 for i in range(16)], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("spectformer_xs", 0.0), ("spectformer_s", 0.15), ("spectformer_b", 0.25), ("svt_l", 0.3)]
+)
+def test_drop_path_defaults(name, rate):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    last = model.stages[-1].blocks[-1] if isinstance(model, Pyramid) else model.blocks[-1]
+    assert getattr(last.drop_path, "drop_prob", 0.0) == pytest.approx(rate)
+
+
+@pytest.fixture
+def token_labeller():
+    torch.manual_seed(0)
+    arguments = TINY | {"img_size": (64, 96), "drop_path_rate": 0.0}
+    model = timm.create_model("svt_s", token_label=True, **arguments).train()
+    for module in model.modules():  # so that outputs depend on nothing but the sample
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def test_training_with_token_labels_returns_both_logits_and_the_box(token_labeller):
+    x = torch.randn(4, 3, 64, 96)
+    logits, token_logits, box = token_labeller(x, (0, 1, 2, 2))
+    assert logits.shape == (4, 5) and token_logits.shape == (4, 2 * 3, 5) and box == (0, 1, 2, 2)
+    torch.manual_seed(3)
+    drawn = token_labeller(x)[2]
+    torch.manual_seed(3)
+    assert drawn == sample_mix_box((2, 3))
+
+
+def test_a_box_of_everything_is_the_flipped_batch_swapped_back(token_labeller):
+    x = torch.randn(3, 3, 64, 96)
+    logits, token_logits, _ = token_labeller(x, (0, 0, 3, 2))
+    plain, plain_tokens, _ = token_labeller(x, (1, 1, 1, 1))
+    assert torch.allclose(logits, plain.flip(0), atol=1e-5)
+    assert torch.allclose(token_logits, plain_tokens, atol=1e-5)
+
+
+def test_the_box_is_x_along_the_width_and_y_along_the_height(token_labeller):
+    seen = []
+    token_labeller.stages[0].blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.randn(2, 3, 64, 96)
+    token_labeller(x, (0, 0, 0, 0))
+    token_labeller(x, (1, 0, 3, 1))
+    changed = (seen[0] != seen[-1]).any(-1)[0]
+    expected = torch.zeros(16, 24, dtype=torch.bool)
+    expected[0:8, 8:24] = True
+    assert torch.equal(changed, expected)
+
+
+def test_evaluation_adds_half_of_the_best_token(token_labeller):
+    model = token_labeller.eval()
+    x = torch.randn(2, 3, 64, 96)
+    features = model.forward_features(x)
+    expected = model.head(features[:, 0]) + 0.5 * model.aux_head(features[:, 1:]).max(1).values
+    assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_boxes_are_within_the_grid_and_cover_half_of_it_less_clipping():
+    torch.manual_seed(0)
+    areas = []
+    for _ in range(2000):
+        x1, y1, x2, y2 = sample_mix_box((28, 14))
+        assert 0 <= x1 <= x2 <= 14 and 0 <= y1 <= y2 <= 28
+        areas.append((x2 - x1) * (y2 - y1) / (28 * 14))
+    # Sides sqrt(1 - lambda), lambda uniform: mean area 1/2 unclipped, E[(s - s^2 / 4)^2] = 0.30 clipped.
+    assert sum(areas) / len(areas) == pytest.approx(0.30, abs=0.04)
+    assert min(areas) == 0 and max(areas) > 0.75
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"name": "spectformer_ti", "alpha": 13},
+        {"name": "spectformer_ti", "num_heads": 6},
+        {"name": "spectformer_ti", "img_size": 15},
+        {"name": "spectformer_ti", "img_size": (224, 224, 3)},
+        {"name": "spectformer_ti", "global_pool": "token"},
+        {"name": "svt_s", "mixing": "tokens"},
+        {"name": "svt_s", "wavelet_backend": "fastest"},
+        {"name": "svt_s", "embed_dims": (66, 128, 320, 448)},
+        {"name": "svt_s", "spectral_depths": (4, 0, 0, 0)},
+        {"name": "svt_s", "depths": (3, 4, 6)},
+        {"name": "spectformer_h_s", "mixer": "wavelets"},
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense_are_refused(arguments):
+    arguments = dict(arguments)
+    with pytest.raises(ValueError):
+        timm.create_model(arguments.pop("name"), **arguments)

@@ -1,0 +1,172 @@
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from models import wavelet
+from models.scattering import EinsteinBlending, ScatteringMixer
+from models.wavelet import DTCWT, LibraryDTCWT
+
+
+def grid_of(height, width, channels=2, batch=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, height, width, channels, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("limit", [1000, 0], ids=["matrices", "convolutions"])
+def test_transform_is_that_of_pytorch_wavelets_for_every_even_size(limit, monkeypatch):
+    monkeypatch.setattr(wavelet, "MATRIX_LIMIT", limit)
+    sizes = range(8, 66, 2) if limit else range(10, 66, 18)  # a convolution needs half a filter of samples
+    for height in sizes:
+        grid = (height, 74 - height if limit else height)
+        x = grid_of(*grid)
+        ours, oracle = DTCWT(grid), LibraryDTCWT(grid)
+        for mine, theirs in zip(ours(x), oracle(x), strict=True):
+            assert (mine - theirs).abs().max() <= 1e-5, grid
+        low, high = oracle(x)
+        weight = torch.randn(high.shape, generator=torch.Generator().manual_seed(1))
+        difference = ours.inverse(low, high * weight, grid) - oracle.inverse(low, high * weight, grid)
+        assert difference.abs().max() <= 1e-5, grid
+
+
+@pytest.mark.parametrize("grid", [(25, 31), (7, 7), (8, 9), (57, 56), (1, 3), (121, 119)])
+def test_odd_sizes_are_reconstructed(grid):
+    x = grid_of(*grid)
+    transform = DTCWT(grid)
+    low, high = transform(x)
+    assert low.shape[1:3] == wavelet.padded_grid(grid)
+    assert (transform.inverse(low, high, grid) - x).abs().max() <= 1e-5
+
+
+def test_float64_stays_exact_whatever_the_modules_precision():
+    x = grid_of(14, 9, dtype=torch.float64)
+    transform = DTCWT((14, 9))
+    low, high = transform(x)
+    assert low.dtype == high.dtype == torch.float64
+    assert (transform.inverse(low, high, (14, 9)) - x).abs().max() <= 1e-12
+
+
+def test_transform_and_inverse_have_the_right_gradients():
+    transform = DTCWT((5, 6))
+    x = grid_of(5, 6, channels=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(transform, x)
+    low, high = (part.detach().requires_grad_() for part in transform(x))
+    assert torch.autograd.gradcheck(lambda *parts: transform.inverse(*parts, (5, 6)), (low, high))
+
+
+def test_bfloat16_autocast_does_not_reach_the_transform():
+    transform = DTCWT((28, 28))
+    x = grid_of(28, 28)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (transform.inverse(*transform(x), (28, 28)) - x).abs().max() <= 1e-5
+
+
+def test_half_precision_input_comes_back_in_half_precision():
+    x = grid_of(8, 8).bfloat16()
+    low, high = DTCWT((8, 8))(x)
+    assert low.dtype == high.dtype == torch.bfloat16
+    exact, _ = DTCWT((8, 8))(x.float())
+    assert torch.equal(low, exact.bfloat16())
+
+
+def on_meta_and_back(transform):
+    return transform.to("meta").to_empty(device="cpu")
+
+
+TREATMENTS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "half and back": lambda module: module.bfloat16().float(),
+    "meta": on_meta_and_back,
+}
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS.values(), ids=TREATMENTS)
+def test_filters_survive(treatment):
+    x = grid_of(12, 10)
+    low, high = DTCWT((12, 10))(x)
+    transform = treatment(DTCWT((12, 10)))
+    assert torch.equal(transform(x)[0], low) and torch.equal(transform(x)[1], high)
+    assert not transform.state_dict()
+
+
+def test_another_grid_than_that_of_construction_is_transformed_right():
+    x = grid_of(11, 16)
+    assert torch.equal(DTCWT((8, 8))(x)[1], DTCWT((11, 16))(x)[1])
+
+
+@pytest.mark.parametrize("size", [9, 14, 130])
+def test_transform_compiles_without_a_graph_break(size):
+    class RoundTrip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transform = DTCWT((size, size))
+
+        def forward(self, x):
+            low, high = self.transform(x)
+            return self.transform.inverse(2 * low, 2 * high, (size, size))
+
+    x = grid_of(size, size, channels=1)
+    compiled = torch.compile(RoundTrip(), fullgraph=True, backend="aot_eager")
+    assert (compiled(x) - 2 * x).abs().max() <= 1e-5
+
+
+def test_library_is_imported_only_when_asked_for():
+    script = (
+        "import sys, timm, models\n"
+        "size = dict(img_size=32, embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))\n"
+        "timm.create_model('svt_s', **size)\n"
+        "assert 'pytorch_wavelets' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("mixing", ["channel", "channel_token", "token"])
+def test_backends_agree(mixing):
+    torch.manual_seed(0)
+    x = grid_of(10, 7, channels=16)
+    ours = ScatteringMixer(16, (10, 7), mixing)
+    library = ScatteringMixer(16, (10, 7), mixing, backend="pytorch_wavelets")
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    library.load_state_dict(ours.state_dict())
+    assert (ours(x) - library(x)).abs().max() <= 1e-4 * ours(x).abs().max()
+
+
+def complex_relu(z):
+    return torch.complex(z.real.relu(), z.imag.relu())
+
+
+def as_complex(pair):
+    return torch.complex(pair[0], pair[1])
+
+
+@pytest.mark.parametrize("over", ["channels", "tokens"])
+def test_einstein_blending_is_complex_arithmetic(over):
+    torch.manual_seed(0)
+    blocks, size = (4, 3) if over == "channels" else (5, 7)
+    blend = EinsteinBlending(blocks, size, over)
+    for parameter in blend.parameters():
+        nn.init.normal_(parameter)
+    bands = torch.randn(2, 6, 5, 7, 2, 12)
+    w1, b1, w2, b2 = (as_complex(p) for p in (blend.weight1, blend.bias1, blend.weight2, blend.bias2))
+    z = torch.complex(bands[..., 0, :], bands[..., 1, :])
+    z = z.unflatten(-1, (4, 3)) if over == "channels" else z.transpose(-1, -2).transpose(-2, -3)
+    # channels: (..., block, place); tokens: (..., channel, row, position)
+    z = torch.einsum("...bd,bdk->...bk", complex_relu(torch.einsum("...bd,bdk->...bk", z, w1) + b1), w2) + b2
+    z = z.flatten(-2) if over == "channels" else z.transpose(-2, -3).transpose(-1, -2)
+    result = blend(bands)
+    assert torch.allclose(result[..., 0, :], z.real, atol=1e-4)
+    assert torch.allclose(result[..., 1, :], z.imag, atol=1e-4)
+
+
+def test_token_weights_of_another_grid_keep_the_size_of_their_sums():
+    weights = {"token_blend.weight1": torch.full((2, 4, 6, 6), 0.5), "token_blend.bias1": torch.ones(2, 4, 6)}
+    resized = ScatteringMixer.resize_weights(weights, (11, 20))
+    assert resized["token_blend.weight1"].shape == (2, 6, 10, 10)
+    assert torch.allclose(resized["token_blend.weight1"].sum(2), torch.tensor(0.5 * 6))
+    assert torch.allclose(resized["token_blend.bias1"], torch.ones(2, 6, 10))
