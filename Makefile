@@ -1,0 +1,60 @@
+# The commands of the README. Each builds the virtual environment it needs; VENV and PYTHON can be set.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help demo demo-svt demo-transfer test reliability lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check "setuptools<81" wheel
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-r requirements.txt -r tests/requirements.txt
+	@touch $@
+
+# Train, evaluate, predict: $(1) is the main, $(2) the config, $(3) the run directory. `--resume auto` lets
+# a second `make` go on where the first was stopped.
+define demo
+	$(RUN) $(1) --config $(2) --output-dir $(3) --resume auto
+	$(RUN) infer.py --model-path $(3)/checkpoint_best.pth --data-set DIGITS
+	$(RUN) tools/save_images.py --data-set DIGITS --count 5 --output $(3)/images
+	$(RUN) infer.py --model-path $(3)/checkpoint_best.pth --image $(3)/images
+	@echo; echo "Curves: $(3)/loss_plot.png and $(3)/acc_plot.png; one line an epoch: $(3)/log.txt"
+endef
+
+demo: $(VENV)/installed  ## train SpectFormer on handwritten digits, evaluate, predict (CPU, minutes)
+	$(call demo,main_spectformer.py,configs/digits_spectformer.yaml,runs/digits_spectformer)
+
+demo-svt: $(VENV)/installed  ## the same with SVT
+	$(call demo,main_svt.py,configs/digits_svt.yaml,runs/digits_svt)
+
+demo-transfer: $(VENV)/installed  ## pre-train on five digits, transfer to the other five
+	$(RUN) main_spectformer.py --config configs/digits_spectformer.yaml --classes 0,1,2,3,4 \
+		--output-dir runs/transfer/pretrained --resume auto
+	$(RUN) main_transfer.py --config configs/digits_transfer.yaml --output-dir runs/transfer/from_pretrained \
+		--finetune runs/transfer/pretrained/checkpoint_best.pth --resume auto
+	$(RUN) main_transfer.py --config configs/digits_transfer.yaml --output-dir runs/transfer/from_scratch \
+		--resume auto
+	@echo; for run in from_pretrained from_scratch; do \
+		echo "$$run: $$(tail -n 1 runs/transfer/$$run/log.txt)"; done
+
+test: $(VENV)/installed-tests  ## the whole suite
+	$(RUN) -m pytest -q -n 2 --dist worksteal
+
+reliability: $(VENV)/installed-tests  ## every promise at its full count; writes docs/reliability.md
+	$(RUN) tools/reliability.py --output docs/reliability.md
+
+lint: $(VENV)/installed-tests  ## ruff
+	$(RUN) -m ruff check .
+
+clean:  ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

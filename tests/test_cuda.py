@@ -1,0 +1,78 @@
+"""What only a GPU shows: the same results as on a CPU, mixed precision, compilation, NCCL.
+
+Skipped where there is no CUDA device; `tools/gpu_check.sh` runs them with the benchmark and a training.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import engine
+import main_spectformer
+from models import load_weights, sample_mix_box
+from test_original_checkpoints import VARIANTS, expected, images, original_weights
+
+pytestmark = pytest.mark.cuda
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ["--classes", "0,1,7", "--input-size", "32", "--batch-size", "64", "--num-workers", "2", "--epochs", "2",
+          "--arch", "spectformer-ti", "--model-kwargs", "embed_dim=64", "depth=2", "alpha=1", "num_heads=2",
+          "--aa", "none", "--device", "cuda"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gpu_gives_the_original_results(variant):
+    name, arguments = VARIANTS[variant]
+    facts, arrays = expected(variant)
+    model = timm.create_model(name, **arguments).eval()
+    load_weights(model, original_weights(variant))
+    with torch.no_grad():
+        logits = model.cuda()(images(facts).cuda()).cpu()
+    assert (logits - torch.from_numpy(arrays["logits"])).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["spectformer_ti", "spectformer_h_s", "svt_h_s"])
+def test_a_training_step_compiles_without_a_graph_break(name):
+    arguments = {} if name == "spectformer_ti" else {"token_label": True}
+    model = timm.create_model(name, **arguments).cuda().train()
+    step = torch.compile(model, fullgraph=True)
+    extra = {"box": sample_mix_box(model.token_label_size)} if arguments else {}
+    with torch.autocast("cuda", torch.bfloat16):
+        output = step(torch.randn(4, 3, 224, 224, device="cuda"), **extra)
+    logits = [output] if isinstance(output, torch.Tensor) else output[:2]
+    sum(part.float().sum() for part in logits).backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "none"])
+def test_training_learns_in_every_precision(tmp_path, amp):
+    main_spectformer.main([*DIGITS, "--amp", amp, "--channels-last", "--output-dir", str(tmp_path)])
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert log[-1]["train_loss"] < log[0]["train_loss"] and math.isfinite(log[-1]["test_loss"])
+
+
+def test_an_fp16_overflow_is_skipped_and_counted(tmp_path, monkeypatch):
+    original = engine.update
+
+    def overflowing(trainer, loss, batches, step):
+        if step == 2:
+            next(trainer.model.parameters()).grad.fill_(math.inf)
+        return original(trainer, loss, batches, step)
+
+    monkeypatch.setattr(engine, "update", overflowing)
+    main_spectformer.main([*DIGITS, "--amp", "fp16", "--output-dir", str(tmp_path)])
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert all(row["overflows"] >= 1 and math.isfinite(row["grad_norm"]) for row in log)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two devices for two processes")
+def test_two_processes_train_over_nccl(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "main_spectformer.py", *DIGITS, "--output-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
