@@ -1,0 +1,231 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import models
+import token_labels
+from engine import Precision
+from tools import generate_token_labels as tool
+from utils import UserError
+
+CLASSES = ("ant", "bee", "cat")
+PRECISION = Precision(torch.device("cpu"), torch.float32, None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of three classes, its images of several sizes, for training and validation."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 1)):
+        for name in CLASSES:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40 + 9 * i, 70 - 7 * i, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{name}_{i}.png")
+    return tmp_path
+
+
+def save_teacher(path, classes=CLASSES, seed=0):
+    torch.manual_seed(seed)
+    model = timm.create_model("test_resnet", num_classes=len(classes)).eval()
+    torch.save({"model": model.state_dict(), "arch": "test_resnet", "model_kwargs": {},
+                "input_size": [96, 96], "num_classes": len(classes), "class_names": list(classes)}, path)
+    return model
+
+
+@pytest.fixture
+def run(folder):
+    """Calls the tool with the data set, the teacher and the output folder filled in."""
+    teacher = save_teacher(folder / "teacher.pth")
+
+    def call(*flags, model=True):
+        source = ["--model-path", str(folder / "teacher.pth")] if model else []
+        tool.main(["--data-path", str(folder / "data"), "--output-dir", str(folder / "maps"), *source,
+                   "--num-workers", "0", "--batch-size", "5", "--device", "cpu", *flags])
+    call.teacher = teacher
+    return call
+
+
+def map_files(folder):
+    return sorted((folder / "maps").rglob("*.pt"))
+
+
+# ---------------------------------------------------------------------------------------- what a teacher says
+
+
+@pytest.mark.parametrize("name, options", [
+    ("test_resnet", {}), ("test_nfnet", {}), ("test_efficientnet", {}), ("pvt_v2_b0", {}),
+    ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1)}),
+    ("spectformer_ti", {"img_size": 64, "depth": 2, "alpha": 1}),
+])
+def test_places_classified_alone_average_to_the_models_logits(name, options):
+    """True of every model that averages places before a linear classifier."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits = tool.position_logits(model, images)
+        torch.testing.assert_close(logits.mean((2, 3)), model(images), atol=1e-4, rtol=1e-4)
+    assert logits.shape[:2] == (2, 7) and logits.shape[2] > 1
+
+
+def test_prefix_tokens_are_not_places():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=1, num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens = model.forward_features(images)[:, 2:]
+        expected = (model.head(tokens) + model.head_dist(tokens)) / 2
+        torch.testing.assert_close(tool.position_logits(model, images).flatten(2).mT, expected)
+
+
+def test_a_pyramid_says_what_its_token_classifier_says():
+    model = models.Pyramid(img_size=64, num_classes=7, stem_width=8, embed_dims=(32, 32, 32, 32),
+                           depths=(1, 1, 1, 1), spectral_depths=(1, 1, 0, 0), token_label=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens = model.forward_features(images)[:, 1:]
+        expected = model.aux_head(tokens)
+        torch.testing.assert_close(tool.position_logits(model, images).flatten(2).mT, expected)
+
+
+def test_a_head_that_needs_the_whole_map_is_refused():
+    model = timm.create_model("test_resnet", num_classes=7).eval()
+    whole = nn.Conv2d(model.num_features, 7, 3)
+    model.forward_head = lambda features: whole(features).flatten(1)
+    with pytest.raises(UserError, match="ResNet cannot classify place by place"), torch.no_grad():
+        tool.position_logits(model, torch.randn(1, 3, 96, 96))
+
+
+class Painter(nn.Module):
+    """Says 0, 1, 2, 3 in the quarters of the image, by its colours."""
+
+    num_classes = 4
+
+    def forward_features(self, images):
+        return nn.functional.avg_pool2d(images, 16)
+
+    def forward_head(self, features):
+        red, green, _ = features.flatten(1).T
+        above, left = 1 - green, 1 - red
+        return 9 * torch.stack([left * above, red * above, left * green, red * green], dim=1)
+
+
+def test_maps_lie_like_the_image():
+    images = torch.zeros(1, 3, 288, 288)
+    images[:, 0, :, 144:] = 1  # red on the right
+    images[:, 1, 144:] = 1  # green below
+    label_map, = tool.label_maps(Painter(), images, PRECISION)
+    assert label_map.shape == token_labels.MAP_SHAPE and label_map.dtype == torch.float16
+    quarters = label_map[1, 0].unflatten(0, (2, 9)).unflatten(2, (2, 9))
+    for number, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        assert (quarters[row, :, column] == number).all()
+    assert (label_map[0, 0] == 9).all() and (label_map[0, 1:4] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def test_every_training_image_gets_the_teachers_map(folder, run, capsys):
+    run()
+    assert [file.relative_to(folder / "maps").as_posix() for file in map_files(folder)] == [
+        f"{name}/{name}_{i}.pt" for name in CLASSES for i in range(4)]
+    image = Image.open(folder / "data" / "train" / "bee" / "bee_2.png")
+    cfg = timm.get_pretrained_cfg("test_resnet")
+    pixels = timm.data.create_transform(96, crop_pct=1.0, crop_mode="squash", interpolation=cfg.interpolation,
+                                        mean=cfg.mean, std=cfg.std)(image)
+    expected, = tool.label_maps(run.teacher, pixels[None], PRECISION)
+    found = token_labels.read_label_map(folder / "maps" / "bee" / "bee_2.pt", len(CLASSES))
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    run("--check", model=False)
+    assert "12 label maps" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_second_call_writes_only_what_is_missing_or_damaged(folder, run):
+    run()
+    files = map_files(folder)
+    before = {file: (file.stat().st_ino, token_labels.read_label_map(file)) for file in files}
+    files[1].unlink()
+    files[7].write_bytes(files[7].read_bytes()[:300])
+    run()
+    again = {file for file in files if file.stat().st_ino != before[file][0]}
+    assert {files[7]} <= again <= {files[1], files[7]}  # a freed inode may come back
+    for file in files:
+        assert torch.equal(token_labels.read_label_map(file), before[file][1])
+    assert not [file for file in (folder / "maps").rglob("*") if file.name.endswith(".tmp")]
+
+
+def test_workers_change_nothing(folder, run):
+    run()
+    before = {file: file.read_bytes() for file in map_files(folder)}
+    for file in before:
+        file.unlink()
+    run("--num-workers", "2")
+    assert {file: file.read_bytes() for file in map_files(folder)} == before
+
+
+def test_maps_of_two_teachers_are_not_mixed(folder, run):
+    run()
+    save_teacher(folder / "teacher.pth", seed=1)
+    with pytest.raises(UserError, match="another teacher's"):
+        run()
+
+
+# --------------------------------------------------------------------------------------------------- checking
+
+
+def test_check_names_every_bad_map(folder, run, capsys):
+    run()
+    files = map_files(folder)
+    files[0].unlink()
+    files[1].write_bytes(b"")
+    torch.save(torch.zeros(2, 5, 14, 14), files[2])
+    label_map = token_labels.read_label_map(files[3])
+    label_map[1, 4] = 3
+    torch.save(label_map, files[3])
+    torch.save(label_map, folder / "maps" / "bee" / "stray.pt")
+    with pytest.raises(UserError, match="of 12 label maps 1 missing, 3 damaged or mismatched, 1 of no image"):
+        run("--check", model=False)
+    told = capsys.readouterr().out
+    for file, reason in zip([*files[:4], "stray.pt"], ["no such", "damaged", "shape", "class 3", "no image"],
+                            strict=True):
+        assert any(str(file) in line and reason in line for line in told.splitlines())
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "either --model-path CKPT or --arch NAME --pretrained"),
+    (["--pretrained"], "--pretrained needs --arch"),
+    (["--pretrained", "--arch", "resnet18"], "weights are for 1000 classes, --data-set FOLDER has 3"),
+    (["--pretrained", "--arch", "svt_h_s"], "publishes no weights"),
+    (["--pretrained", "--arch", "nonsense"], "publishes no weights"),
+    (["--model-path", "nowhere.pth"], "nowhere.pth"),
+    (["--check"], "no such folder"),
+])
+def test_bad_command_lines_get_one_line(run, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(*flags, model=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_of_other_classes_is_refused(folder, run):
+    for classes in (("ant", "bee"), ("ant", "cat", "bee")):
+        save_teacher(folder / "teacher.pth", classes)
+        with pytest.raises(UserError, match="classes are not the 3 of --data-set FOLDER"):
+            run()
+    assert not (folder / "maps").exists()
+
+
+def test_a_bad_image_is_named(folder, run):
+    bad = folder / "data" / "train" / "cat" / "cat_1.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    for workers in ("0", "1"):
+        with pytest.raises(UserError, match="cat_1.png"):
+            run("--num-workers", workers)
+
+
+def test_two_images_do_not_share_a_map(folder, run):
+    Image.new("RGB", (8, 8)).save(folder / "data" / "train" / "ant" / "ant_1.jpg")
+    with pytest.raises(UserError, match=r"ant_1\.(jpg|png) and .*ant_1\.(jpg|png) would share"):
+        run()

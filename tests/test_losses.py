@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from losses import DistillationLoss, TokenLabelCrossEntropy, build_loss
+from token_labels import dense_targets
+from utils import UserError
+
+GOLDEN = {name: torch.from_numpy(np.asarray(value)) for name, value in
+          np.load(Path(__file__).parent / "golden" / "token_labels.npz").items()}
+LOGITS, TOKEN_LOGITS, TARGETS = GOLDEN["logits"], GOLDEN["aux_logits"], GOLDEN["target_7"]
+CLASSES = LOGITS.shape[1]
+BOX = (1, 2, 5, 6)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------- token labels
+
+
+@pytest.mark.parametrize("ground_truth", [False, True])
+@pytest.mark.parametrize("box", [None, (), (3, 3, 3, 3), BOX], ids=["none", "empty", "no area", "mixed"])
+def test_token_label_loss_equals_the_golden_values(ground_truth, box):
+    loss = TokenLabelCrossEntropy(cls_weight=1.0, dense_weight=0.5, ground_truth=ground_truth)
+    expected = GOLDEN[f"loss_{'gt_' if ground_truth else ''}{'mixed' if box == BOX else 'none'}"]
+    torch.testing.assert_close(loss((LOGITS, TOKEN_LOGITS, box), TARGETS), expected, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_mixes_nothing_may_leave_the_box_out():
+    loss = TokenLabelCrossEntropy()
+    assert loss((LOGITS, TOKEN_LOGITS), TARGETS) == loss((LOGITS, TOKEN_LOGITS, None), TARGETS)
+
+
+def test_the_criterion_goes_from_records_to_the_golden_loss():
+    record = {"values": GOLDEN["value"], "indices": GOLDEN["index"].int(), "crop": GOLDEN["crop_yxhw"],
+              "label": GOLDEN["ground_truth"], "affines": torch.eye(2, 3).expand(4, 1, 2, 3)}
+    criterion = build_loss(num_classes=CLASSES, token_size=(7, 7), smoothing=0.1)
+    found = criterion(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), record)
+    torch.testing.assert_close(found, GOLDEN["loss_mixed"], atol=1e-5, rtol=0)
+    swapped = build_loss(num_classes=CLASSES, token_size=(7, 7), smoothing=0.1, swapped=True)
+    expected = TokenLabelCrossEntropy()((LOGITS, TOKEN_LOGITS, BOX), GOLDEN["target_swapped_7"])
+    torch.testing.assert_close(swapped(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), record), expected)
+
+
+def test_where_teacher_and_ground_truth_agree_each_has_half():
+    best_first = torch.arange(5)[None, :, None, None].repeat(1, 1, 18, 18)
+    record = {"values": 9.0 - best_first, "indices": best_first, "crop": torch.tensor([[0.0, 0, 1, 1]]),
+              "affines": torch.eye(2, 3)[None, None]}
+    for label, share in ((0, 0.5), (4, 0.9)):
+        target = dense_targets(record | {"label": torch.tensor([label])}, 6, 1)
+        outputs = (draw(1, 6), draw(1, 49, 6, seed=1), None)
+        blended = share * target[..., 1] + (1 - share) * target[..., 0]
+        expected = F.cross_entropy(outputs[0], blended)
+        found = TokenLabelCrossEntropy(dense_weight=0.0, ground_truth=True)(outputs, target)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_single_token_has_the_class_tokens_target():
+    targets = GOLDEN["target_1"]
+    found = TokenLabelCrossEntropy(cls_weight=0, dense_weight=1)((LOGITS, LOGITS[:, None], None), targets)
+    torch.testing.assert_close(found, F.cross_entropy(LOGITS, targets[..., 1]))
+
+
+def test_targets_for_another_grid_are_refused():
+    with pytest.raises(ValueError, match="targets for 49 tokens, logits of 36"):
+        TokenLabelCrossEntropy()((LOGITS, TOKEN_LOGITS[:, :36], None), TARGETS)
+
+
+# ----------------------------------------------------------------------------------------------- class labels
+
+
+@pytest.mark.parametrize("criterion, targets", [
+    (build_loss(num_classes=CLASSES, soft_targets=True), TARGETS[..., 0]),
+    (build_loss(num_classes=CLASSES, smoothing=0.1), GOLDEN["ground_truth"]),
+], ids=["soft", "smoothed"])
+def test_soft_targets_and_smoothing_are_the_same_loss(criterion, targets):
+    expected = F.cross_entropy(LOGITS, GOLDEN["ground_truth"], label_smoothing=0.1)
+    torch.testing.assert_close(criterion(torch.zeros(4), LOGITS, targets), expected)
+
+
+def test_without_smoothing_the_loss_is_cross_entropy():
+    found = build_loss(num_classes=CLASSES, smoothing=0.0)(torch.zeros(4), LOGITS, GOLDEN["ground_truth"])
+    torch.testing.assert_close(found, F.cross_entropy(LOGITS, GOLDEN["ground_truth"]))
+
+
+def test_a_model_that_mixes_tokens_is_not_trained_on_unmixed_labels():
+    with pytest.raises(UserError, match="--token-label"):
+        build_loss(num_classes=CLASSES)(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), GOLDEN["ground_truth"])
+
+
+# ----------------------------------------------------------------------------------------------- distillation
+
+
+def teacher() -> nn.Module:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES), nn.Dropout(0.5))
+    with torch.no_grad():
+        net[1].weight.copy_(draw(CLASSES, 12, seed=5))
+    return net.train()
+
+
+IMAGES = draw(4, 3, 2, 2, seed=6)
+
+
+@pytest.mark.parametrize("alpha, tau", [(0.5, 1.0), (0.3, 3.0)])
+@pytest.mark.parametrize("pair", [False, True], ids=["one output", "two outputs"])
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_is_deits(kind, pair, alpha, tau):
+    net = teacher()
+    criterion = build_loss(num_classes=CLASSES, teacher=net, distillation=kind, alpha=alpha, tau=tau)
+    student = draw(4, CLASSES, seed=7) if pair else LOGITS
+    found = criterion(IMAGES, (LOGITS, student) if pair else LOGITS, GOLDEN["ground_truth"])
+
+    taught = F.linear(IMAGES.flatten(1), net[1].weight, net[1].bias)  # the images as they come, no dropout
+    if kind == "hard":
+        distilled = F.cross_entropy(student, taught.argmax(1))
+    else:
+        p, q = (taught / tau).softmax(1), (student / tau).softmax(1)
+        distilled = (p * (p / q).log()).sum() * tau**2 / student.numel()
+    base = F.cross_entropy(LOGITS, GOLDEN["ground_truth"], label_smoothing=0.1)
+    torch.testing.assert_close(found, (1 - alpha) * base + alpha * distilled)
+
+
+def test_the_teacher_is_not_trained():
+    logits = LOGITS.clone().requires_grad_()
+    criterion = build_loss(num_classes=CLASSES, teacher=teacher(), distillation="soft", soft_targets=True)
+    criterion(IMAGES, logits, TARGETS[..., 0]).backward()
+    assert logits.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in criterion.teacher.parameters())
+
+
+def test_impossible_distillation_is_refused():
+    with pytest.raises(UserError, match="--teacher-model"):
+        build_loss(num_classes=CLASSES, distillation="hard")
+    with pytest.raises(UserError, match="--token-label excludes"):
+        build_loss(num_classes=CLASSES, distillation="hard", teacher=teacher(), token_size=(7, 7))
+    with pytest.raises(UserError, match="--teacher-model: it has 24 classes, the data 10"):
+        criterion = build_loss(num_classes=10, distillation="hard", teacher=teacher())
+        criterion(IMAGES, draw(4, 10), torch.arange(4))
+    with pytest.raises(ValueError, match="soft or hard"):
+        DistillationLoss(nn.Identity(), teacher(), "none")
+
+
+# -------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_are_float32_inside_under_autocast(dtype):
+    outputs = (LOGITS.to(dtype), TOKEN_LOGITS.to(dtype), BOX)
+    criteria = [
+        (TokenLabelCrossEntropy(), lambda loss, out: loss(out, TARGETS)),
+        (build_loss(num_classes=CLASSES), lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
+        (build_loss(num_classes=CLASSES, teacher=teacher(), distillation="soft"),
+         lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
+    ]
+    for criterion, evaluate in criteria:
+        expected = evaluate(criterion, (*(o.float() for o in outputs[:2]), BOX))
+        with torch.autocast("cpu", dtype=dtype):
+            found = evaluate(criterion, outputs)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # the teacher runs under autocast
+
+
+def test_float64_logits_give_a_float64_loss():
+    outputs = (LOGITS.double(), TOKEN_LOGITS.double(), BOX)
+    assert TokenLabelCrossEntropy()(outputs, TARGETS).dtype == torch.float64

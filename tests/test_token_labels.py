@@ -1,0 +1,364 @@
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import NAME_TO_OP, AugmentOp, RandAugment
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.nn.functional import max_pool2d, pad
+from torch.utils.data import default_collate
+from torchvision import transforms
+from torchvision.ops import roi_align
+
+from token_labels import (
+    GEOMETRIC_OPS,
+    MAP_SHAPE,
+    TokenLabelTransform,
+    check_label_maps,
+    dense_targets,
+    encode_label_map,
+    read_label_map,
+    region_logits,
+    token_label_size,
+)
+from utils import UserError, seeded
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "token_labels.npz")
+GOLDEN_CLASSES = 24
+SIDE = 112  # of augmented images, in pixels: 7 tokens of 16
+TOKENS = (7, 7)
+
+
+def golden_record(samples: slice = slice(None)) -> dict[str, torch.Tensor]:
+    record = {name: torch.from_numpy(GOLDEN[source][samples]) for name, source in
+              {"values": "value", "indices": "index", "crop": "crop_yxhw", "label": "ground_truth"}.items()}
+    return record | {"affines": torch.eye(2, 3).expand(len(record["label"]), 1, 2, 3)}
+
+
+def small_map(classes: int = 10, seed: int = 0) -> torch.Tensor:
+    return encode_label_map(torch.randn(classes, 18, 18, generator=torch.Generator().manual_seed(seed)))
+
+
+# ---------------------------------------------------------------------------------------------- dense targets
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("samples", [slice(None), slice(2, 3)], ids=["batch", "single"])
+def test_dense_targets_equal_the_golden_ones(size, swapped, samples):
+    expected = GOLDEN[f"target_{'swapped_' if swapped else ''}{size}"][samples]
+    found = dense_targets(golden_record(samples), GOLDEN_CLASSES, size, 0.1, swapped)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_targets_stay_float32_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = dense_targets(golden_record(), GOLDEN_CLASSES, 7)
+    np.testing.assert_allclose(found, GOLDEN["target_7"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (12, 12), (5, 9), (24, 24)])
+def test_without_geometric_augmentation_regions_are_torchvisions_roi_align(size):
+    generator = torch.Generator().manual_seed(1)
+    extent = torch.rand(40, 2, generator=generator) * 0.75 + 0.25
+    corner = torch.rand(40, 2, generator=generator) * (1 - extent)
+    values = 5 * torch.randn(40, 5, 18, 18, generator=generator)
+    indices = torch.rand(40, 30, 18, 18, generator=generator).topk(5, dim=1).indices
+    record = {"values": values, "indices": indices.int(), "crop": torch.cat([corner, extent], 1),
+              "affines": torch.eye(2, 3).expand(40, 1, 2, 3)}
+
+    boxes = torch.cat([corner.flip(1), (corner + extent).flip(1)], 1) * 18 - 0.5
+    boxes = torch.cat([torch.arange(40.0)[:, None], boxes], 1)
+    dense = torch.zeros(40, 30, 18, 18).scatter_(1, indices, values)
+    expected = roi_align(dense, boxes, size, aligned=False).flatten(2)
+    torch.testing.assert_close(region_logits(record, 30, [size]), expected, atol=1e-4, rtol=0)
+
+
+def test_regions_without_any_image_get_the_uniform_distribution():
+    record = golden_record()
+    record["affines"] = torch.tensor([[1.0, 0, 1.5], [0, 1, 0]]).expand(4, 1, 2, 3)
+    targets = dense_targets(record, GOLDEN_CLASSES, 7, smoothing=0)
+    torch.testing.assert_close(targets[..., 1:], torch.full_like(targets[..., 1:], 1 / GOLDEN_CLASSES))
+
+
+def test_a_class_that_the_data_lacks_is_refused():
+    with pytest.raises(UserError, match="--token-label-data: a label map names class 23, and there are 20"):
+        dense_targets(golden_record(), 20, 7)
+
+
+# ----------------------------------------------------------------------------------------------- augmentation
+
+
+def painted(width: int, height: int, negative: bool = False) -> tuple[Image.Image, torch.Tensor]:
+    """An image whose red says x and green y, as fractions, and whose blue is full; and a map whose logits of
+    classes 0, 1, 2 say the same. negative: red says 1 - x, green 1 - y in the image."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    if negative:
+        x, y = 1 - x, 1 - y
+    image = np.stack([x * 255, y * 255, np.full_like(x, 255)], axis=-1).round().astype(np.uint8)
+    cells = (torch.arange(18) + 0.5) / 18
+    logits = torch.zeros(5, 18, 18)
+    logits[0], logits[1], logits[2] = cells, cells[:, None], 1
+    return Image.fromarray(image), torch.stack([logits, torch.arange(5.0)[:, None, None].expand(5, 18, 18)])
+
+
+def augmentation(*middle, crop=True, flips=0.0) -> transforms.Compose:
+    """A training transform to pixels, black where there is no image."""
+    first = RandomResizedCropAndInterpolation(SIDE, scale=(0.4, 1.0), interpolation="bicubic") if crop else \
+        RandomResizedCropAndInterpolation(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
+    flip = [transforms.RandomHorizontalFlip(flips), transforms.RandomVerticalFlip(flips)]
+    return transforms.Compose([first, *flip, *middle, transforms.PILToTensor()])
+
+
+def operation(name: str, magnitude: float) -> AugmentOp:
+    black = {"translate_const": 50, "img_mean": (0, 0, 0)}
+    return AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=black)
+
+
+def assert_aligned(transform: transforms.Compose, seed: int, size: tuple[int, int] = (200, 150)) -> None:
+    """The image and its map, augmented together, say the same at every token; so does every pixel."""
+    traced = TokenLabelTransform(transform)
+    with seeded("aligned", seed):
+        image, record = traced(*painted(*size), label=3)
+    with seeded("aligned", seed):
+        negative, _ = traced(*painted(*size, negative=True), label=3)
+    colours, negative = image.float() / 255, negative.float() / 255
+    colours[:2] = (colours[:2] + colours[2:] - negative[:2]) / 2  # Pillow rounds down; that cancels
+    found = region_logits(default_collate([record]), 5, [TOKENS]).view(5, *TOKENS)
+    blocks = colours.unflatten(1, (7, 16)).unflatten(3, (7, 16)).mean((2, 4))
+    whole = blocks[2] > 0.9999
+    # 0.012: within half a map cell of the image's edge the map is flat; a token is 0.14 wide.
+    assert torch.allclose(blocks[:2, whole], found[:2, whole], atol=0.012, rtol=0)
+    assert (found[2, whole] > 0.999).all()
+    assert (blocks[2] - found[2]).abs().max() < 0.35  # partly outside; a token has 9 samples to say so
+    assert (found[:3, blocks[2] < 0.0001] == 0).all()
+    assert_pixels_come_from_where_the_record_says(colours, record)
+
+
+def assert_pixels_come_from_where_the_record_says(colours: torch.Tensor, record: dict) -> None:
+    inside = -max_pool2d(-pad(colours[2:], [4] * 4), 9, stride=1)[0] > 0.9999  # with its neighbourhood
+    if inside.sum() < 100:
+        return
+    row, column = torch.nonzero(inside, as_tuple=True)
+    places = (torch.stack([column, row]) + 0.5) / SIDE
+    to_crop = record["affines"][0]
+    in_crop = to_crop[:, :2] @ places + to_crop[:, 2:]
+    y, x, height, width = record["crop"]
+    source = torch.stack([x, y])[:, None] + in_crop * torch.stack([width, height])[:, None]
+    difference = colours[:2, row, column] - source
+    assert difference.abs().max() < 0.01
+    assert difference.mean(1).abs().max() < 0.0021  # half a level of 8 bits; half a pixel is 0.0045
+
+
+@pytest.mark.parametrize("magnitude", [0, 1, 5, 9, 10])
+@pytest.mark.parametrize("name", sorted(GEOMETRIC_OPS))
+def test_the_map_stays_aligned_under_every_geometric_operation(name, magnitude):
+    for seed in range(4):  # both directions, both interpolations
+        assert_aligned(augmentation(RandAugment([operation(name, magnitude)], 1), crop=seed > 1), seed)
+
+
+def test_the_map_stays_aligned_under_crops_and_flips():
+    for seed in range(12):
+        assert_aligned(augmentation(flips=0.5), seed, size=[(200, 150), (120, 260)][seed % 2])
+
+
+def test_the_map_stays_aligned_under_compositions():
+    ops = [operation(name, 6) for name in GEOMETRIC_OPS]
+    for seed in range(25):
+        assert_aligned(augmentation(RandAugment(ops, 3), flips=0.5), seed)
+
+
+def test_the_map_stays_aligned_under_a_padded_crop():
+    crop = transforms.Compose([transforms.Resize((SIDE, SIDE)), transforms.RandomCrop(SIDE, padding=28)])
+    for seed in range(6):
+        assert_aligned(transforms.Compose([crop, transforms.PILToTensor()]), seed)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAME_TO_OP) - set(GEOMETRIC_OPS)))
+def test_timms_other_operations_move_nothing(name):
+    """One that did would not commute with flips."""
+    image = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 80).rotate(30).convert("RGB")
+    with seeded(name):
+        expected = np.asarray(operation(name, 8)(image), dtype=int)
+    for turn in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+        with seeded(name):
+            changed = operation(name, 8)(image.transpose(turn)).transpose(turn)
+        assert np.abs(np.asarray(changed, dtype=int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("options", [
+    {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "re_prob": 0.5, "re_mode": "pixel"},
+    {"auto_augment": "rand-m15-n4-mmax20-tweights", "interpolation": "bicubic", "vflip": 0.5},
+    {"auto_augment": "original-mstd0.5", "interpolation": "bilinear", "normalize": False},
+    {"auto_augment": None, "color_jitter": 0.4, "interpolation": "bicubic"},
+], ids=["recipe", "weighted", "autoaugment", "jitter"])
+def test_images_are_those_of_timms_transform(options):
+    transform = create_transform(64, is_training=True, **options)
+    traced = TokenLabelTransform(transform)
+    photo, label_map = painted(90, 120)
+    moved = 0
+    for seed in range(20):
+        with seeded(seed):
+            expected = transform(photo)
+        with seeded(seed):
+            image, record = traced(photo, label_map, 1)
+        assert torch.equal(image, expected)
+        moved += not torch.equal(record["affines"][0], torch.eye(2, 3))
+    assert moved >= 5
+
+
+def test_a_padded_crops_image_is_torchvisions():
+    transform = transforms.Compose([transforms.RandomCrop(64, padding=8), transforms.PILToTensor()])
+    photo, label_map = painted(64, 64)
+    for seed in range(5):
+        with seeded(seed):
+            expected = transform(photo)
+        with seeded(seed):
+            assert torch.equal(TokenLabelTransform(transform)(photo, label_map, 1)[0], expected)
+
+
+def test_transforms_of_which_the_geometry_is_unknown_are_refused():
+    with pytest.raises(UserError, match="augmix"):
+        TokenLabelTransform(create_transform(64, is_training=True, auto_augment="augmix-m5"))
+    with pytest.raises(ValueError, match="RandomPerspective"):
+        TokenLabelTransform(transforms.Compose([transforms.RandomPerspective()]))
+
+
+def test_the_transform_reaches_worker_processes_whole():
+    transform = create_transform(32, is_training=True, auto_augment="rand-m9-mstd0.5-inc1")
+    transform = TokenLabelTransform(transform)
+    copied = pickle.loads(pickle.dumps(transform))
+    with seeded(1):
+        expected = transform(*painted(40, 40), 2)[1]
+    with seeded(1):
+        assert torch.equal(copied(*painted(40, 40), 2)[1]["affines"], expected["affines"])
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("classes, dtype", [(3, torch.float16), (2048, torch.float16), (3000, torch.float32)])
+def test_class_indices_are_exact_for_any_number_of_classes(tmp_path, classes, dtype):
+    logits = torch.randn(classes, 18, 18, generator=torch.Generator().manual_seed(0))
+    logits[-1] += 50  # the largest index has to be among the five
+    torch.save(encode_label_map(logits), tmp_path / "1.pt")
+    found = read_label_map(tmp_path / "1.pt", classes)
+    assert found.dtype == dtype and found.shape == MAP_SHAPE
+    order = logits.argsort(0, descending=True)[: min(classes, 5)]
+    assert torch.equal(found[1, : len(order)].long(), order)
+    torch.testing.assert_close(found[0, : len(order)].float(), logits.gather(0, order), atol=1e-3, rtol=1e-3)
+
+
+def test_a_map_in_torchs_old_format_is_read(tmp_path):
+    torch.save(small_map(), tmp_path / "1.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_label_map(tmp_path / "1.pt"), small_map())
+
+
+def with_index(value: float) -> torch.Tensor:
+    label_map = small_map().float()
+    label_map[1, 0, 0, 0] = value
+    return label_map
+
+
+@pytest.mark.parametrize("content, reason", [
+    (torch.zeros(2, 5, 14, 14), "its shape is"),
+    ([1, 2], "it holds a list"),
+    ({"map": torch.zeros(MAP_SHAPE)}, "it holds a dict"),
+    (small_map() * float("nan"), "not finite"),
+    (with_index(-1), "class indices"),
+    (with_index(0.5), "class indices"),
+    (with_index(10), "names class 10, and there are 10"),
+    (Path("x"), "damaged"),
+], ids=["shape", "list", "dict", "nan", "negative", "fraction", "class", "object"])
+def test_what_is_not_a_label_map_is_named(tmp_path, content, reason):
+    torch.save(content, tmp_path / "1.pt")
+    with pytest.raises(UserError, match=reason) as error:
+        read_label_map(tmp_path / "1.pt", num_classes=10)
+    assert str(tmp_path / "1.pt") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_bytes_are_noticed(tmp_path):
+    path = tmp_path / "1.pt"
+    buffer = io.BytesIO()
+    torch.save(small_map(), buffer)
+    whole = buffer.getvalue()
+    rng = np.random.default_rng(0)
+    start = whole.index(small_map().numpy().tobytes())
+    damaged = [whole[:cut] for cut in rng.integers(0, len(whole) - 1, 20)]
+    for position in rng.integers(start, start + 6480, 40):
+        flipped = bytes([whole[position] ^ 1 << rng.integers(8)])
+        damaged.append(whole[:position] + flipped + whole[position + 1:])
+    for content in [b"", b"not a map", *damaged]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            read_label_map(path)
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "1.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+    with pytest.raises(UserError, match="unpacks to far more"):
+        read_label_map(tmp_path / "1.pt")
+
+
+class Images:
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def path(self, index):
+        return f"/data/train/class{index % 2}/{index}.JPEG"
+
+
+@pytest.fixture
+def maps(tmp_path):
+    for index in range(30):
+        folder = tmp_path / f"class{index % 2}"
+        folder.mkdir(exist_ok=True)
+        torch.save(small_map(), folder / f"{index}.pt")
+    return tmp_path
+
+
+def test_missing_and_damaged_maps_are_named_before_training(maps):
+    check_label_maps(Images(30), maps, num_classes=10)
+    with pytest.raises(UserError, match="names class 9, and there are 9"):
+        check_label_maps(Images(30), maps, num_classes=9)
+    with pytest.raises(UserError, match=f"2 of 32 label .*{maps}/class0/30.pt, {maps}/class1/31.pt;"):
+        check_label_maps(Images(32), maps, num_classes=10)
+    (maps / "class1" / "17.pt").write_bytes((maps / "class1" / "17.pt").read_bytes()[:500])
+    with pytest.raises(UserError, match="1 of 30 .* cut short: .*class1/17.pt"):
+        check_label_maps(Images(30), maps, num_classes=10)
+    torch.save(torch.zeros(3, 5, 18, 18), maps / "class1" / "17.pt")
+    with pytest.raises(UserError, match="class1/17.pt: not a label map"):
+        check_label_maps(Images(30), maps, num_classes=10)
+    with pytest.raises(UserError, match="no such folder"):
+        check_label_maps(Images(30), maps / "nowhere", num_classes=10)
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+
+class Labelled(torch.nn.Module):
+    token_label = True
+
+    def __init__(self, grid):
+        super().__init__()
+        self.token_label_size = grid
+
+
+def test_the_label_size_follows_the_model_and_a_contradiction_says_the_right_one():
+    assert token_label_size(Labelled((7, 7))) == token_label_size(Labelled((7, 7)), 7) == (7, 7)
+    assert token_label_size(Labelled((7, 9))) == (7, 9)
+    with pytest.raises(UserError, match="--token-label-size 14: .* it is 7"):
+        token_label_size(Labelled((7, 7)), 14)
+    with pytest.raises(UserError, match="the grid is 7x9"):
+        token_label_size(Labelled((7, 9)), 7)
+    with pytest.raises(UserError, match="--token-label: this model"):
+        token_label_size(torch.nn.Linear(2, 2))
