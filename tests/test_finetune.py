@@ -1,0 +1,159 @@
+"""Fine-tuning and transfer: what is loaded, what is new, what is trained."""
+
+import pytest
+import torch
+
+import engine
+import main_transfer
+from cli import parse_args
+from tiny_runs import DIGITS, TINY, TINY_SVT, last, train
+from utils import Distributed, UserError
+
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """They take as long as the training does here."""
+    monkeypatch.setattr(engine.RunDirectory, "_draw", lambda *_: None)
+
+
+EPOCH = ["--epochs", "1", "--mixup", "0", "--cutmix", "0"]
+STILL = [*EPOCH, "--lr", "0", "--min-lr", "0", "--warmup-lr", "0", "--weight-decay", "0"]
+
+
+def transfer(directory, *flags, model=TINY):
+    return train(directory, *flags, model=model, main=main_transfer.main)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pretrained")
+    train(directory, *EPOCH)
+    return directory / "checkpoint_last.pth"
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def changed(a, b):
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def test_the_classifier_stays_where_the_classes_agree(tmp_path, pretrained, capsys):
+    train(tmp_path, *STILL, "--finetune", str(pretrained))
+    assert not changed(weights(pretrained), last(tmp_path)["model"])
+    assert "not from it: nothing" in capsys.readouterr().out
+
+
+def test_other_classes_get_a_new_classifier_and_it_is_said(tmp_path, pretrained, capsys):
+    """As many, but others: the numbers alone would not tell."""
+    train(tmp_path, *STILL, "--finetune", str(pretrained), "--classes", "2,3")
+    assert changed(weights(pretrained), last(tmp_path)["model"]) == {"head.weight", "head.bias"}
+    assert "not from it: head.weight, head.bias" in capsys.readouterr().out
+
+
+def test_transfer_always_begins_with_a_new_classifier(tmp_path, pretrained):
+    transfer(tmp_path, *STILL, "--finetune", str(pretrained))
+    assert "head.weight" in changed(weights(pretrained), last(tmp_path)["model"])
+
+
+def test_transfer_from_a_token_label_model_drops_both_heads(tmp_path):
+    args = parse_args(TINY_SVT, {}, "test")
+    labelled = engine.create_model(args.arch, 5, args.input_size, args.model_kwargs | {"token_label": True})
+    torch.save({"model": labelled.state_dict()}, tmp_path / "labelled.pth")
+    transfer(tmp_path / "run", *STILL, "--freeze-bn", "--finetune", str(tmp_path / "labelled.pth"), model=TINY_SVT)
+    assert changed(last(tmp_path / "run")["model"], labelled.state_dict() | {
+        name: torch.empty(0) for name in ("head.weight", "head.bias")}) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1", "num_heads=2"], "missing: blocks.2.norm1.weight"),
+    (["--model-kwargs", "embed_dim=48", "depth=2", "alpha=1", "num_heads=2"], "of another shape"),
+    (TINY_SVT[len(DIGITS):], "missing"),
+])
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, pretrained, flags, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        transfer(tmp_path, *EPOCH, "--finetune", str(pretrained), *flags)
+    assert str(pretrained) in str(caught.value) and not (tmp_path / "log.txt").exists()
+
+
+def test_another_input_size_is_resized_to(tmp_path, pretrained):
+    train(tmp_path, *STILL, "--finetune", str(pretrained), "--input-size", "64")
+    resized = last(tmp_path)["model"]
+    assert resized["pos_embed"].shape[1] == 16 and weights(pretrained)["pos_embed"].shape[1] == 4
+    assert torch.equal(resized["head.weight"], weights(pretrained)["head.weight"])
+
+
+def modes(flags, model=TINY_SVT):
+    args = parse_args([*model, *flags], {}, "test")
+    net = engine.create_model(args.arch, 2, args.input_size, {"drop_path_rate": 0.1} | engine.full_model_kwargs(args))
+    engine.freeze_layers(net, args.freeze_at)
+    engine.set_mode(net, args)
+    return net
+
+
+def training(net, kind):
+    return {module.training for module in net.modules() if type(module).__name__ == kind}
+
+
+def test_fine_tuning_keeps_the_model_in_evaluation_mode_unless_asked():
+    assert training(modes(["--finetune", "x"]), "BatchNorm2d") == {False}
+    assert training(modes(["--finetune", "x"]), "DropPath") == {False}
+    assert training(modes(["--finetune", "x", "--finetune-mode", "train"]), "BatchNorm2d") == {True}
+    assert training(modes([]), "BatchNorm2d") == {True}
+
+
+def test_token_labels_can_be_fine_tuned_on_in_evaluation_mode():
+    """Only the root is in training mode: it returns what the token-label loss needs."""
+    net = modes(["--finetune", "x", "--token-label", "--token-label-data", "maps"])
+    assert training(net, "BatchNorm2d") == training(net, "DropPath") == {False}
+    outputs = net(torch.zeros(2, 3, 32, 32), box=(0, 0, 1, 1))
+    assert [tuple(logits.shape) for logits in outputs[:2]] == [(2, 2), (2, 1, 2)]
+
+
+def test_frozen_batch_norms_use_their_stored_statistics():
+    assert training(modes(["--freeze-bn"]), "BatchNorm2d") == {False}
+    assert training(modes(["--freeze-bn"]), "DropPath") == {True}
+
+
+def test_frozen_layers_stay_and_the_others_learn(tmp_path, pretrained):
+    transfer(tmp_path, *EPOCH, "--finetune", str(pretrained), "--freeze-at", "2")
+    moved = changed(weights(pretrained), last(tmp_path)["model"])
+    assert not any(name.startswith(("pos_embed", "patch_embed", "blocks.0.")) for name in moved)
+    assert any(name.startswith("blocks.1.") for name in moved)
+
+
+def test_a_frozen_stem_keeps_its_batch_statistics():
+    net = modes(["--freeze-at", "1"])
+    assert not any(weight.requires_grad for weight in net.stem.parameters())
+    assert training(net.stem, "BatchNorm2d") == {False}
+
+
+def test_more_layers_than_there_are_cannot_be_frozen():
+    with pytest.raises(UserError, match="--freeze-at 99: the model has"):
+        modes(["--freeze-at", "99"])
+
+
+@pytest.mark.parametrize("model", [TINY, TINY_SVT])
+def test_the_rate_falls_by_a_factor_a_layer_from_the_head_to_the_stem(model):
+    args = parse_args([*model, "--layer-decay", "0.5", "--unscale-lr", "--lr", "1"], {}, "test")
+    net = engine.create_model(args.arch, 2, args.input_size, args.model_kwargs)
+    optimizer = engine.build_optimizer(args, net, Distributed())
+    engine.build_scheduler(args, optimizer).step(0)
+    names = {weight: name for name, weight in net.named_parameters()}
+    rates = {names[weight]: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    layers = engine.layers_of(net)
+    assert len(rates) == len(names)
+    for number, (_, members) in enumerate(sorted(layers.items())):
+        expected = max(rates.values()) * 0.5 ** (len(layers) - 1 - number)
+        assert [rates[name] for name in members] == pytest.approx([expected] * len(members))
+
+
+def test_resuming_a_fine_tuning_does_not_need_its_first_weights(tmp_path, pretrained):
+    copy = tmp_path / "first.pth"
+    copy.write_bytes(pretrained.read_bytes())
+    flags = ["--finetune", str(copy), "--mixup", "0", "--cutmix", "0"]
+    transfer(tmp_path / "run", "--epochs", "1", *flags)
+    copy.unlink()
+    assert len(transfer(tmp_path / "run", "--epochs", "2", *flags, "--resume", "auto")) == 2

@@ -1,0 +1,65 @@
+"""The learning rate over a run: the published one to the last digit, scaled by the images an update."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli import parse_args
+from engine import build_optimizer, build_scheduler
+from utils import Distributed, UserError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/lr_schedule.json").read_text())
+
+
+def parse(*words):
+    return parse_args(words, {}, "test")
+
+
+def tiny():
+    return torch.nn.Linear(2, 2)
+
+
+def test_published_learning_rates_come_out_for_all_epochs():
+    args = parse("--epochs", "320", "--batch-size", str(GOLDEN["batch_size_per_gpu"]))
+    optimizer = build_optimizer(args, tiny(), Distributed(world_size=GOLDEN["gpus"]))
+    scheduler = build_scheduler(args, optimizer)
+    rates = []
+    for epoch in range(args.epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+    assert rates == pytest.approx(GOLDEN["train_lr"], rel=1e-12, abs=0)
+
+
+def test_cooldown_runs_at_the_smallest_rate():
+    args = parse("--epochs", "3", "--warmup-epochs", "1", "--cooldown-epochs", "2")
+    optimizer = build_optimizer(args, tiny(), Distributed())
+    scheduler = build_scheduler(args, optimizer)
+    rates = []
+    for epoch in range(args.epochs + args.cooldown_epochs):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[3:] == [args.min_lr] * 2 and rates[2] > args.min_lr
+
+
+@pytest.mark.parametrize(("processes", "words", "expected"), [
+    (1, [], 5e-4 * 128 / 512),
+    (3, ["--accum-iter", "4"], 5e-4 * 128 * 3 * 4 / 512),
+    (8, ["--unscale-lr"], 5e-4),
+])
+def test_the_rate_counts_processes_and_accumulation(processes, words, expected):
+    optimizer = build_optimizer(parse(*words), tiny(), Distributed(world_size=processes))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-15)
+
+
+def test_only_weights_with_two_axes_decay():
+    groups = build_optimizer(parse(), tiny(), Distributed()).param_groups
+    assert {group["weight_decay"]: [weight.ndim for weight in group["params"]] for group in groups} == \
+        {0.0: [1], 0.05: [2]}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("fusedlamb", "github.com/NVIDIA/apex"), ("adamww", "no such")])
+def test_an_optimiser_that_is_not_there_says_what_to_do(name, expected):
+    with pytest.raises(UserError, match=expected):
+        build_optimizer(parse("--opt", name), tiny(), Distributed())

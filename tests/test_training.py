@@ -1,0 +1,301 @@
+"""Training end to end on a few handwritten digits, in this process."""
+
+import json
+import math
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+import main_svt
+from cli import parse_args
+from tiny_runs import DIGITS, TINY, TINY_SVT, assert_same, last, rows, timeless, train
+from utils import Distributed, Interrupted, NonFiniteError, UserError
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """They take as long as the training does here."""
+    monkeypatch.setattr(engine.RunDirectory, "_draw", lambda *_: None)
+
+
+def trained_state(directory):
+    state = last(directory)
+    return {name: state[name] for name in
+            ("model", "model_ema", "optimizer", "epoch", "step", "updates", "meters", "best_acc1", "best_epoch")
+            if name in state}
+
+
+def signal_at(monkeypatch, function, call, signum=signal.SIGTERM):
+    """Send this process a signal during the given call of engine's function."""
+    original, calls = getattr(engine, function), []
+
+    def watched(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signum)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(engine, function, watched)
+    return calls
+
+
+def test_a_run_learns_and_leaves_its_files(tmp_path):
+    log = train(tmp_path, "--epochs", "3", "--mixup", "0", "--cutmix", "0", "--checkpoint-epochs", "2")
+    assert log[-1]["train_loss"] < log[0]["train_loss"] - 0.1
+    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"} <= set(log[0])
+    assert [row["epoch"] for row in log] == [0, 1, 2]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"checkpoint_last.pth", "checkpoint_best.pth", "checkpoint_0002.pth", "args.yaml"} <= names
+    state = torch.load(tmp_path / "checkpoint_best.pth", weights_only=True)
+    assert state["arch"] == "spectformer_ti" and state["class_names"] == ["0", "7"]
+    assert state["best_acc1"] == max(row["test_acc1"] for row in log)
+    assert state["model_kwargs"]["embed_dim"] == 32 and state["input_size"] == [32, 32]
+
+
+def test_two_runs_with_one_seed_are_the_same_bits_for_any_number_of_workers(tmp_path):
+    flags = ["--epochs", "1", "--drop-path", "0.3", "--aa", "rand-m5", "--reprob", "0.25"]
+    logs = [train(tmp_path / workers, *flags, "--num-workers", workers) for workers in ("0", "2")]
+    assert timeless(logs[0]) == timeless(logs[1])
+    assert_same(trained_state(tmp_path / "0"), trained_state(tmp_path / "2"))
+
+
+RESUMED = ["--epochs", "2", "--drop-path", "0.2", "--accum-iter", "2", "--model-ema", "--model-ema-decay", "0.9",
+           "--model-ema-warmup", "--batch-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return train(directory, *RESUMED), trained_state(directory)
+
+
+@pytest.mark.parametrize(("function", "call"), [("step_loss", 13), ("count", 2), ("count", 5), ("log_row", 2)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, uninterrupted, function, call):
+    """Within an accumulation, in evaluation (the model's, the average's), between two epochs."""
+    with monkeypatch.context() as patch:
+        signal_at(patch, function, call)
+        with pytest.raises(Interrupted) as caught:
+            train(tmp_path, *RESUMED)
+    assert caught.value.exit_code == 143
+    log = train(tmp_path, *RESUMED, "--resume", "auto")
+    assert timeless(log) == timeless(uninterrupted[0])
+    assert_same(trained_state(tmp_path), uninterrupted[1])
+
+
+def test_a_run_stopped_in_evaluation_resumes_with_the_evaluation(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, "count", 1, signal.SIGINT)
+        with pytest.raises(Interrupted) as caught:
+            train(tmp_path, "--epochs", "1")
+    assert caught.value.exit_code == 130 and last(tmp_path)["step"] == 4
+    steps = signal_at(monkeypatch, "step_loss", -1)
+    assert len(train(tmp_path, "--epochs", "1", "--resume", "auto")) == 1
+    assert not steps
+
+
+def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
+    """Killed between log and checkpoint: the epoch is trained again, from the checkpoint within it."""
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    expected = train(tmp_path / "whole", "--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.RunDirectory, "keep_best", killed)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", "--epochs", "2", "--checkpoint-steps", "3")
+    assert len(rows(tmp_path / "killed")) == 1 and last(tmp_path / "killed")["step"] == 3
+    assert timeless(train(tmp_path / "killed", "--epochs", "2", "--resume", "auto")) == timeless(expected)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_loss_or_gradient_changes_nothing_and_names_the_samples(tmp_path, monkeypatch, where):
+    train(tmp_path, "--epochs", "1")
+    before = last(tmp_path)["model"]
+    original, weights = engine.step_loss, {}
+
+    def poisoned(trainer, batch, epoch, step):
+        loss = original(trainer, batch, epoch, step)
+        if (epoch, step) == (1, 2):
+            weights.update(model=trainer.model, copy=[p.detach().clone() for p in trainer.model.parameters()])
+            # The infinite slope at 0 of the square root: a finite loss with a gradient that is not.
+            loss = loss * math.inf if where == "loss" else loss + (loss - loss.detach()).abs().sqrt()
+        return loss
+
+    monkeypatch.setattr(engine, "step_loss", poisoned)
+    with pytest.raises(NonFiniteError, match=r"epoch 1, step 2, lr 0\.00.*DIGITS/train\[\d+\], ") as caught:
+        train(tmp_path, "--epochs", "2", "--resume", "auto")
+    assert caught.value.exit_code == 4 and where in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(weights["model"].parameters(), weights["copy"], strict=True))
+    assert_same(last(tmp_path)["model"], before)
+
+
+def test_an_image_that_makes_its_own_logits_nan_is_the_one_named(tmp_path, monkeypatch):
+    original = engine.as_input
+
+    def poisoned(images, *args):
+        images = original(images, *args).clone()
+        if len(images) == 64:
+            images[5] = math.nan
+        return images
+
+    monkeypatch.setattr(engine, "as_input", poisoned)
+    with pytest.raises(NonFiniteError) as caught:
+        train(tmp_path, "--epochs", "1", "--mixup", "0", "--cutmix", "0")
+    assert str(caught.value).count("DIGITS/train[") == 1
+
+
+def test_an_fp16_overflow_skips_the_update_and_nothing_else_moves(tmp_path, monkeypatch):
+    original, seen = engine.update, []
+
+    def overflowing(trainer, loss, batches, step):
+        if step == 2:
+            next(trainer.model.parameters()).grad.fill_(math.inf)
+            before = [p.detach().clone() for p in trainer.ema.module.parameters()], trainer.scaler.get_scale()
+        result = original(trainer, loss, batches, step)
+        if step == 2:
+            after = list(trainer.ema.module.parameters())
+            seen.append(all(torch.equal(a, b) for a, b in zip(before[0], after, strict=True)))
+            seen.append(trainer.scaler.get_scale() < before[1])
+        return result
+
+    monkeypatch.setattr(engine, "update", overflowing)
+    row, = train(tmp_path, "--epochs", "1", "--amp", "fp16", "--model-ema")
+    assert seen == [True, True]
+    assert row["overflows"] == 1 and last(tmp_path)["updates"] == 3 and math.isfinite(row["grad_norm"])
+
+
+def test_bf16_trains(tmp_path):
+    row, = train(tmp_path, "--epochs", "1", "--amp", "bf16")
+    assert math.isfinite(row["train_loss"])
+    assert all(value.dtype != torch.bfloat16 for value in last(tmp_path)["model"].values())
+
+
+EXACT = ["--dtype", "float64", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--epochs", "1"]
+
+
+def largest_difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a if a[name].is_floating_point())
+
+
+@pytest.mark.parametrize("model", [TINY, [*TINY_SVT, "--freeze-bn"]], ids=["vanilla", "pyramid"])
+def test_accumulation_checkpointing_and_layout_leave_the_weights_the_same(tmp_path, model):
+    ways = {"plain": [], "accumulated": ["--batch-size", "16", "--accum-iter", "4"],
+            "saving": ["--grad-checkpointing", "--channels-last"]}
+    for name, flags in ways.items():
+        train(tmp_path / name, *EXACT, *flags, model=model)
+    plain = last(tmp_path / "plain")["model"]
+    for name in ("accumulated", "saving"):
+        assert largest_difference(plain, last(tmp_path / name)["model"]) <= 1e-10
+
+
+def test_the_average_is_evaluated_and_the_best_goes_by_it(tmp_path):
+    log = train(tmp_path, "--epochs", "2", "--model-ema", "--model-ema-decay", "0.5")
+    assert {"test_acc1_ema", "test_loss_ema"} <= set(log[0])
+    assert last(tmp_path)["best_acc1"] == max(row["test_acc1_ema"] for row in log)
+
+
+def test_evaluation_alone_prints_and_writes_nothing(tmp_path, capsys):
+    row, = train(tmp_path, "--epochs", "1")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    train(tmp_path, "--eval", "--resume", str(tmp_path / "checkpoint_best.pth"))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["correct1"] == row["test_correct1"] and found["loss"] == pytest.approx(row["test_loss"], rel=1e-6)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_a_second_run_does_not_overwrite_the_first(one_epoch):
+    with pytest.raises(UserError, match="--resume auto"):
+        train(one_epoch, "--epochs", "1")
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("one_epoch")
+    train(directory, "--epochs", "1")
+    return directory
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    (["--arch", "spectformer-xs"], "its arch is spectformer_ti, this run's is spectformer_xs"),
+    (["--classes", "0,1,7"], "num_classes is 2, this run's is 3"),
+    (["--input-size", "48"], "input_size"),
+    (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1"], "its model_kwargs is"),
+    (["--model-ema"], "--no-model-ema"),
+    (["--opt", "sgd"], "--opt adamw"),
+    (["--batch-size", "32"], "--batch-size 64 --accum-iter 1; --batch-size 32 --accum-iter 2"),
+])
+def test_a_checkpoint_that_does_not_fit_is_told_and_kept(tmp_path, one_epoch, flags, expected):
+    shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "checkpoint_last.pth").read_bytes()
+    with pytest.raises(UserError, match=expected):
+        train(tmp_path, "--epochs", "2", *flags, "--resume", "auto")
+    assert (tmp_path / "checkpoint_last.pth").read_bytes() == before
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    torch.save({"model": {"head.weight": torch.zeros(1)}}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="--finetune begins a new run"):
+        train(tmp_path / "run", "--epochs", "1", "--resume", str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, (8, 4)), (2, (8, 2)), (3, None), (4, (8, 1)), (8, (4, 1))])
+def test_another_number_of_processes_keeps_the_images_of_an_update(processes, expected):
+    """From 4 processes of 8: mixup wants even batches, nobody gets a larger one than asked for."""
+    args = parse_args(["--batch-size", "8", "--resume", "file.pth"], {}, "test")
+    state = {"args": {"batch_size": 8, "accum_iter": 1}, "world_size": 4}
+    dist = Distributed(world_size=processes)
+    if expected is None:
+        with pytest.raises(UserError, match="these numbers can: 1, 2, 4, 8, 16, 32"):
+            engine.with_global_batch(args, state, dist)
+    else:
+        args = engine.with_global_batch(args, state, dist)
+        assert (args.batch_size, args.accum_iter) == expected
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
+def test_any_timm_model_trains(tmp_path, arch):
+    row, = train(tmp_path, "--epochs", "1", model=[*DIGITS, "--arch", arch])
+    assert row["n_parameters"] == sum(p.numel() for p in engine.create_model(arch, 2, (32, 32), {}).parameters())
+
+
+@pytest.mark.parametrize(("arch", "kwargs", "expected"), [
+    ("spectformer_xl", {}, "did you mean spectformer_xs"),
+    ("spectformer_ti", {"dept": 3}, "dept"),
+    ("spectformer_ti", {"embed_dim": 30, "num_heads": 4}, "30"),
+    ("test_vit", {"depths": 3}, "depths"),
+])
+def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        engine.create_model(arch, 10, (32, 32), kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_teacher_of_timm_distils_from_a_file(tmp_path, kind):
+    teacher = engine.create_model("test_vit", 2, (32, 32), {})
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    row, = train(tmp_path / "run", "--epochs", "1", "--distillation-type", kind, "--teacher-model", "test_vit",
+                 "--teacher-path", str(tmp_path / "teacher.pth"))
+    assert math.isfinite(row["train_loss"])
+    assert not any("teacher" in name for name in last(tmp_path / "run")["model"])
+
+
+def test_svt_trains_from_its_main_with_repeated_augmentation(tmp_path):
+    row, = train(tmp_path, "--epochs", "1", model=TINY_SVT, main=main_svt.main)
+    assert math.isfinite(row["train_loss"]) and row["samples_seen"] == 256
+
+
+def test_evaluation_counts_hits_among_the_first_one_and_five():
+    logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6, 7]])
+    targets = torch.tensor([0, 2, 0])
+    loss, correct1, correct5, images = engine.count(logits, targets).tolist()
+    assert (correct1, correct5, images) == (1, 2, 3)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item() * 3)
