@@ -41,7 +41,8 @@ from utils import Distributed, UserError, key_seed, seeded, tell
 __all__ = [
     "DATASETS", "BadImage", "Batch", "Data", "EvalLoader", "ImageArrays", "ImageDataset", "ImageFiles",
     "KeyedDataset", "KeyedSampler", "LoaderSettings", "SampleKey", "TrainLoader", "build_data",
-    "build_dataset", "build_eval", "build_transform", "evaluation_crop", "image_size", "read_image",
+    "build_dataset", "build_eval", "build_transform", "evaluation_batches", "evaluation_crop", "image_size",
+    "read_image",
 ]
 
 SMALL_INPUT = 32  # up to this size DeiT crops with padding instead of rescaling

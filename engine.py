@@ -261,7 +261,7 @@ def update(trainer: Trainer, loss: Tensor, batches: list[Batch], step: int) -> t
     signalled. An fp16 gradient that overflowed (its norm is not finite) changes no weight, only the scale.
 
     Raises:
-        NonFiniteError: on every process, for a loss or (but for fp16's overflows) a gradient that is not finite.
+        NonFiniteError: on every process, for a loss, or a gradient but for fp16's overflows, that is not finite.
     """
     args, dist, scaler = trainer.args, trainer.dist, trainer.scaler
     scaler.unscale_(trainer.optimizer)
@@ -527,7 +527,7 @@ def global_batch(args: argparse.Namespace, dist: Distributed) -> int:
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module | list[nn.Parameter],
                     dist: Distributed) -> torch.optim.Optimizer:
-    """timm's optimiser of that name for a model or for some weights; lr scaled linearly with the images an update
+    """timm's optimiser of that name for a model or some weights; lr scaled linearly with the images an update
     (Goyal et al. 2017)."""
     options = {"eps": args.opt_eps}
     if args.opt_betas is not None:
@@ -582,14 +582,15 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, data: Data, dist
     """The loss, called as ``criterion(images, outputs, targets)``."""
     teacher = None
     if args.distillation_type != "none":
-        teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, flag="--teacher-model")
-        load(teacher, checkpointing.weights(checkpointing.load(args.teacher_path)), args.teacher_path, new_head=False)
+        path, flag = args.teacher_path, "--teacher-model"
+        teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, flag)
+        load(teacher, checkpointing.weights(checkpointing.load(path)), path, new_head=False)
     loss = build_loss(
         num_classes=data.num_classes, smoothing=args.smoothing, soft_targets=mixes(args),
         token_size=token_label_size(model, args.token_label_size) if args.token_label else None,
-        swapped=args.token_label_crop == "reference", cls_weight=args.cls_weight, dense_weight=args.dense_weight,
-        ground_truth=args.ground_truth, teacher=teacher, distillation=args.distillation_type,
-        alpha=args.distillation_alpha, tau=args.distillation_tau)
+        swapped=args.token_label_crop == "reference", cls_weight=args.cls_weight,
+        dense_weight=args.dense_weight, ground_truth=args.ground_truth, teacher=teacher,
+        distillation=args.distillation_type, alpha=args.distillation_alpha, tau=args.distillation_tau)
     return loss.to(dist.device, precision.dtype)
 
 
@@ -602,7 +603,7 @@ def mixes(args: argparse.Namespace) -> bool:
 
 
 def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, Any] | None:
-    """The checkpoint that --resume names; without one, UserError if it would overwrite another run's files."""
+    """The checkpoint that --resume names; UserError if, without one, another run would be overwritten."""
     if args.resume == "auto":
         found = checkpointing.newest_valid(args.output_dir) if dist.is_main else None
         path = dist.broadcast_object(None if found is None else str(found[0]))
@@ -708,14 +709,14 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state.get("scaler", {}))
         check_optimizer_state(trainer)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # torch's ways to stumble
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {path}: {one_line(error)}") from error
     for name in asdict(progress):
         setattr(progress, name, state[name])
     progress.step = progress.step // state["args"]["accum_iter"] * trainer.args.accum_iter
     if progress.step > len(trainer.data.train):
-        raise UserError(f"--resume {path}: its step {progress.step} is beyond an epoch of these images, which has "
-                        f"{len(trainer.data.train)}")
+        raise UserError(f"--resume {path}: its step {progress.step} is beyond an epoch's "
+                        f"{len(trainer.data.train)}; is it of another data set?")
     if progress.epoch > 0:
         trainer.scheduler.step(progress.epoch - 1)
 
@@ -803,9 +804,10 @@ class Display:
             self._bar.update(trainer.args.accum_iter * self._images)
         elif step // trainer.args.accum_iter % trainer.args.print_freq == 0:
             seconds = (time.perf_counter() - self._began) / (step - self._first)
-            report(trainer.dist, f"epoch {trainer.progress.epoch} step {step}/{self._steps}: loss {loss:.4f}, "
-                                 f"lr {trainer.lr:.2e}, {self._images / seconds:.0f} images/s, "
-                                 f"{seconds * (self._steps - step):.0f} s to go")
+            report(trainer.dist,
+                   f"epoch {trainer.progress.epoch} step {step}/{self._steps}: loss {loss:.4f}, "
+                   f"lr {trainer.lr:.2e}, {self._images / seconds:.0f} images/s, "
+                   f"{seconds * (self._steps - step):.0f} s to go")
 
 
 def report(dist: Distributed, line: str) -> None:
@@ -820,7 +822,8 @@ def describe(trainer: Trainer) -> None:
     amp = f", autocast {precision.amp}" if precision.amp is not None else ""
     height, width = args.input_size
     report(dist, f"{models.resolve_arch(args.arch)}: {parameters(trainer.model):,} parameters, "
-                 f"{args.data_set} at {height}x{width}, {trainer.data.num_classes} classes, {dist.device}{amp}")
+                 f"{args.data_set} at {height}x{width}, {trainer.data.num_classes} classes, "
+                 f"{dist.device}{amp}")
     report(dist, f"{len(trainer.data.train)} steps an epoch, {global_batch(args, dist)} images an update, "
                  f"lr up to {max(trainer.scheduler.base_values):.3g}; files go to {args.output_dir}")
 

@@ -6,6 +6,7 @@ A data set here is an object with ``load(index) -> (RGB image, label)``, ``path(
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import io
@@ -16,6 +17,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
@@ -243,10 +245,6 @@ class Request:
     def missing(self, expected: str) -> UserError:
         return UserError(f"--data-set {self.name} --data-path {self.root}: expected {expected}")
 
-    def inside(self, folder: str) -> Path:
-        """The root for torchvision, which looks below it for this folder; --data-path may be the folder."""
-        return self.root.parent if self.root.name == folder else self.root
-
 
 def _digits(request: Request) -> ImageDataset:
     """scikit-learn's 1,797 handwritten digits, 8×8: 1,437 to train on and 360 to validate, by class."""
@@ -311,8 +309,7 @@ def _flowers(request: Request) -> ImageDataset:
     """
     if _first_folder(request.root, TRAIN_FOLDERS) or _first_folder(request.root, VAL_FOLDERS):
         return _folder(request)
-    parts = [_from_torchvision(vision.Flowers102, request, "flowers-102", split=split,
-                               download=request.download)
+    parts = [_from_torchvision(vision.Flowers102, request, split=split, download=request.download)
              for split in (("train", "val") if request.train else ("test",))]
     paths = [str(path) for part in parts for path in part._image_files]
     labels = [label for part in parts for label in part._labels]
@@ -327,36 +324,39 @@ def _cars(request: Request) -> ImageDataset:
                         "cars_test_annos_withlabels.mat, cars_train/*.jpg and cars_test/*.jpg")
     if (request.root / "cars_anno.pkl").is_file():
         return _cars_with_pickle(request)
-    data = _from_torchvision(vision.StanfordCars, request, "stanford_cars",
-                             split="train" if request.train else "test")
+    data = _from_torchvision(vision.StanfordCars, request, split="train" if request.train else "test")
     paths, labels = zip(*data._samples, strict=True)
     return ImageFiles(paths, labels, data.classes)
 
 
 def _pets(request: Request) -> ImageDataset:
-    data = _from_torchvision(vision.OxfordIIITPet, request, "oxford-iiit-pet",
-                             split="trainval" if request.train else "test", download=request.download)
+    data = _from_torchvision(vision.OxfordIIITPet, request, split="trainval" if request.train else "test",
+                             download=request.download)
     return ImageFiles([str(path) for path in data._images], data._labels, data.classes)
 
 
+# The folder that torchvision looks for below the root, and what has to be in it.
 _LAYOUTS = {
-    vision.CIFAR10: "cifar-10-batches-py/ of the Python version of CIFAR-10",
-    vision.CIFAR100: "cifar-100-python/ of the Python version of CIFAR-100",
-    vision.Flowers102: "flowers-102/jpg/*.jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat, "
-                       "or class folders in train/ and test/",
-    vision.StanfordCars: "stanford_cars/ with devkit/cars_meta.mat, devkit/cars_train_annos.mat, "
-                         "cars_test_annos_withlabels.mat, cars_train/ and cars_test/, or cars_anno.pkl with "
-                         "train/ and test/",
-    vision.OxfordIIITPet: "oxford-iiit-pet/images/ and oxford-iiit-pet/annotations/",
+    vision.CIFAR10: ("cifar-10-batches-py", "the Python version of CIFAR-10"),
+    vision.CIFAR100: ("cifar-100-python", "the Python version of CIFAR-100"),
+    vision.Flowers102: ("flowers-102", "jpg/*.jpg, imagelabels.mat and setid.mat (or, instead of it, class "
+                                       "folders in train/ and test/)"),
+    vision.StanfordCars: ("stanford_cars", "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_train/, "
+                                           "cars_test_annos_withlabels.mat and cars_test/ (or, instead of "
+                                           "it, cars_anno.pkl, train/ and test/)"),
+    vision.OxfordIIITPet: ("oxford-iiit-pet", "images/ and annotations/"),
 }
 
 
-def _from_torchvision(builder: type, request: Request, folder: str = "", **options: str | bool):
+def _from_torchvision(builder: type, request: Request, **options: str | bool) -> vision.VisionDataset:
+    """Open a data set of torchvision's. --data-path may also be the very folder that it looks for."""
+    folder, content = _LAYOUTS[builder]
+    root = request.root.parent if request.root.name == folder else request.root
     try:
-        return builder(str(request.inside(folder)), **options)
+        return builder(str(root), **options)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        hint = "; --download fetches it" if "download" in options and not request.download else ""
-        raise request.missing(f"{_LAYOUTS[builder]}{hint} ({one_line(error)})") from error
+        hint = "; --download fetches it" if options.get("download") is False else ""
+        raise request.missing(f"{folder}/ with {content}{hint} ({one_line(error)})") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -486,17 +486,17 @@ def _hugging_face(request: Request) -> ImageDataset:
 def _import_hugging_face() -> None:
     """Make ``import datasets``, as timm and the package itself write it, mean Hugging Face's package.
 
-    This module bears the same name. Names that the package does not have are looked up here, so that
-    ``from datasets import build_data`` goes on working.
+    This project has a module of that name. What the package lacks is looked up in it, so that
+    ``from datasets import build_data`` goes on working, and workers can unpickle its classes.
     """
-    ours = sys.modules[__name__]
+    ours = importlib.import_module("datasets")
     here = Path(__file__).resolve().parent
-    if sys.modules["datasets"] is not ours:
+    if Path(ours.__file__).resolve().parent != here:
         return
-    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != here]
     spec = importlib.machinery.PathFinder.find_spec("datasets", elsewhere)
     if spec is None or spec.loader is None:
-        raise UserError("--data-set hfds/…: needs Hugging Face's package: pip install datasets")
+        raise UserError("--data-set hfds/...: needs Hugging Face's package: pip install datasets")
     package = importlib.util.module_from_spec(spec)
     sys.modules["datasets"] = package
     try:
@@ -504,7 +504,7 @@ def _import_hugging_face() -> None:
     except BaseException:
         sys.modules["datasets"] = ours
         raise
-    package.__getattr__ = lambda name: getattr(ours, name)
+    package.__getattr__ = partial(getattr, ours)
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

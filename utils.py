@@ -74,7 +74,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 CONTROL_TIMEOUT = timedelta(minutes=60)
 # Seconds a rank has to end by itself once another one has.
 GRACE = 4.0
-# The same while it writes a file; and after a signal, on which the ranks have agreed: the main one then saves.
+# The same while it writes a file, and after a signal, on which the ranks agree before the main one saves.
 SAVE_GRACE = 300.0
 
 
@@ -192,7 +192,7 @@ class _JobGuard:
     def leave(self, code: int, text: str) -> None:
         """Say the last word of this rank, and see to it that it is heard."""
         self._leaving = True
-        # A signalled rank stays until rank 0 has saved: the launcher kills the others soon after the first ends.
+        # A signalled rank stays until rank 0 has saved: a launcher kills the others soon after one ends.
         deadline = time.monotonic() + (GRACE if self.rank == 0 else _patience(code))
         if self.rank == 0:
             self._record(code, text)

@@ -56,7 +56,7 @@ def flops_by_kind(model: nn.Module, input_size: int | Grid, in_chans: int = 3) -
     """Multiply-adds for one image of `input_size` pixels (a side, or height and width), by kind.
 
     "layers": linear layers and convolutions; "attention": products of tokens with tokens; "spectral":
-    transforms and blending, as executed. For models of this project. The model runs once in evaluation mode, where its weights are.
+    transforms and blending, as executed. For models of this project, which run once, where their weights are.
     """
     weight = next(model.parameters())
     image = torch.zeros(1, in_chans, *to_grid(input_size), device=weight.device, dtype=weight.dtype)

@@ -203,8 +203,12 @@ def _multiply(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
 
 @lru_cache
 def _library_transforms(dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    from pytorch_wavelets import DTCWTForward, DTCWTInverse
-
+    try:
+        from pytorch_wavelets import DTCWTForward, DTCWTInverse
+    except ImportError as error:
+        raise ImportError(
+            f"the backend 'pytorch_wavelets' needs that package with setuptools<81 and PyWavelets: {error}"
+        ) from error
     forward = DTCWTForward(J=1, biort="near_sym_b", qshift="qshift_b")
     inverse = DTCWTInverse(biort="near_sym_b", qshift="qshift_b")
     return forward.to(device, dtype), inverse.to(device, dtype)
@@ -215,6 +219,7 @@ class LibraryDTCWT(nn.Module):
 
     def __init__(self, grid_size: Grid):
         super().__init__()
+        _library_transforms(torch.float32, torch.device("cpu"))  # a missing package is an error here already
         self.set_grid_size(grid_size)
 
     def set_grid_size(self, grid_size: Grid) -> None:

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from test_original_checkpoints import VARIANTS, expected, images, original_weights
 
 import engine
 import main_spectformer
 from models import load_weights, sample_mix_box
-from test_original_checkpoints import VARIANTS, expected, images, original_weights
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).resolve().parent.parent
-DIGITS = ["--classes", "0,1,7", "--input-size", "32", "--batch-size", "64", "--num-workers", "2", "--epochs", "2",
+DIGITS = ["--classes", "0,1,7", "--input-size", "32", "--batch-size", "64", "--num-workers", "2",
           "--arch", "spectformer-ti", "--model-kwargs", "embed_dim=64", "depth=2", "alpha=1", "num_heads=2",
-          "--aa", "none", "--device", "cuda"]
+          "--epochs", "2", "--aa", "none", "--device", "cuda"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

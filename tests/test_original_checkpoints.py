@@ -183,23 +183,27 @@ def test_a_new_head_leaves_exactly_the_heads_untouched(family):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in heads.items())
 
 
-def wrong_files():
-    def without(name):
-        return lambda weights: {key: value for key, value in weights.items() if key != name}
-
-    return {
-        "missing": (without("block2.0.norm1.bias"), r"missing: stages\.1\.blocks\.0\.norm1\.bias"),
-        "half of q and kv": (without("block2.0.attn.kv.weight"), r"mixer\.qkv\.weight.*mixer\.q\.weight"),
-        "unexpected": (lambda w: w | {"block1.7.norm1.bias": torch.zeros(2)}, r"unexpected: stages\.0\.blocks\.7"),
-        "shape": (lambda w: w | {"norm3.bias": torch.zeros(3)}, r"stages\.2\.norm\.bias \(\(3,\), not \(32,\)\)"),
-        "no tensor": (lambda w: w | {"norm3.bias": "oops"}, r"stages\.2\.norm\.bias \(str"),
-        "empty": (lambda _: {}, "missing: .* more"),
-    }
+def without(name):
+    return lambda weights: {key: value for key, value in weights.items() if key != name}
 
 
-@pytest.mark.parametrize("fault", wrong_files())
+def with_entry(name, value):
+    return lambda weights: weights | {name: value}
+
+
+FAULTS = {
+    "missing": (without("block2.0.norm1.bias"), r"missing: stages\.1\.blocks\.0\.norm1\.bias"),
+    "half of q and kv": (without("block2.0.attn.kv.weight"), r"mixer\.qkv\.weight.*mixer\.q\.weight"),
+    "unexpected": (with_entry("block1.7.norm1.bias", torch.zeros(2)), r"unexpected: stages\.0\.blocks\.7"),
+    "shape": (with_entry("norm3.bias", torch.zeros(3)), r"stages\.2\.norm\.bias \(\(3,\), not \(32,\)\)"),
+    "no tensor": (with_entry("norm3.bias", "oops"), r"stages\.2\.norm\.bias \(str"),
+    "empty": (lambda _: {}, "missing: .* more"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_that_does_not_fit_is_refused_by_name_and_changes_nothing(fault):
-    spoil, message = wrong_files()[fault]
+    spoil, message = FAULTS[fault]
     model = small("svt")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(WeightMismatch, match=message) as error:
@@ -265,9 +269,9 @@ def test_timm_adapts_classes_channels_and_resolution(family, tmp_path):
     torch.save({"model": weights}, tmp_path / "weights.pth")
     model = create_pretrained(family, tmp_path / "weights.pth", num_classes=3, in_chans=1, img_size=96)
     assert model(torch.zeros(1, 1, 96, 96)).shape == (1, 3)
-    stem = next(weights[name] for name in ("patch_embed.proj.weight", "patch_embed1.conv.0.weight") if name in weights)
+    original = weights["patch_embed.proj.weight" if family == "vanilla" else "patch_embed1.conv.0.weight"]
     own = model.patch_embed.proj if family == "vanilla" else model.stem.conv[0]
-    assert torch.allclose(own.weight, stem.sum(1, keepdim=True), atol=1e-6)
+    assert torch.allclose(own.weight, original.sum(1, keepdim=True), atol=1e-6)
 
 
 def test_timm_builds_features_from_the_authors_files(tmp_path):

@@ -17,7 +17,7 @@ from utils import UserError, atomic_write, run_cli
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-set", default="DIGITS", help="a name that main_spectformer.py --data-set takes")
+    parser.add_argument("--data-set", default="DIGITS", help="a name that training takes")
     parser.add_argument("--data-path", default=None, help="where its files are (DIGITS needs none)")
     parser.add_argument("--count", type=int, default=5, help="how many, spread evenly over the data set")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write to")

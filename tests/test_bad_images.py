@@ -1,0 +1,284 @@
+"""Unreadable images: named and refused, or skipped and counted on request; odd ones decoded right."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_datasets import arguments, make_tree
+
+from datasets import BadImage, build_data, read_image
+from tools import verify_dataset
+from utils import Distributed, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(mode="RGB", size=(40, 30)) -> Image.Image:
+    ramp = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+    return Image.fromarray(ramp).convert(mode)
+
+
+def huge_png() -> bytes:
+    """A few bytes that claim to be 20,000 by 20,000 pixels."""
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+UNREADABLE = {
+    "empty": b"",
+    "text": b"<html>404 Not Found</html>",
+    "zeros": bytes(1000),
+    "truncated jpeg": encoded(photo(), "jpeg")[:-300],
+    "cut by a byte": encoded(photo(), "jpeg")[:-1],
+    "truncated png": encoded(photo(), "png")[:-200],
+    "header alone": encoded(photo(), "jpeg")[:20],
+    "bomb": huge_png(),
+    "floats": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "tiff"),
+    "integers": encoded(Image.fromarray(np.zeros((8, 8), np.int32)), "tiff"),
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+def test_unreadable_files_are_refused_by_name_in_one_line(tmp_path, content):
+    path = tmp_path / "image.JPEG"
+    path.write_bytes(content)
+    with pytest.raises(BadImage, match=f"^{path}: cannot be read as an image: ") as caught:
+        read_image(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "gone.jpg", tmp_path):
+        with pytest.raises(BadImage, match=str(path)):
+            read_image(str(path))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [
+    ("RGB", "jpeg"), ("L", "jpeg"), ("CMYK", "jpeg"), ("RGB", "png"), ("L", "png"), ("RGBA", "png"), ("LA", "png"),
+    ("P", "png"), ("1", "png"), ("RGB", "webp"), ("RGB", "bmp"), ("CMYK", "tiff"), ("P", "gif"),
+])
+@pytest.mark.parametrize("extension", ["JPEG", "png"])
+def test_odd_modes_and_wrong_extensions_give_the_pixels_of_torchvisions_loader(tmp_path, mode, kind, extension):
+    path = tmp_path / f"image.{extension}"
+    path.write_bytes(encoded(photo(mode), kind))
+    image = read_image(str(path))
+    with Image.open(path) as file:
+        expected = np.asarray(file.convert("RGB"))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), expected)
+    if kind in ("png", "bmp"):
+        assert np.array_equal(expected, np.asarray(photo(mode).convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_and_not_clipped(kind):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pixels = np.asarray(read_image(io.BytesIO(encoded(Image.fromarray(ramp), kind)), "ramp"))
+    assert np.abs(pixels[..., 0] - ramp / 257).max() <= 0.5
+    assert (pixels == pixels[..., :1]).all()
+
+
+def test_exif_orientation_turns_photographs_but_not_data_sets():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    content = encoded(photo(), "jpeg", exif=turned)
+    assert read_image(io.BytesIO(content), "photo").size == (40, 30)
+    upright = read_image(io.BytesIO(content), "photo", upright=True)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(read_image(io.BytesIO(content), "p")), -1))
+
+
+def test_corrupt_exif_is_no_obstacle_to_training():
+    jpeg = encoded(photo(), "jpeg")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(64))
+    content = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    assert np.array_equal(np.asarray(read_image(io.BytesIO(content), "p")),
+                          np.asarray(read_image(io.BytesIO(jpeg), "p")))
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Two classes of 8 images to train on, of which cat/3 is truncated and dog/5 empty."""
+    make_tree(tmp_path, images=6)
+    (tmp_path / "train" / "cat" / "3.png").write_bytes(encoded(photo(), "png")[:-300])
+    (tmp_path / "train" / "dog" / "5.png").write_bytes(b"")
+    return tmp_path
+
+
+def loaders(folder, **changes):
+    return build_data(arguments(data_set="FOLDER", data_path=folder, batch_size=6, **changes), Distributed())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_stops_with_the_files_name_on_one_line(damaged, workers):
+    with pytest.raises(UserError, match=r"train/(cat/3|dog/5).png: cannot be read") as caught:
+        list(loaders(damaged, num_workers=workers).train.epoch(0))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def trace(data, epochs=3):
+    return [(int(index), int(target), image.numpy().tobytes()) for epoch in range(epochs)
+            for batch in data.train.epoch(epoch)
+            for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True)]
+
+
+def test_skipping_is_deterministic_counted_and_never_gives_a_label_of_another_image(damaged, capsys):
+    data = loaders(damaged, skip_bad_images=True)
+    expected = trace(data)
+    dataset = data.train.dataset
+    bad = {index for index in range(len(dataset)) if "cat/3" in dataset.path(index) or "dog/5" in dataset.path(index)}
+    assert len(expected) == 3 * 12
+    assert all(index not in bad and target == dataset.labels[index] for index, target, _ in expected)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all(line.startswith(f"skipped: {damaged}/train/") for line in told)
+    assert data.skipped(Distributed()).startswith("2 unreadable images were skipped")
+    assert set(data.train.skipped) == {dataset.path(index) for index in bad}
+
+    in_workers = loaders(damaged, skip_bad_images=True, num_workers=2)
+    assert trace(in_workers) == expected
+    assert in_workers.train.skipped.keys() == data.train.skipped.keys()
+
+
+def test_skipping_leaves_the_readable_samples_as_they_would_be(damaged, tmp_path):
+    whole = make_tree(tmp_path / "whole", images=6)
+    # Same order and keys; the images are the same but for the two that are bad.
+    skipped, expected = (trace(loaders(folder, skip_bad_images=True), 1) for folder in (damaged, whole))
+    same = [a == b for a, b in zip(skipped, expected, strict=True)]
+    assert same.count(False) == 2
+
+
+def test_a_data_set_without_any_readable_image_ends(tmp_path):
+    make_tree(tmp_path, images=3)
+    for path in (tmp_path / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="nor can any of 100 others"):
+        list(loaders(tmp_path, skip_bad_images=True).train.epoch(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_never_skips(damaged, workers):
+    (damaged / "val" / "dog" / "0.png").write_bytes(b"")
+    data = loaders(damaged, skip_bad_images=True, num_workers=workers)
+    with pytest.raises(UserError, match="val/dog/0.png: cannot be read"):
+        list(data.val)
+
+
+# ---------------------------------------------------------------------------------------------------- workers
+
+
+def start_workers(folder):
+    data = loaders(folder, num_workers=2)
+    batches = data.train.epoch(0)
+    return data, batches, [process.pid for process in multiprocessing.active_children()]
+
+
+def test_workers_leave_signals_to_the_main_process(tmp_path):
+    # A job's processes may all get the signal at once; the main one has to be able to finish its step and save.
+    data, batches, _ = start_workers(make_tree(tmp_path, images=12))
+    received = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for worker in workers:
+            subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+    time.sleep(0.2)
+    received += list(batches)
+    assert len(received) == 4
+    assert all(worker.is_alive() for worker in workers)
+    workers[0].terminate()  # from the main process SIGTERM is obeyed
+    workers[0].join(10)
+    assert not workers[0].is_alive()
+
+
+ORPHANS = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import multiprocessing, time
+from pathlib import Path
+from test_bad_images import loaders
+data = loaders(Path({folder!r}), num_workers=2)
+batches = data.train.epoch(0)
+next(batches)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_killed_main_process(tmp_path):
+    script = ORPHANS.format(root=str(ROOT), folder=str(make_tree(tmp_path, images=12)))
+    main = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in main.stdout.readline().split()]
+    assert len(workers) == 2
+    main.kill()
+    main.wait()
+    deadline = time.monotonic() + 10
+    while any(runs(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(runs(pid) for pid in workers)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------- verify_dataset.py
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_tool_finds_every_unreadable_image(damaged, tmp_path, capsys, workers):
+    report = tmp_path / "report.json"
+    with pytest.raises(SystemExit) as leave:
+        verify_dataset.main(["--data-path", str(damaged), "--num_workers", workers, "--json", str(report)])
+    assert leave.value.code == 1
+    output = capsys.readouterr()
+    bad = [str(damaged / "train" / "cat" / "3.png"), str(damaged / "train" / "dog" / "5.png")]
+    assert [line.partition(": ")[0] for line in output.out.splitlines()] == bad
+    assert output.err == "24 images, 2 of them unreadable\n"
+    found = json.loads(report.read_text())
+    assert found["checked"] == 24 and [entry["path"] for entry in found["unreadable"]] == bad
+
+    verify_dataset.main(["--data-path", str(damaged), "--split", "val", "--num-workers", workers])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_tool_looks_through_any_folder(damaged, capsys):
+    (damaged / "val" / "notes.txt").write_text("no image")
+    with pytest.raises(SystemExit):
+        verify_dataset.main(["--folder", str(damaged), "--num-workers", "0"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    with pytest.raises(UserError, match="--folder nowhere: no such folder"):
+        verify_dataset.main(["--folder", "nowhere"])
+
+
+def test_the_tool_as_a_command_exits_2_at_mistakes(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "verify_dataset.py"), "--data-path", str(tmp_path)],
+                          capture_output=True, text=True, cwd=os.fspath(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
+    assert not torch.is_tensor(done.stdout) and done.stdout == ""

@@ -1,0 +1,536 @@
+"""Data sets in their formats on disk, transforms, and what the command line builds of them."""
+
+import argparse
+import io
+import json
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from sklearn.datasets import load_digits
+from timm.data import auto_augment
+from torchvision import datasets as vision
+from torchvision import transforms
+
+from datasets import build_data, build_dataset, build_eval, build_transform, image_size
+from utils import Distributed, UserError, seeded
+
+DEFAULTS = {
+    "data_set": "DIGITS", "data_path": None, "download": False, "inat_category": "name", "classes": None,
+    "batch_size": 4, "num_workers": 0, "pin_mem": True, "skip_bad_images": False, "input_size": (32, 32),
+    "eval_crop_pct": 0.875, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.0, "recount": 1,
+    "remode": "pixel", "train_interpolation": "bicubic", "repeated_aug": False, "token_label_data": None,
+    "seed": 0, "accum_iter": 1,
+}
+
+
+def arguments(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**(DEFAULTS | changes))
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return (10 * number % 256, 100, 200)
+
+
+def save_image(path, number: int, size=(12, 10)) -> None:
+    """An image of one colour, lossless but for JPEG's rounding, by which the tests know it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour(number)).save(path)
+
+
+def number_of(image: Image.Image) -> int:
+    return round(image.getpixel((0, 0))[0] / 10)
+
+
+def samples(dataset) -> list[tuple[int, int]]:
+    """(number of the image, label) of all of a data set, and the promises that all of them keep."""
+    found = []
+    for index in range(len(dataset)):
+        image, label = dataset.load(index)
+        assert image.mode == "RGB"
+        assert label == dataset.labels[index]
+        assert isinstance(dataset.path(index), str)
+        found.append((number_of(image), label))
+    assert max(dataset.labels) < len(dataset.class_names)
+    return found
+
+
+def make_tree(root, classes=("cat", "dog"), splits=("train", "val"), images=2):
+    numbers = iter(range(25))
+    for split in splits:
+        for name in classes:
+            for i in range(images):
+                save_image(root / split / name / f"{i}.png", next(numbers))
+    return root
+
+
+# ----------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits_are_split_once_and_for_all():
+    train, val = build_dataset("DIGITS", None, True), build_dataset("DIGITS", None, False)
+    assert (len(train), len(val)) == (1437, 360)
+    assert np.bincount(val.labels).min() >= 34
+    seen = [np.asarray(part.load(i)[0])[..., 0].tobytes() for part in (train, val) for i in range(len(part))]
+    everything = [np.rint(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images]
+    assert sorted(seen) == sorted(everything)
+    assert [everything.index(image) for image in seen[1437:1447]] == PINNED
+    assert val.class_names == tuple("0123456789")
+
+
+PINNED = [21, 24, 28, 34, 35, 37, 39, 42, 45, 51]  # scikit-learn's numbers of the first validation digits
+
+
+def test_digits_are_never_mirrored_and_always_whole():
+    glyph = Image.fromarray(np.repeat(np.uint8([[255] * 4 + [0] * 4] * 8)[..., None], 3, axis=2))
+    for size in (32, 64):
+        transform = build_transform(True, size, color_jitter=0, glyphs=True, normalize=False)
+        for key in range(20):
+            with seeded(key):
+                image = transform(glyph).float()
+            assert image[..., :size // 4].mean() < 256 and image.shape == (3, size, size)
+            middle = image[:, size // 2]
+            assert middle[:, size // 2 - size // 4].mean() > 200 and middle[:, -size // 4].mean() < 50
+
+
+def test_other_images_are_mirrored_half_of_the_time():
+    left = Image.fromarray(np.repeat(np.uint8([[255] * 16 + [0] * 16] * 32)[..., None], 3, axis=2))
+    transform = build_transform(True, 32, color_jitter=0, normalize=False)
+    mirrored = 0
+    for key in range(200):
+        with seeded(key):
+            image = transform(left).float()
+        mirrored += bool(image[:, 16, -8:].mean() > image[:, 16, 4:12].mean())
+    assert 70 < mirrored < 130
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("name", ["FOLDER", "IMNET"])
+@pytest.mark.parametrize("val", ["val", "validation", "test"])
+def test_folder_trees(tmp_path, name, val):
+    make_tree(tmp_path, ("n01440764", "n02084071"), ("train", val))
+    (tmp_path / "train" / "n01440764" / "notes.txt").write_text("not an image")
+    train, held_out = build_dataset(name, tmp_path, True), build_dataset(name, str(tmp_path), False)
+    assert samples(train) == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert samples(held_out) == [(4, 0), (5, 0), (6, 1), (7, 1)]
+    assert train.class_names == held_out.class_names == ("n01440764", "n02084071")
+    assert train.path(2) == str(tmp_path / "train" / "n02084071" / "0.png")
+
+
+def test_a_validation_folder_alone_can_be_evaluated(tmp_path):
+    make_tree(tmp_path, splits=("val",))
+    assert len(build_dataset("FOLDER", tmp_path, False)) == 4
+    with pytest.raises(UserError, match=f"{tmp_path}.*expected a folder train"):
+        build_dataset("FOLDER", tmp_path, True)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_classes_that_differ_between_the_splits_are_named(tmp_path, train):
+    make_tree(tmp_path)
+    save_image(tmp_path / "train" / "zebra" / "0.png", 0)
+    with pytest.raises(UserError, match="only in one of them: zebra"):
+        build_dataset("FOLDER", tmp_path, train)
+
+
+def test_an_empty_class_is_named(tmp_path):
+    make_tree(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir()
+    with pytest.raises(UserError, match="no images in the folder of class ant"):
+        build_dataset("FOLDER", tmp_path, True)
+
+
+@pytest.mark.parametrize(("name", "root", "options", "message"), [
+    ("IMGNET", ".", {}, "--data-set IMGNET: unknown; choose one of DIGITS, CIFAR10"),
+    ("IMNET", None, {}, "--data-path has to say"),
+    ("IMNET", "nowhere", {}, "--data-path nowhere: no such folder"),
+    ("IMNET", ".", {"download": True}, "--download: --data-set IMNET cannot be downloaded"),
+    ("DIGITS", None, {"classes": ["1", "ten"]}, "--classes ten: no such class; there are 10: 0, 1"),
+    ("DIGITS", None, {"classes": ["1", "10"]}, "--classes 10: no such class"),
+    ("DIGITS", None, {"classes": ["1", "2", "1"]}, "named twice"),
+])
+def test_mistakes_in_naming_a_data_set_get_one_line(name, root, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_dataset(name, root, True, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_some_classes_of_a_data_set_are_renumbered_as_given(tmp_path):
+    make_tree(tmp_path, ("ant", "bee", "cat"))
+    whole = build_dataset("FOLDER", tmp_path, False)
+    for classes in (["cat", "ant"], ["2", "0"], ["cat", "0"]):
+        subset = build_dataset("FOLDER", tmp_path, False, classes=classes)
+        assert subset.class_names == ("cat", "ant")
+        assert samples(subset) == [(6, 1), (7, 1), (10, 0), (11, 0)]
+        assert [subset.path(i) for i in range(4)] == [whole.path(i) for i in (0, 1, 4, 5)]
+
+
+# ----------------------------------------------------------------------------------------- sets with a format
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar(tmp_path, monkeypatch, name):
+    builder = {"CIFAR10": vision.CIFAR10, "CIFAR100": vision.CIFAR100}[name]
+    folder = tmp_path / builder.base_folder
+    folder.mkdir()
+    names = [f"class {i}" for i in range(10)]
+    files = [file for file, _ in builder.train_list + builder.test_list]
+    for number, file in enumerate(files):
+        pixels = np.zeros((2, 3, 32, 32), dtype=np.uint8)
+        pixels[:, 0] = 10 * number
+        labels = {"labels" if name == "CIFAR10" else "fine_labels": [number, 9]}
+        (folder / file).write_bytes(pickle.dumps({"data": pixels.reshape(2, -1)} | labels))
+    (folder / builder.meta["filename"]).write_bytes(pickle.dumps({builder.meta["key"]: names}))
+    monkeypatch.setattr(builder, "train_list", [[file, None] for file in files[:-1]])
+    monkeypatch.setattr(builder, "test_list", [[files[-1], None]])
+    monkeypatch.setattr(builder, "meta", builder.meta | {"md5": None})
+    for root in (tmp_path, folder):
+        train, test = build_dataset(name, root, True), build_dataset(name, root, False)
+        assert samples(train) == [pair for i in range(len(files) - 1) for pair in ((i, i), (i, 9))]
+        assert samples(test) == [(len(files) - 1, len(files) - 1), (len(files) - 1, 9)]
+        assert train.class_names == tuple(names)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python"),
+    ("FLOWERS", "flowers-102.*setid.mat"), ("PETS", "oxford-iiit-pet.*images"),
+])
+def test_missing_files_are_named_with_the_way_to_get_them(tmp_path, name, expected):
+    with pytest.raises(UserError, match=f"{expected}.*--download"):
+        build_dataset(name, tmp_path, True)
+
+
+def test_flowers_as_torchvision_lays_them_out(tmp_path, monkeypatch):
+    folder = tmp_path / "flowers-102"
+    for number in range(1, 7):
+        save_image(folder / "jpg" / f"image_{number:05d}.jpg", number)
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 3, 4, 5, 102]])})
+    savemat(folder / "setid.mat", {"trnid": [[5, 1]], "valid": [[2, 4]], "tstid": [[3, 6]]})
+    unchecked = {key: (file, None) for key, (file, _) in vision.Flowers102._file_dict.items()}
+    monkeypatch.setattr(vision.Flowers102, "_file_dict", unchecked)
+    train, test = build_dataset("FLOWERS", tmp_path, True), build_dataset("FLOWERS", folder, False)
+    assert samples(train) == [(5, 4), (1, 0), (2, 1), (4, 3)]
+    assert samples(test) == [(3, 2), (6, 101)]
+    assert len(train.class_names) == 102 and train.class_names[0] == "pink primrose"
+
+
+def test_flowers_in_class_folders(tmp_path):
+    make_tree(tmp_path, ("1", "10", "2"), ("train", "test"), images=1)
+    assert samples(build_dataset("FLOWERS", tmp_path, True)) == [(0, 0), (1, 1), (2, 2)]
+    assert samples(build_dataset("FLOWERS", tmp_path, False)) == [(3, 0), (4, 1), (5, 2)]
+
+
+def test_cars_with_the_devkit(tmp_path):
+    folder = tmp_path / "stanford_cars"
+    row = [("bbox_x1", int), ("class", int), ("fname", object)]
+    for split, file, numbers in (("train", "devkit/cars_train_annos.mat", (1, 2)),
+                                 ("test", "cars_test_annos_withlabels.mat", (3, 4))):
+        (folder / "devkit").mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            save_image(folder / f"cars_{split}" / f"{number:05d}.jpg", number)
+        rows = np.array([(0, number - numbers[0] + 1, f"{number:05d}.jpg") for number in numbers], dtype=row)
+        savemat(folder / file, {"annotations": rows})
+    class_names = np.array(["Audi S4", "BMW M3"], dtype=object)
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": class_names})
+    for root in (tmp_path, folder):
+        train, test = build_dataset("CARS", root, True), build_dataset("CARS", root, False)
+        assert samples(train) == [(1, 0), (2, 1)] and samples(test) == [(3, 0), (4, 1)]
+        assert train.class_names == ("Audi S4", "BMW M3")
+
+
+CAR_ANNOTATIONS = {
+    "splits": {"train": [("1.jpg", 1), ("2.jpg", 3)], "test": [("3.jpg", 2)]},
+    "splits from 0": {"train": [["1.jpg", 0], ["2.jpg", 2]], "test": [["3.jpg", 1]]},
+    "records": [{"fname": "1.jpg", "class": 1, "test": 0}, {"fname": "2.jpg", "class": 3, "test": 0},
+                {"fname": "3.jpg", "class": 2, "test": 1}],
+    "boxes and flags": [("1.jpg", 1, 5, 6, False), ("2.jpg", 3, 5, 6, False), ("3.jpg", 2, 5, 6, True)],
+}
+
+
+@pytest.mark.parametrize("annotations", CAR_ANNOTATIONS.values(), ids=CAR_ANNOTATIONS)
+@pytest.mark.parametrize("prefix", ["", "cars_"])
+def test_cars_in_folders_with_a_pickle(tmp_path, annotations, prefix):
+    for number, split in ((1, "train"), (2, "train"), (3, "test")):
+        save_image(tmp_path / f"{prefix}{split}" / f"{number}.jpg", number)
+    (tmp_path / "cars_anno.pkl").write_bytes(pickle.dumps(annotations))
+    train, test = build_dataset("CARS", tmp_path, True), build_dataset("CARS", tmp_path, False)
+    assert samples(train) == [(1, 0), (2, 2)] and samples(test) == [(3, 1)]
+    assert len(train.class_names) == len(test.class_names) == 3
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+@pytest.mark.parametrize("content", [
+    pickle.dumps(Hostile()), pickle.dumps({"train": [Hostile()], "test": []}), pickle.dumps(np.zeros(3)),
+    b"", b"garbage", pickle.dumps({"train": [("1.jpg", 1)]})[:-4], pickle.dumps({"train": [("1.jpg", 1)]}),
+    pickle.dumps([("1.jpg",)]), pickle.dumps(7), pickle.dumps([]), pickle.dumps([("1.jpg", 5)]),
+])
+def test_the_cars_pickle_executes_nothing_and_is_refused_by_name(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cars_anno.pkl").write_bytes(content)
+    with pytest.raises(UserError, match="cars_anno.pkl") as caught:
+        build_dataset("CARS", tmp_path, True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_car_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "cars_anno.pkl").write_bytes(pickle.dumps(CAR_ANNOTATIONS["splits"]))
+    with pytest.raises(UserError, match="1.jpg, which its annotations name"):
+        build_dataset("CARS", tmp_path, True)
+
+
+def test_cars_cannot_be_downloaded_and_the_message_says_what_goes_where(tmp_path):
+    files = "stanford_cars.*cars_train_annos.mat.*cars_test_annos_withlabels.mat"
+    for options in ({"download": True}, {}):
+        with pytest.raises(UserError, match=files):
+            build_dataset("CARS", tmp_path, True, **options)
+
+
+def test_pets(tmp_path):
+    folder = tmp_path / "oxford-iiit-pet"
+    for number, name in enumerate(("Abyssinian_1", "great_pyrenees_2", "Abyssinian_3", "great_pyrenees_4")):
+        save_image(folder / "images" / f"{name}.jpg", number)
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "trainval.txt").write_text("Abyssinian_1 1 1 1\ngreat_pyrenees_2 2 2 1\n")
+    (folder / "annotations" / "test.txt").write_text("great_pyrenees_4 2 2 1\nAbyssinian_3 1 1 1\n")
+    train, test = build_dataset("PETS", tmp_path, True), build_dataset("PETS", folder, False)
+    assert samples(train) == [(0, 0), (1, 1)] and samples(test) == [(3, 1), (2, 0)]
+    assert train.class_names == test.class_names == ("Abyssinian", "Great Pyrenees")
+
+
+def make_inat(root, year: int, with_supercategory: bool) -> None:
+    ranks = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
+    taxa = [("Plantae", "oak"), ("Animalia", "wren"), ("Animalia", "ant")]
+    (root / "categories.json").write_text(json.dumps([
+        {"id": i, "name": name} | dict.fromkeys(ranks, kingdom) for i, (kingdom, name) in enumerate(taxa)]))
+    for split, numbers in (("train", (0, 1, 2, 3)), ("val", (4, 5))):
+        categories = {number: (2, 0, 1)[number % 3] for number in numbers}
+        images = []
+        for number, category in categories.items():
+            parts = [f"train_val{year}", taxa[category][0], str(category), f"{number}.png"]
+            images.append({"id": 100 + number, "file_name": "/".join(parts)})
+            save_image(root.joinpath(*(parts if with_supercategory else [parts[0], *parts[2:]])), number)
+        annotations = [{"image_id": 100 + number, "category_id": category}
+                       for number, category in categories.items()]
+        (root / f"{split}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+@pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
+@pytest.mark.parametrize("with_supercategory", [True, False])
+def test_inaturalist(tmp_path, name, year, with_supercategory):
+    make_inat(tmp_path, year, with_supercategory)
+    train, val = build_dataset(name, tmp_path, True), build_dataset(name, tmp_path, False)
+    assert train.class_names == val.class_names == ("ant", "oak", "wren")  # as they come in train{year}.json
+    assert samples(train) == [(0, 0), (1, 1), (2, 2), (3, 0)]
+    assert samples(val) == [(4, 1), (5, 2)]
+    kingdoms = build_dataset(name, tmp_path, True, inat_category="kingdom")
+    assert kingdoms.class_names == ("Animalia", "Plantae")
+    assert samples(kingdoms) == [(0, 0), (1, 1), (2, 0), (3, 0)]
+
+
+def test_mistakes_with_inaturalist_are_named(tmp_path):
+    with pytest.raises(UserError, match="expected categories.json"):
+        build_dataset("INAT", tmp_path, True)
+    make_inat(tmp_path, 2019, True)
+    with pytest.raises(UserError, match="--inat-category species: one of kingdom, phylum"):
+        build_dataset("INAT19", tmp_path, True, inat_category="species")
+    with pytest.raises(UserError, match="train2018.json"):
+        build_dataset("INAT", tmp_path, True)
+    (tmp_path / "val2019.json").write_text('{"images": [')
+    with pytest.raises(UserError, match="val2019.json: not readable as JSON"):
+        build_dataset("INAT19", tmp_path, False)
+
+
+# ---------------------------------------------------------------------------------------------------- sharded
+
+
+def write_shard(path, entries) -> None:
+    """entries: (key, number of the image, label, whether the label is in a JSON file)."""
+    with tarfile.open(path, "w") as tar:
+        for key, number, label, in_json in entries:
+            image = io.BytesIO()
+            Image.new("RGB", (12, 10), colour(number)).save(image, "png")
+            text = json.dumps({"label": label}) if in_json else str(label)
+            for suffix, content in (("png", image.getvalue()), ("json" if in_json else "cls", text.encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_tar_shards_are_read_by_position(tmp_path, listed):
+    write_shard(tmp_path / "birds-train-0000.tar", [("a/1", 1, 0, False), ("a/2", 2, 2, True)])
+    write_shard(tmp_path / "birds-train-0001.tar", [("b/1", 3, 1, False)])
+    write_shard(tmp_path / "birds-validation-0000.tar", [("c/1", 4, 3, False)])
+    if listed:
+        splits = {"train": {"filenames": ["birds-train-0000.tar", "birds-train-0001.tar"]},
+                  "validation": {"filenames": ["birds-validation-0000.tar"]}}
+        (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    train, val = build_dataset("wds/birds", tmp_path, True), build_dataset("wds/birds", tmp_path, False)
+    assert samples(train) == [(1, 0), (2, 2), (3, 1)] and samples(val) == [(4, 3)]
+    assert train.class_names == val.class_names == ("0", "1", "2", "3")
+    assert train.path(1) == f"{tmp_path}/birds-train-0000.tar/a/2.png"
+
+
+def test_missing_and_damaged_shards_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"expected shards birds-train\*.tar"):
+        build_dataset("wds/birds", tmp_path, True)
+    (tmp_path / "train-0.tar").write_bytes(b"no shard" * 100)
+    with pytest.raises(UserError, match="train-0.tar: not a readable shard"):
+        build_dataset("wds/", tmp_path, True)
+
+
+HUGGING_FACE = '''
+class Image:
+    def __init__(self, decode):
+        self.decode = decode
+
+class Labels:
+    names = ["cat", "dog"]
+
+class Info:
+    features = {"label": Labels()}
+    splits = None
+
+class Table(list):
+    info = Info()
+    def cast_column(self, name, feature):
+        return self
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+def load_dataset(name, split, cache_dir):
+    if split != "train" and split != "validation":
+        raise ValueError(f"Unknown split {split!r}")
+    folder = f"{cache_dir}/{split}"
+    return Table({"image": {"path": f"{folder}/{i}.png"}, "label": i % 2} for i in range(3))
+'''
+
+
+def test_hugging_face_data_sets_beside_a_module_of_the_same_name(tmp_path, monkeypatch):
+    for split, first in (("train", 0), ("validation", 3)):
+        for i in range(3):
+            save_image(tmp_path / split / f"{i}.png", first + i)
+    (tmp_path / "site" / "datasets").mkdir(parents=True)
+    (tmp_path / "site" / "datasets" / "__init__.py").write_text(HUGGING_FACE)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setitem(sys.modules, "datasets", sys.modules["datasets"])
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+    train, val = (build_dataset("hfds/pets", tmp_path, split) for split in (True, False))
+    assert samples(train) == [(0, 0), (1, 1), (2, 0)] and samples(val) == [(3, 0), (4, 1), (5, 0)]
+    assert train.class_names == ("cat", "dog")
+    assert train.path(1) == "hfds/pets/train[1]"
+    assert sys.modules["datasets"].load_dataset
+    from datasets import build_data as still_ours
+
+    assert still_ours is build_data
+
+
+def test_without_hugging_faces_package_the_message_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name, path: None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        build_dataset("hfds/pets", tmp_path, True)
+
+
+# ------------------------------------------------------------------------------------------------- transforms
+
+
+def photo(size=(97, 61)) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("size", "crop_pct", "resized"),
+                         [(224, 0.875, 256), (384, 0.875, 438), (224, 0.96, 233)])
+def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(size, crop_pct, resized):
+    expected = transforms.Compose([
+        transforms.Resize(resized, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size),
+        transforms.PILToTensor()])
+    assert torch.equal(build_transform(False, size, crop_pct=crop_pct, normalize=False)(photo()),
+                       expected(photo()))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("size", [(48, 80), (80, 48), (24, 32), 28])
+def test_any_input_size_comes_out(train, size):
+    for normalize in (True, False):
+        image = build_transform(train, size, aa="rand-m9-mstd0.5-inc1", normalize=normalize)(photo())
+        assert image.shape == (3, *image_size(size))
+        assert image.dtype == (torch.float32 if normalize else torch.uint8)
+
+
+def test_small_images_are_cropped_with_padding_and_not_rescaled():
+    # DeiT's rule for CIFAR at its own size: the pixels stay as they are.
+    original = photo((32, 32))
+    transform = build_transform(True, 32, color_jitter=0, normalize=False)
+    for key in range(5):
+        with seeded(key):
+            image = transform(original).permute(1, 2, 0).numpy()
+        padded = np.pad(np.asarray(original), ((4, 4), (4, 4), (0, 0)))
+        windows = [padded[y:y + 32, x:x + 32] for y in range(9) for x in range(9)]
+        assert any(np.array_equal(seen, window) for window in windows for seen in (image, image[:, ::-1]))
+
+
+def test_the_strongest_posterize_of_randaugment_works():
+    op = auto_augment.AugmentOp("PosterizeIncreasing", prob=1, magnitude=10, hparams={})
+    assert np.asarray(op(photo())).max() == 0
+
+
+def test_bytes_normalised_on_the_device_are_what_the_transform_would_give():
+    args = arguments(input_size=(32, 32))
+    val = build_eval(args, Distributed()).val
+    batch = next(iter(val))
+    transform = build_transform(False, 32, crop_pct=1.0)
+    expected = torch.stack([transform(val.dataset.load(int(index))[0]) for index in batch.indices])
+    torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------- from the command line
+
+
+def test_the_flags_make_loaders_that_know_their_data():
+    data = build_data(arguments(batch_size=100, classes=["3", "5", "7"]), Distributed())
+    assert data.class_names == ("3", "5", "7") and data.num_classes == 3
+    assert (data.input_size, data.crop_pct, data.interpolation) == ((32, 32), 1.0, "bicubic")
+    assert len(data.train) == len(data.train.dataset) // 100
+    batch = next(data.train.epoch(0))
+    assert batch.images.shape == (100, 3, 32, 32) and batch.images.dtype == torch.float32
+    assert batch.targets.dtype == torch.int64
+    assert batch.targets.tolist() == data.train.dataset.labels[batch.indices].tolist()
+    assert sum(len(batch.targets) for batch in data.val) == len(data.val.dataset)
+
+
+def test_a_training_set_smaller_than_an_update_is_refused_with_both_numbers():
+    numbers = r"takes 2000 images \(--batch-size 500 x 2 processes x --accum-iter 2\) .* has 1437"
+    with pytest.raises(UserError, match=numbers):
+        build_data(arguments(batch_size=500, accum_iter=2), Distributed(world_size=2))
+
+
+def test_token_label_maps_come_with_their_images(tmp_path):
+    make_tree(tmp_path / "images")
+    maps = tmp_path / "maps"
+    for name in ("cat", "dog"):
+        (maps / name).mkdir(parents=True)
+        for i in range(2):
+            label_map = torch.zeros(2, 5, 18, 18)
+            label_map[0] = 10 * ("cat", "dog").index(name) + i
+            torch.save(label_map.half(), maps / name / f"{i}.pt")
+    args = arguments(data_set="FOLDER", data_path=tmp_path / "images", token_label_data=str(maps))
+    batch = next(build_data(args, Distributed()).train.epoch(0))
+    assert batch.targets["values"].shape == (4, 5, 18, 18)
+    labels, values = batch.targets["label"], batch.targets["values"]
+    for index, label, value in zip(batch.indices, labels, values, strict=True):
+        assert value.unique().tolist() == [10 * int(label) + int(index) % 2]
+    (maps / "dog" / "1.pt").unlink()
+    with pytest.raises(UserError, match="1 of 4 label maps are missing or cut short: .*dog/1.pt"):
+        build_data(args, Distributed())

@@ -1,0 +1,435 @@
+"""infer.py: a model from its checkpoint alone, evaluation, prediction, reports, explanations."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import checkpointing
+import infer
+import models
+from tests.golden import recipe
+from utils import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+PYRAMID = {
+    "stem_width": 8,
+    "embed_dims": (16, 16, 32, 32),
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 1, 1, 1),
+    "mlp_ratios": (1, 1, 1, 1),
+}
+VANILLA = {"embed_dim": 32, "depth": 2, "alpha": 1, "num_heads": 2}
+DIGITS = tuple("0123456789")
+
+
+def save(
+    path, arch="spectformer_ti", kwargs=VANILLA, classes=DIGITS, input_size=(32, 32), instead=None, **more
+):
+    """A checkpoint as training leaves it, of an untrained model; returns the model.
+
+    more: further keys; instead: keys that replace those of the model.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=len(classes), img_size=input_size, **kwargs).eval()
+    state = {
+        "model": model.state_dict(),
+        "arch": arch,
+        "model_kwargs": kwargs,
+        "num_classes": len(classes),
+        "class_names": list(classes),
+        "input_size": list(input_size),
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+    }
+    checkpointing.save(path, state | more | (instead or {}))
+    return model
+
+
+def run(*words):
+    infer.main([str(word) for word in words] + ["--num-workers", "0", "--device", "cpu"])
+
+
+def photographs(folder):
+    folder.mkdir()
+    for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
+        Image.fromarray(pixels).save(folder / f"{name}.jpg")
+    return folder
+
+
+def bare(variant):
+    """The weights of a published variant as the authors store them."""
+    weights = recipe.state_dict(GOLDEN / f"{variant}.keys.json")
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "arch", "arguments"),
+    [
+        ("spectformer_xs", "spectformer_xs", {"alpha": 4}),
+        ("spectformer_h_s_no_token_label", "spectformer_h_s", {"spectral_depths": (3, 4, 0, 0)}),
+        (
+            "svt_h_l",
+            "svt_h_l",
+            {"spectral_depths": (3, 0, 0, 0), "token_label": True, "mixing": "channel"},
+        ),
+        (
+            "svt_h_s_alpha2",
+            "svt_h_s",
+            {"spectral_depths": (3, 4, 0, 0), "token_label": True, "mixing": "channel"},
+        ),
+        (
+            "svt_h_s_channel_token",
+            "svt_h_s",
+            {"spectral_depths": (3, 0, 0, 0), "token_label": True, "mixing": "channel_token"},
+        ),
+    ],
+)
+def test_bare_weights_of_the_authors_show_their_model(variant, arch, arguments):
+    names = json.loads((GOLDEN / f"{variant}.keys.json").read_text())
+    with torch.device("meta"):
+        ours = models.to_ours({name: torch.empty(shape) for name, shape in names.items()})
+    shapes = {name: tuple(value.shape) for name, value in ours.items()}
+    assert infer._recognise(shapes) == ((arch,), arguments)
+    assert infer._native_size(shapes) == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("spectformer_ti", (224, 160)), ("spectformer_h_s", (384, 384)), ("svt_h_s", (96, 224))],
+)
+def test_bare_weights_of_another_resolution_show_it(arch, size):
+    with torch.device("meta"):
+        model = timm.create_model(arch, img_size=size)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert infer._recognise(shapes)[0] == (arch,)
+    assert infer._native_size(shapes) == size
+
+
+def test_a_bare_file_gives_the_golden_logits(tmp_path):
+    path = tmp_path / "authors.pth"
+    weights = {f"module.{name}": value for name, value in bare("spectformer_ti").items()}
+    torch.save({"model": {"state_dict": weights}}, path)
+    model, info = infer.build_from_checkpoint(path)
+    golden = np.load(GOLDEN / "spectformer_ti.npz")["logits"]
+    images = torch.from_numpy(recipe.images(len(golden), 224, 224))
+    with torch.no_grad():
+        assert np.abs(model(images).numpy() - golden).max() <= 2e-4
+    assert (info.arch, info.num_classes, info.crop_pct) == ("spectformer_ti", 1000, 0.875)
+    assert info.class_name(0) == "n01440764 tench"
+
+
+def test_our_checkpoint_tells_model_classes_and_preprocessing(tmp_path):
+    kwargs = PYRAMID | {"mixing": "token", "token_label": True}
+    saved = save(tmp_path / "a.pth", "svt_h_s", kwargs, ("cat", "dog"), (64, 96))
+    model, info = infer.build_from_checkpoint(tmp_path / "a.pth", "svt-s")
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(model(image), saved(image))
+    assert info.class_names == ("cat", "dog") and info.input_size == (64, 96)
+    assert (info.mean, info.crop_pct, info.interpolation) == ((0.5, 0.5, 0.5), 1.0, "bilinear")
+
+
+def test_another_input_size_resizes_the_weights(tmp_path):
+    save(tmp_path / "a.pth")
+    model, info = infer.build_from_checkpoint(tmp_path / "a.pth", input_size=(64, 48))
+    assert info.input_size == (64, 48) and model.pos_embed.shape[1] == 12
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 48)).shape == (1, 10)
+
+
+def test_the_averaged_weights_are_used_where_there_are_any(tmp_path):
+    trained = timm.create_model("spectformer_ti", num_classes=10, img_size=32, **VANILLA).state_dict()
+    averaged = {name: value + 1 for name, value in trained.items()}
+    save(tmp_path / "a.pth", model=trained, model_ema=averaged)
+    for flag, expected in ((None, averaged), (True, averaged), (False, trained)):
+        model, info = infer.build_from_checkpoint(tmp_path / "a.pth", ema=flag)
+        assert torch.equal(model.norm.bias, expected["norm.bias"])
+        assert info.ema == (expected is averaged)
+    save(tmp_path / "b.pth")
+    with pytest.raises(UserError, match="no-ema"):
+        infer.build_from_checkpoint(tmp_path / "b.pth", ema=True)
+
+
+def test_a_model_of_timms_is_evaluated_too(tmp_path):
+    torch.manual_seed(0)
+    peer = timm.create_model("resnet10t", num_classes=7)
+    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    model, info = infer.build_from_checkpoint(tmp_path / "peer.pth", "resnet10t", input_size=(64, 64))
+    assert info.num_classes == 7
+    with torch.no_grad():
+        assert torch.equal(model(torch.ones(1, 3, 64, 64)), peer.eval()(torch.ones(1, 3, 64, 64)))
+
+
+@pytest.mark.parametrize("arch", ["svt-h-s", "spectformer-xs", "resnet18", "no_such_model"])
+def test_an_arch_that_contradicts_the_checkpoint_is_refused(tmp_path, arch):
+    save(tmp_path / "ours.pth")
+    with pytest.raises(UserError, match=f"it holds spectformer_ti, not --arch {arch}"):
+        infer.build_from_checkpoint(tmp_path / "ours.pth", arch)
+
+
+def test_an_arch_that_contradicts_bare_weights_is_refused(tmp_path):
+    model = timm.create_model("spectformer_ti", num_classes=2, img_size=32)
+    torch.save(models.to_original(model.state_dict()), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="it holds spectformer_ti, not --arch deit_tiny"):
+        infer.build_from_checkpoint(tmp_path / "bare.pth", "deit_tiny")
+    torch.save(timm.create_model("resnet10t", num_classes=2).state_dict(), tmp_path / "peer.pth")
+    with pytest.raises(UserError, match="it holds other weights, not --arch svt-s"):
+        infer.build_from_checkpoint(tmp_path / "peer.pth", "svt-s")
+
+
+def test_bare_weights_of_an_own_size_need_to_be_told_their_arguments(tmp_path):
+    model = timm.create_model("spectformer_ti", num_classes=2, img_size=32, **VANILLA).eval()
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="--arch .*--model-kwargs"):
+        infer.build_from_checkpoint(tmp_path / "bare.pth")
+    again, _ = infer.build_from_checkpoint(tmp_path / "bare.pth", "spectformer_ti", model_kwargs=VANILLA)
+    with torch.no_grad():
+        assert torch.equal(again(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ({"num_classes": 4}, "head.weight"),
+        ({"class_names": ["a"]}, "names 1 classes"),
+        ({"input_size": [32, 32, 32]}, "input_size"),
+        ({"mean": [0.5]}, "mean"),
+        ({"model_kwargs": {"no_such_argument": 1}}, "no_such_argument"),
+        ({"arch": "spectformer_h_s"}, "embed_dim"),
+        ({"model": {"head.weight": torch.ones(10, 3)}}, "missing"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused_by_name(tmp_path, damage, named):
+    save(tmp_path / "a.pth", instead=damage)
+    with pytest.raises(UserError, match=named) as caught:
+        infer.build_from_checkpoint(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluation_writes_what_it_prints(tmp_path, capsys):
+    model = save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
+    run("--model-path", tmp_path / "a.pth", "--report", tmp_path / "report", "--batch-size", "50")
+    results = json.loads((tmp_path / "a_digits.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"acc@1 {results['acc1']:.2f} %" in printed and f"loss {results['loss']:.4f}" in printed
+    assert results["images"] == 360 and results["arch"] == "spectformer_ti"
+
+    rows = list(csv.reader((tmp_path / "report" / "confusion_matrix.csv").open()))
+    counts = np.array([row[1:] for row in rows[1:]], dtype=int)
+    assert counts.sum() == 360 and counts.trace() == results["correct1"]
+    classes = list(csv.DictReader((tmp_path / "report" / "per_class.csv").open()))
+    assert [int(row["correct"]) for row in sorted(classes, key=lambda row: int(row["index"]))] == [
+        *counts.diagonal()
+    ]
+    mean = np.mean([int(row["correct"]) / int(row["images"]) for row in classes])
+    assert results["mean_per_class"] == pytest.approx(100 * mean)
+    with Image.open(tmp_path / "report" / "confusion_matrix.png") as picture:
+        assert picture.width > 500
+
+    # The digits are all of one model: a fresh loop over them, without any of infer's code, agrees.
+    dataset = infer.build_eval(
+        infer.settle(
+            infer.build_parser().parse_args(["--model-path", "x", "--num-workers", "0"]),
+            infer.build_from_checkpoint(tmp_path / "a.pth")[1],
+        ),
+        infer.Distributed(),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        interpolation="bilinear",
+    ).val
+    with torch.no_grad():
+        correct = sum(int((model(batch.images).argmax(1) == batch.targets).sum()) for batch in dataset)
+    assert correct == results["correct1"]
+
+
+def test_a_results_file_is_replaced_and_nothing_else(tmp_path):
+    save(tmp_path / "a.pth", args={"data_set": "DIGITS", "classes": ["0", "1"]}, classes=("0", "1"))
+    run("--model-path", tmp_path / "a.pth")
+    run("--model-path", tmp_path / "a.pth")
+    precious = tmp_path / "notes.json"
+    precious.write_text("[1, 2]")
+    with pytest.raises(UserError, match="notes.json"):
+        run("--model-path", tmp_path / "a.pth", "--output", precious)
+    with pytest.raises(UserError, match="a.pth"):
+        run("--model-path", tmp_path / "a.pth", "--output", tmp_path / "a.pth")
+    assert precious.read_text() == "[1, 2]"
+
+
+def test_classes_that_are_not_the_checkpoints_are_refused(tmp_path):
+    save(tmp_path / "three.pth", classes=("0", "1", "2"))
+    with pytest.raises(UserError, match="10 classes.*knows 3.*--classes"):
+        run("--model-path", tmp_path / "three.pth", "--data-set", "DIGITS")
+    with pytest.raises(UserError, match="class 0 is '2'.*it is '0'"):
+        run("--model-path", tmp_path / "three.pth", "--data-set", "DIGITS", "--classes", "2,1,0")
+
+
+def test_several_processes_count_every_image_once(tmp_path):
+    save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
+    words = ["--model-path", str(tmp_path / "a.pth"), "--num-workers", "0", "--batch-size", "7"]
+    run(*words, "--output", tmp_path / "one.json")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        infer.__file__,
+        *words,
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "two.json"),
+    ]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    printed = [process.communicate(timeout=180)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert "acc@1" in printed[0] and not printed[1]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["processes"] == 2
+    for count in ("images", "correct1", "correct5", "mean_per_class"):
+        assert one[count] == two[count]
+
+
+def test_prediction_lists_as_many_classes_as_there_are(tmp_path, capsys):
+    folder = photographs(tmp_path / "photographs")
+    model = save(tmp_path / "a.pth", classes=("temple", "plant", "other"))
+    run("--model-path", tmp_path / "a.pth", "--image", folder, "--output", tmp_path / "out.json")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("/")] == [
+        str(folder / "china.jpg"),
+        str(folder / "flower.jpg"),
+    ]
+    first = json.loads((tmp_path / "out.json").read_text())["predictions"][0]["classes"]
+    assert {entry["class"] for entry in first} == {"temple", "plant", "other"}
+    assert sum(entry["probability"] for entry in first) == pytest.approx(1, abs=1e-5)
+
+    transform = infer.build_transform(
+        False, (32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, interpolation="bilinear"
+    )
+    with torch.no_grad(), Image.open(folder / "china.jpg") as image:
+        expected = model(transform(image)[None]).softmax(1).max()
+    assert first[0]["probability"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_photograph_is_turned_upright_first(tmp_path):
+    save(tmp_path / "a.pth")
+    photograph = Image.fromarray(load_sample_images().images[0])
+    photograph.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn
+    photograph.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    for name in ("upright", "turned"):
+        run(
+            "--model-path",
+            tmp_path / "a.pth",
+            "--image",
+            tmp_path / f"{name}.png",
+            "--output",
+            tmp_path / f"{name}.json",
+        )
+    upright, turned = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("upright", "turned"))
+    assert upright["predictions"][0]["classes"] == turned["predictions"][0]["classes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--image", "missing.png"], "missing.png"),
+        (["--image", "empty"], "empty"),
+        (["--image", "broken.png"], "broken.png"),
+        (["--image", "a.pth"], "a.pth: cannot be read as an image"),
+        (["--explain"], "--explain needs --image"),
+        (["--image", "good.png", "--data-set", "DIGITS"], "--image"),
+        (["--data-set", "MNIST"], "MNIST"),
+        (["--data-set", "CIFAR10"], "--data-path"),
+        (["--input-size", "0"], "--input-size"),
+        (["--modle-kwargs", "a=1"], "--modle-kwargs"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, words, named):
+    monkeypatch.chdir(tmp_path)
+    save("a.pth")
+    Path("empty").mkdir()
+    Image.new("RGB", (40, 40)).save("good.png")
+    Path("broken.png").write_bytes(Path("good.png").read_bytes()[:60])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=named) as caught:
+        run("--model-path", "a.pth", *words)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_for_averaged_tokens_the_explanation_is_the_class_activation_map():
+    torch.manual_seed(0)
+    model = timm.create_model("spectformer_ti", num_classes=5, img_size=64, **VANILLA).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        tokens = model.forward_features(image)[0]
+        weight = model.head.weight[2] - model.head.weight.mean(0)
+        expected = (tokens @ weight).view(4, 4).clamp_min(0)
+    heat = infer.class_activation(model, image, 2)
+    torch.testing.assert_close(heat, expected / expected.max())
+
+
+@pytest.mark.parametrize("arch", ["spectformer_h_s", "svt_h_s"])
+@pytest.mark.parametrize("token_label", [False, True])
+def test_the_pyramids_explanation_covers_the_last_grid(arch, token_label):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        arch, num_classes=5, img_size=(96, 64), token_label=token_label, **PYRAMID
+    ).eval()
+    heat = infer.class_activation(model, torch.randn(1, 3, 96, 64), 1)
+    assert heat.shape == (3, 2) and heat.min() >= 0 and heat.max() == 1
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_overlays_are_written_and_replace_no_image(tmp_path):
+    folder = photographs(tmp_path / "photographs")
+    save(tmp_path / "a.pth")
+    run("--model-path", tmp_path / "a.pth", "--image", folder, "--explain")
+    assert sorted(path.name for path in (tmp_path / "explained").iterdir()) == [
+        "china_explained.png",
+        "flower_explained.png",
+    ]
+    before = {path: path.read_bytes() for path in (tmp_path / "explained").iterdir()}
+    same = tmp_path / "china.png"
+    Image.new("RGB", (8, 8)).save(same)
+    with pytest.raises(UserError, match="same name"):
+        run("--model-path", tmp_path / "a.pth", "--image", folder, same, "--explain")
+    Image.new("RGB", (8, 8)).save(tmp_path / "explained" / "china_explained_explained.png")
+    with pytest.raises(UserError, match="would replace an image"):
+        run("--model-path", tmp_path / "a.pth", "--image", tmp_path / "explained", "--explain")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("classes", [2, 40, 150])
+def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
+    rng = np.random.default_rng(0)
+    true = rng.integers(classes, size=classes * 30)
+    predicted = np.where(rng.random(true.size) < 0.7, true, rng.integers(classes, size=true.size))
+    true[true == 1] = 0  # a class without images
+    infer.write_report(tmp_path, np.stack([true, predicted]), [f"class {i}" for i in range(classes)])
+    last = list(csv.DictReader((tmp_path / "per_class.csv").open()))[-1]
+    assert last["class"] == "class 1" and last["accuracy"] == "nan"
+    with Image.open(tmp_path / "confusion_matrix.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
