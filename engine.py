@@ -261,7 +261,7 @@ def update(trainer: Trainer, loss: Tensor, batches: list[Batch], step: int) -> t
     signalled. An fp16 gradient that overflowed (its norm is not finite) changes no weight, only the scale.
 
     Raises:
-        NonFiniteError: on every process, for a loss, or a gradient but for fp16's overflows, that is not finite.
+        NonFiniteError: on every process, for a loss or gradient (fp16's overflows apart) that is not finite.
     """
     args, dist, scaler = trainer.args, trainer.dist, trainer.scaler
     scaler.unscale_(trainer.optimizer)
@@ -419,6 +419,7 @@ def build_model(run: Run, data: Data) -> nn.Module:
     torch.manual_seed(args.seed)
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     model = create_model(args.arch, data.num_classes, args.input_size, rates | full_model_kwargs(args))
+    model.to(getattr(torch, args.dtype))  # before loading: float64 weights keep their digits
     if run.checkpoint is not None and args.eval:
         load(model, checkpointing.weights(run.checkpoint), args.resume, new_head=False)
     elif run.checkpoint is None and args.finetune is not None:
