@@ -72,6 +72,7 @@ NAMED_CLASSES = 60  # up to so many classes a confusion matrix has their names a
 COUNTED_CLASSES = 20  # and up to so many the counts in its cells
 SHOWN_CONFUSIONS = 15
 CELLS = 14  # rows and columns of the map that explains a prediction
+HIDDEN = 4  # of those, in each direction, that are hidden at a time
 
 
 # ---------------------------------------------------------------------------------- a model from a checkpoint
@@ -624,9 +625,9 @@ def class_evidence(
 ) -> Tensor:
     """How much each part of an image spoke for a class: a (rows, columns) map, 1 the most, 0 nothing or against.
 
-    Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.2): squares of 2 x 2 cells are blurred one
-    after another, and a cell's evidence is the mean drop of the logit over the squares that hold it. The logit
-    counts less the mean of all logits, since a softmax does not see what they have in common.
+    Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.2): squares of 2/7 of the image's sides are
+    blurred beyond recognition one after another, and a cell's evidence is the mean drop of the logit over the
+    squares that hold it. The logit counts less the mean of all, since a softmax does not see what they share.
 
     Maps read off the last tokens (CAM, Grad-CAM and their kin) are not used: the mixers here are global from
     the first block on, so what a token holds in the end need not come from its place in the image.
@@ -637,24 +638,24 @@ def class_evidence(
         target: the class.
         batch_size: images a call of `predict`.
     """
-    rows, columns = (max(2, min(CELLS, side // 4)) for side in image.shape[1:])
+    rows, columns = (max(HIDDEN, min(CELLS, side // 4)) for side in image.shape[1:])
     row_of, column_of = (
         torch.arange(side, device=image.device) * cells // side
         for side, cells in zip(image.shape[1:], (rows, columns), strict=True)
     )
-    squares = torch.cartesian_prod(torch.arange(rows - 1), torch.arange(columns - 1)).to(image.device)
-    top, left = squares.unsqueeze(-1).unbind(1)
-    in_rows, in_columns = (row_of - top) // 2 == 0, (column_of - left) // 2 == 0  # (squares, H), (squares, W)
-    blurred = blur(image, 2 * max(image.shape[1] // rows, image.shape[2] // columns))
+    places = (rows - HIDDEN + 1, columns - HIDDEN + 1)
+    top, left = torch.cartesian_prod(*map(torch.arange, places)).to(image.device).unsqueeze(-1).unbind(1)
+    in_rows, in_columns = (row_of - top) // HIDDEN == 0, (column_of - left) // HIDDEN == 0  # (squares, side)
+    blurred = blur(image, max(image.shape[1:]) // 4)
     scores = []
-    for begin in range(0, len(squares), batch_size):
+    for begin in range(0, len(top), batch_size):
         part = slice(begin, begin + batch_size)
         inside = in_rows[part, :, None] & in_columns[part, None, :]
         scores.append(centred(predict(torch.where(inside[:, None], blurred, image)), target))
     drops = centred(predict(image[None]), target) - torch.cat(scores)
-    kernel = torch.ones(1, 1, 2, 2, dtype=drops.dtype, device=drops.device)
+    kernel = torch.ones(1, 1, HIDDEN, HIDDEN, dtype=drops.dtype, device=drops.device)
     sums, counts = (
-        nn.functional.conv_transpose2d(values.view(1, 1, rows - 1, columns - 1), kernel)[0, 0]
+        nn.functional.conv_transpose2d(values.view(1, 1, *places), kernel)[0, 0]
         for values in (drops, torch.ones_like(drops))
     )
     heat = (sums / counts).clamp_min(0).cpu()

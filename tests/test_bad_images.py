@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 import signal
 import struct
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_datasets import arguments, make_tree
 
@@ -42,7 +40,8 @@ def huge_png() -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    pixels = zlib.compress(b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 UNREADABLE = {
@@ -75,11 +74,11 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "kind"), [
-    ("RGB", "jpeg"), ("L", "jpeg"), ("CMYK", "jpeg"), ("RGB", "png"), ("L", "png"), ("RGBA", "png"), ("LA", "png"),
-    ("P", "png"), ("1", "png"), ("RGB", "webp"), ("RGB", "bmp"), ("CMYK", "tiff"), ("P", "gif"),
+    ("RGB", "jpeg"), ("L", "jpeg"), ("CMYK", "jpeg"), ("RGB", "png"), ("L", "png"), ("RGBA", "png"),
+    ("LA", "png"), ("P", "png"), ("1", "png"), ("RGB", "webp"), ("RGB", "bmp"), ("CMYK", "tiff"), ("P", "gif"),
 ])
 @pytest.mark.parametrize("extension", ["JPEG", "png"])
-def test_odd_modes_and_wrong_extensions_give_the_pixels_of_torchvisions_loader(tmp_path, mode, kind, extension):
+def test_odd_modes_and_wrong_extensions_give_torchvisions_pixels(tmp_path, mode, kind, extension):
     path = tmp_path / f"image.{extension}"
     path.write_bytes(encoded(photo(mode), kind))
     image = read_image(str(path))
@@ -150,7 +149,7 @@ def test_skipping_is_deterministic_counted_and_never_gives_a_label_of_another_im
     data = loaders(damaged, skip_bad_images=True)
     expected = trace(data)
     dataset = data.train.dataset
-    bad = {index for index in range(len(dataset)) if "cat/3" in dataset.path(index) or "dog/5" in dataset.path(index)}
+    bad = {index for index in range(len(dataset)) if dataset.path(index).endswith(("cat/3.png", "dog/5.png"))}
     assert len(expected) == 3 * 12
     assert all(index not in bad and target == dataset.labels[index] for index, target, _ in expected)
     told = capsys.readouterr().err.splitlines()
@@ -197,7 +196,7 @@ def start_workers(folder):
 
 
 def test_workers_leave_signals_to_the_main_process(tmp_path):
-    # A job's processes may all get the signal at once; the main one has to be able to finish its step and save.
+    # A job's processes may all get the signal at once; the main one has to finish its step and save.
     data, batches, _ = start_workers(make_tree(tmp_path, images=12))
     received = [next(batches)]
     workers = multiprocessing.active_children()
@@ -247,7 +246,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------- verify_dataset.py
+# ------------------------------------------------------------------------------------------ verify_dataset.py
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -277,8 +276,7 @@ def test_the_tool_looks_through_any_folder(damaged, capsys):
 
 
 def test_the_tool_as_a_command_exits_2_at_mistakes(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "verify_dataset.py"), "--data-path", str(tmp_path)],
-                          capture_output=True, text=True, cwd=os.fspath(tmp_path))
-    assert done.returncode == 2
+    command = [sys.executable, str(ROOT / "tools" / "verify_dataset.py"), "--data-path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
-    assert not torch.is_tensor(done.stdout) and done.stdout == ""

@@ -72,7 +72,7 @@ def folder_images(folder: Path) -> ImageFiles:
         raise UserError(f"--folder {folder}: no such folder")
     paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
-        raise UserError(f"--folder {folder}: no images in it; files ending in {' '.join(IMG_EXTENSIONS)} count")
+        raise UserError(f"--folder {folder}: no files in it that end in {' '.join(IMG_EXTENSIONS)}")
     return ImageFiles(paths, [0] * len(paths), [folder.name])
 
 
@@ -86,13 +86,14 @@ def chosen_parts(args: argparse.Namespace) -> dict[str, ImageDataset]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-set", default="FOLDER", metavar="NAME", help="as in training (default: FOLDER)")
-    parser.add_argument("--data-path", metavar="DIR", help="where it lies, as in training")
-    parser.add_argument("--split", default="all", choices=["all", "train", "val"], help="(default: all)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="all images below it, in place of a data set")
-    parser.add_argument("--num-workers", type=COUNT, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes; 0: this one alone (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    add = parser.add_argument
+    add("--data-set", default="FOLDER", metavar="NAME", help="as in training (default: %(default)s)")
+    add("--data-path", metavar="DIR", help="where it lies, as in training")
+    add("--split", default="all", choices=["all", "train", "val"], help="(default: %(default)s)")
+    add("--folder", type=Path, metavar="DIR", help="all images below it, in place of a data set")
+    add("--num-workers", type=COUNT, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="processes; 0: this one alone (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
 
     checked, unreadable = 0, []

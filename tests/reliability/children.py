@@ -1,0 +1,147 @@
+"""What the tests run in forked children beside whole trainings: many small cases in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import resource
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mutations
+import numpy as np
+import torch
+from harness import digest
+
+import checkpointing
+import engine
+import utils
+from cli import parse_args
+from datasets import EvalLoader, ImageArrays, KeyedDataset, LoaderSettings, build_data, build_transform
+from engine import Precision, evaluate
+from utils import Distributed, close_distributed, init_distributed
+
+
+@dataclass(frozen=True)
+class Alone(Distributed):
+    """A place in a job whose other processes are not there: for what needs no word from them."""
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+
+def order_traces(argv: Sequence[str], images: int, epochs: Sequence[int], report: str) -> None:
+    """{"workers world": [[index, digest of the augmented image], ...] in the order of the whole job}."""
+    traces = {}
+    for world in range(1, 5):
+        for workers in range(4):
+            args = parse_args(
+                [*argv, "--batch-size", str(images // world), "--num-workers", str(workers)], {}, ""
+            )
+            loaders = [build_data(args, Alone(rank, world)).train for rank in range(world)]
+            trace = []
+            for epoch in epochs:
+                # A later start has to be the same order with its beginning cut off.
+                for steps in zip(*(loader.epoch(epoch, epoch % 2) for loader in loaders), strict=True):
+                    order = [
+                        (int(batch.indices[i]), digest(batch.images[i]))
+                        for i in range(images // world)
+                        for batch in steps
+                    ]
+                    trace += order
+            traces[f"{workers} {world}"] = trace
+    Path(report).write_text(json.dumps(traces))
+
+
+def evaluate_sizes(sizes: Sequence[int], batches: Sequence[int], report: str) -> None:
+    """{"size batch": [correct1, correct5, images]} of a fixed model, by `engine.evaluate` in this job."""
+    dist = init_distributed("cpu")
+    images = np.random.RandomState(0).randint(0, 256, (max(sizes), 8, 8, 3)).astype(np.uint8)
+    labels = np.random.RandomState(1).randint(0, 10, max(sizes))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 8 * 3, 10)).double()
+    transform = build_transform(False, (8, 8), crop_pct=1.0, normalize=False)
+    counts = {}
+    for size in sizes:
+        dataset = KeyedDataset(
+            ImageArrays("noise", images[:size], labels[:size], list("0123456789")), transform, 0
+        )
+        for batch in batches:
+            loader = EvalLoader(dataset, LoaderSettings(batch, 0, False, dist))
+            found = evaluate(model, loader, dist, Precision(dist.device, torch.float64, None))
+            counts[f"{size} {batch}"] = [found["correct1"], found["correct5"], found["images"]]
+    if dist.is_main:
+        Path(report).write_text(json.dumps(counts))
+    close_distributed()
+
+
+class Accepted(BaseException):
+    """A command line got as far as the first training step."""
+
+
+def _accept(*_: Any) -> None:
+    raise Accepted
+
+
+def run_command(main: str, argv: Sequence[str]) -> dict[str, Any]:
+    """{"code": exit code or "accepted", "err": stderr, "out": stdout} of a command line, run here."""
+    out, err = io.StringIO(), io.StringIO()
+    sys.argv = [f"{main}.py", *argv]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            utils.run_cli(importlib.import_module(main).main)
+        except SystemExit as leave:
+            code = leave.code
+        except Accepted:
+            code = "accepted"
+    return {"code": code, "err": err.getvalue(), "out": out.getvalue()}
+
+
+def commands(cases: str, report: str) -> None:
+    """Run command lines, [[main, argument...], ...], one after the other in this process; none may train."""
+    with mock.patch.object(engine, "train_one_epoch", _accept):
+        results = [run_command(main, argv) for main, *argv in json.loads(Path(cases).read_text())]
+    Path(report).write_text(json.dumps(results))
+
+
+def mutated_checkpoints(
+    kind: str, number: int, source: str, target: str, main: str, argv: Sequence[str], report: str
+) -> None:
+    """Run one command line on many spoiled checkpoints; first on the intact one."""
+    shutil.copyfile(source, target)
+    with mock.patch.object(engine, "train_one_epoch", _accept):
+        results = [run_command(main, argv) | {"label": "intact"}]
+        for label in mutations.checkpoints(kind, number, Path(source), Path(target)):
+            results.append(run_command(main, argv) | {"label": label})
+    Path(report).write_text(json.dumps(results))
+
+
+def load_all(paths: Sequence[str], report: str, memory: int) -> None:
+    """`checkpointing.load` of many files, with ``memory`` MiB to allocate; what came of each."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + (memory << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    results = []
+    for path in paths:
+        try:
+            checkpointing.load(path)
+            results.append({"outcome": "loaded", "message": ""})
+        except utils.UserError as error:
+            results.append({"outcome": "refused", "message": str(error)})
+        except BaseException:  # whatever else comes out is the finding
+            results.append({"outcome": "crashed", "message": traceback.format_exc()})
+    Path(report).write_text(json.dumps(results))
+
+
+def write_again_and_again(path: str, times: int) -> None:
+    """Replace a checkpoint that tells its own number, many times."""
+    for number in range(times):
+        checkpointing.save(path, {"model": {"weight": torch.full((64, 64), float(number))}, "epoch": number})

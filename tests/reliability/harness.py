@@ -1,0 +1,362 @@
+"""Starting, watching and comparing runs: the tests' side of the fork server, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FULL = os.environ.get("RELIABILITY") == "full"
+HANG = 300  # seconds after which a run counts as hanging: a hundred times what one takes
+# A worker or rank that dies has to end the run in this time.
+DEATH_LIMIT = 10
+# Fields of a log row that tell how fast the machine was, and nothing about the training.
+TIMES = ("time", "seconds", "images_per_second", "throughput", "memory")
+
+# A run of three epochs of four updates in about a second, with everything on that keeps state.
+TINY = [
+    "--arch",
+    "spectformer_xs",
+    "--model-kwargs",
+    "embed_dim=16",
+    "depth=2",
+    "num_heads=2",
+    "alpha=1",
+    "mlp_ratio=2",
+    "--data-set",
+    "DIGITS",
+    "--input-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+    "--epochs",
+    "3",
+    "--warmup-epochs",
+    "1",
+    "--drop-path",
+    "0.2",
+    "--model-ema",
+    "--model-ema-decay",
+    "0.9",
+    "--lr",
+    "5e-3",
+    "--unscale-lr",
+    "--reprob",
+    "0.25",
+    "--checkpoint-epochs",
+    "0",
+]
+
+
+def count(reduced: int, full: int) -> int:
+    """How many cases to try: the full count under RELIABILITY=full."""
+    return full if FULL else reduced
+
+
+def spread(low: int, high: int, number: int, *key: Any) -> list[int]:
+    """``number`` sorted integers of [low, high), one drawn from each of as many equal parts."""
+    drawn = random.Random(repr(key))
+    edges = [low + (high - low) * i // max(number, 1) for i in range(number + 1)]
+    return [drawn.randrange(a, max(b, a + 1)) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+# ------------------------------------------------------------------------------------------ processes
+@dataclass
+class Child:
+    """A process forked by the server; ``code`` is the exit status, negative for a signal."""
+
+    pid: int
+    output: Path
+    server: Launcher = field(repr=False)
+
+    @property
+    def out(self) -> str:
+        return Path(f"{self.output}.out").read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return Path(f"{self.output}.err").read_text(errors="replace")
+
+    def wait(self, timeout: float = HANG) -> int:
+        """The exit code; a process that is still there after ``timeout`` is killed and reported as a hang."""
+        code = self.server.wait(self.pid, timeout)
+        if code is None:
+            stack = self.err[-2000:]
+            self.kill()
+            self.server.wait(self.pid, 10)
+            raise AssertionError(f"process {self.pid} hung for {timeout} s; its stderr ended:\n{stack}")
+        return code
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.server.codes.get(self.pid) is None:
+            os.kill(self.pid, signum)
+
+    def left_behind(self) -> list[int]:
+        """Processes of its session that still live."""
+        return [
+            process.pid
+            for process in psutil.process_iter()
+            if process.pid != self.pid and session_of(process.pid) == self.pid and alive(process)
+        ]
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True) if alive(child)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+class Launcher:
+    """The fork server's client; a context manager."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.codes: dict[int, int | None] = {}
+        self.started = 0
+        self.unread = b""
+        self.messages: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Launcher:
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        inherited = {key: value for key, value in os.environ.items() if key not in ("PYTEST_CURRENT_TEST",)}
+        self.log = open(self.directory / "server.err", "wb")  # noqa: SIM115 (closed in __exit__)
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forkserver.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=inherited | threads | {"MPLBACKEND": "Agg"},
+            cwd=ROOT,
+        )
+        if self._message("ready", 300) is None:
+            raise RuntimeError((self.directory / "server.err").read_text())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait(HANG)
+        self.process.stdout.close()
+        self.log.close()
+
+    def _message(self, kind: str, timeout: float) -> dict[str, Any] | None:
+        """The next message with the key ``kind``; exits are noted on the way."""
+        deadline = time.monotonic() + timeout
+        while True:
+            for message in self.messages:
+                if kind in message:
+                    self.messages.remove(message)
+                    return message
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                return None
+            received = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not received:
+                return None
+            *lines, self.unread = (self.unread + received).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                if "code" in message:
+                    self.codes[message["pid"]] = message["code"]
+                self.messages.append(message)
+
+    def start(
+        self,
+        function: str,
+        directory: Path | str | None = None,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> Child:
+        """Fork a child that calls ``module:function`` with ``arguments`` (JSON)."""
+        self.started += 1
+        output = self.directory / f"job{self.started}"
+        request = {
+            "function": function,
+            "arguments": arguments,
+            "environment": environment or {},
+            "directory": str(directory or ROOT),
+            "output": str(output),
+        }
+        self.process.stdin.write((json.dumps(request) + "\n").encode())
+        self.process.stdin.flush()
+        started = self._message("started", 60)
+        if started is None:
+            raise RuntimeError(
+                "the fork server is gone: " + (self.directory / "server.err").read_text()[-2000:]
+            )
+        self.codes.setdefault(started["started"], None)
+        return Child(started["started"], output, self)
+
+    def wait(self, pid: int, timeout: float) -> int | None:
+        deadline = time.monotonic() + timeout
+        while self.codes.get(pid) is None and time.monotonic() < deadline:
+            self._message("code", deadline - time.monotonic())
+        return self.codes.get(pid)
+
+    def train(
+        self,
+        run_dir: Path,
+        *flags: str,
+        world: int = 1,
+        workers: int = 0,
+        faults: Sequence[Sequence] = (),
+        faulty_rank: int | None = None,
+        base: Sequence[str] = TINY,
+        directory: Path | str | None = None,
+    ) -> list[Child]:
+        """Start a training in ``world`` processes; ``faults`` strike ``faulty_rank`` (None: every rank)."""
+        each = [list(faults) if faulty_rank in (None, rank) else [] for rank in range(world)]
+        return self.train_each(run_dir, each, *flags, workers=workers, base=base, directory=directory)
+
+    def train_each(
+        self,
+        run_dir: Path,
+        faults: Sequence[Sequence],
+        *flags: str,
+        workers: int = 0,
+        base: Sequence[str] = TINY,
+        directory: Path | str | None = None,
+    ) -> list[Child]:
+        """Start a training of as many processes as there are entries in ``faults``, each with its own."""
+        argv = [*base, "--output-dir", str(run_dir), "--num-workers", str(workers), *flags]
+        world, port = len(faults), str(free_port())
+        children = []
+        for rank, own in enumerate(faults):
+            launched = (
+                {}
+                if world == 1
+                else {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+            )
+            children.append(self.start("faults:train", directory, launched, argv=argv, faults=own))
+        return children
+
+    def complete(self, run_dir: Path, *flags: str, **how: Any) -> list[Child]:
+        """A training that has to end with exit code 0."""
+        children = self.train(run_dir, *flags, **how)
+        for child in children:
+            code = child.wait()
+            assert code == 0, f"exit {code}: {child.err[-3000:]}"
+        return children
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ---------------------------------------------------------------------------------- what a run leaves
+def digest(value: Any) -> str:
+    """SHA-256 over a nest of containers, numbers and tensors, to the last bit."""
+    return hashlib.sha256(b"".join(_chunks(value))).hexdigest()
+
+
+def _chunks(value: Any) -> list[bytes]:
+    if isinstance(value, torch.Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return [f"{value.dtype}{tuple(value.shape)}".encode(), raw]
+    if isinstance(value, dict):
+        return [
+            chunk
+            for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))
+            for chunk in (repr(key).encode(), *_chunks(item))
+        ]
+    if isinstance(value, list | tuple):
+        return [b"[", *(chunk for item in value for chunk in _chunks(item)), b"]"]
+    return [repr(value).encode()]
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of log.txt, without what depends on the machine's speed."""
+    read = [json.loads(line) for line in (run_dir / "log.txt").read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in read
+    ]
+
+
+def outcome(run_dir: Path) -> dict[str, str]:
+    """The digests of all that a run has to reproduce: its last checkpoint part by part, and its log."""
+    import checkpointing
+
+    state = checkpointing.load(run_dir / "checkpoint_last.pth")
+    parts = {key: digest(value) for key, value in state.items() if key not in ("args", "version")}
+    return parts | {"log": digest(rows(run_dir))}
+
+
+def differences(got: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """The names of the parts that differ."""
+    return [key for key in sorted(got.keys() | expected.keys()) if got.get(key) != expected.get(key)]
+
+
+def traced(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines that a fault's tracer appended; a killed process may have left half a line."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def temporaries(directory: Path) -> list[str]:
+    """Files that no finished run leaves: neither its products nor TensorBoard's events."""
+    return sorted(
+        path.name
+        for path in directory.rglob("*")
+        if path.is_file() and (".tmp" in path.name or path.name.startswith(".")) and "lock" not in path.name
+    )
+
+
+def one_line(text: str) -> bool:
+    """Whether a message to the user is a single line and no traceback."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return len(lines) == 1 and "Traceback" not in text
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """A copy of a run directory to spoil; the lock, if any, is not copied."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*lock*"))
+    return target
