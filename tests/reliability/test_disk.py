@@ -192,7 +192,8 @@ def test_a_reader_beside_the_writer_always_finds_a_whole_file(launcher: Launcher
     wrong, reads, killed = [], 0, 0
     writer = launcher.start("children:write_again_and_again", path=str(path), times=10**6)
     seen = set()
-    while reads < wanted:
+    # On a busy machine the writer may fall behind: read on until the file changed often enough to tell.
+    while reads < wanted or (len(seen) <= wanted / 20 and reads < 20 * wanted):
         if reads % 50 == 49 and killed < reads // 50 + 1:  # a writer that dies at any moment changes nothing
             writer.kill()
             writer.wait()
