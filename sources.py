@@ -173,13 +173,17 @@ class HuggingFaceImages:
         self._reader = reader
         self.labels = np.asarray(reader.dataset[reader.label_key], dtype=np.int64)
         by_label = {label: class_name for class_name, label in reader.class_to_idx.items()}
-        self.class_names = tuple(by_label.get(i, str(i)) for i in range(_count(self.labels, by_label)))
+        count = max(len(by_label), _count_classes(self.labels))
+        self.class_names = tuple(by_label.get(i, str(i)) for i in range(count))
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self._reader[index]
+        try:
+            file, label = self._reader[index]
+        except OSError as error:
+            raise BadImage(f"{self.path(index)}: {one_line(error)}") from error
         with file:
             return read_image(file, self.path(index)), int(label)
 
@@ -221,8 +225,10 @@ def _class_number(class_names: Sequence[str], name: str) -> int:
     raise UserError(f"--classes {name}: no such class; there are {len(class_names)}: {shown}")
 
 
-def _count(labels: np.ndarray, names: Sequence[str] | dict[int, str]) -> int:
-    return max(len(names), int(labels.max()) + 1)
+def _count_classes(labels: np.ndarray) -> int:
+    if labels.min(initial=0) < 0:
+        raise UserError("some labels are negative: they are withheld in this split")
+    return int(labels.max(initial=-1)) + 1
 
 
 # --------------------------------------------------------------------------------------- where they come from
@@ -447,8 +453,8 @@ def _inat(request: Request) -> ImageDataset:
         category_of = {entry["image_id"]: entry["category_id"] for entry in wanted["annotations"]}
         paths = [_inat_path(request.root, image["file_name"]) for image in wanted["images"]]
         labels = [label_of[category_names[category_of[image["id"]]]] for image in wanted["images"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise request.missing(f"iNaturalist's annotations; an entry has no {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise request.missing(f"iNaturalist's annotations, but an entry is not complete ({error!r})") from error
     return ImageFiles(paths, labels, class_names)
 
 
@@ -525,16 +531,19 @@ def _web_shards(request: Request) -> ImageDataset:
     members, labels = _index_shards(own)
     other = _shards(request, not request.train)
     all_labels = np.array(labels + (_index_shards(other)[1] if other else []))
-    return TarImages(own, members, labels, [str(i) for i in range(_count(all_labels, ()))])
+    return TarImages(own, members, labels, [str(i) for i in range(_count_classes(all_labels))])
 
 
 def _shards(request: Request, train: bool) -> list[Path]:
     splits = ("train",) if train else ("validation", "val", "test")
     for info in (request.root / "_info.json", request.root / "info.json"):
         if info.is_file():
-            named = _annotations(request, info.name).get("splits", {})
-            split = next((split for split in splits if split in named), None)
-            return [request.root / file for file in named[split]["filenames"]] if split else []
+            try:
+                named = _annotations(request, info.name)["splits"]
+                split = next((split for split in splits if split in named), None)
+                return [request.root / file for file in named[split]["filenames"]] if split else []
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{info}: no splits with filenames in it") from error
     found = (sorted(request.root.glob(_shard_pattern(request.name, split))) for split in splits)
     return next(filter(None, found), [])
 
@@ -569,11 +578,14 @@ def _samples_of_shard(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, i
         if image is None:
             continue
         if ".cls" in files:
-            yield image, int(tar.extractfile(files[".cls"]).read())
+            label = int(tar.extractfile(files[".cls"]).read())
         elif ".json" in files:
-            yield image, int(json.load(tar.extractfile(files[".json"]))["label"])
+            label = int(json.load(tar.extractfile(files[".json"]))["label"])
         else:
             raise ValueError(f"{key} has neither .cls nor .json")
+        if label < 0:
+            raise ValueError(f"{key} has the negative label {label}")
+        yield image, label
 
 
 @dataclass(frozen=True)
@@ -581,7 +593,7 @@ class DatasetSpec:
     """How a data set is built, and what it needs of the command line and the augmentation."""
 
     build: Callable[[Request], ImageDataset]
-    downloads: bool = False
+    downloads: bool = False  # takes --download, if only to say what to do instead
     embedded: bool = False  # needs no --data-path
     glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
 
@@ -633,7 +645,10 @@ def build_dataset(name: str, root: str | os.PathLike | None, train: bool, *, dow
     folder = Path(root or ".")
     if not folder.is_dir() and not download:
         raise UserError(f"--data-path {folder}: no such folder")
-    dataset = spec.build(Request(name, folder, train, download, inat_category))
+    try:
+        dataset = spec.build(Request(name, folder, train, download, inat_category))
+    except OSError as error:
+        raise UserError(f"--data-set {name} --data-path {folder}: {one_line(error)}") from error
     if len(dataset) == 0:
         raise UserError(f"--data-set {name} --data-path {folder}: no images in it")
     return dataset if classes is None else ClassSubset(dataset, classes)

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import pickle
 import sys
@@ -61,7 +62,7 @@ def samples(dataset) -> list[tuple[int, int]]:
 
 
 def make_tree(root, classes=("cat", "dog"), splits=("train", "val"), images=2):
-    numbers = iter(range(25))
+    numbers = itertools.cycle(range(25))
     for split in splits:
         for name in classes:
             for i in range(images):
