@@ -103,7 +103,7 @@ def build_transform(train: bool, input_size: int | Sequence[int], *,
     if glyphs or max(size) <= SMALL_INPUT:
         resample = "bicubic" if interpolation == "random" else interpolation
         transform.transforms[0] = transforms.Compose([
-            transforms.Resize(size, transforms.InterpolationMode(resample)),
+            transforms.Resize(max(size), transforms.InterpolationMode(resample)),
             transforms.RandomCrop(size, padding=max(1, min(size) // 8)),
         ])
     return transform

@@ -73,29 +73,36 @@ def orientation_energies(
 ) -> list[tuple[Tensor, Tensor]]:
     """Energy of the oriented bands, before and after blending, of each mixer for images (B, 3, H, W).
 
-    Each is (6, h, w): |z|^2 summed over channels, averaged over images.
+    Each is (6, h, w): |z|^2 summed over channels, averaged over images. What blending makes of empty bands, from
+    its biases, is subtracted first: it is the same for every image and orientation.
     """
     bands: dict[nn.Module, Tensor] = {}
-    hooks = []
-    for mixer in mixers:
-        last_blend = mixer.channel_blend if mixer.mixing == "channel" else mixer.token_blend
-        hooks.append(
-            mixer.wavelet.register_forward_hook(lambda module, _, out: bands.update({module: out[1]}))
-        )
-        hooks.append(last_blend.register_forward_hook(lambda module, _, out: bands.update({module: out})))
+    hooks = [
+        mixer.wavelet.register_forward_hook(lambda module, _, out: bands.update({module: out[1]}))
+        for mixer in mixers
+    ]
     try:
         model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    energies = {module: band.double().square().sum((-2, -1)).mean(0) for module, band in bands.items()}
-    return [
-        (
-            energies[mixer.wavelet],
-            energies[mixer.channel_blend if mixer.mixing == "channel" else mixer.token_blend],
-        )
-        for mixer in mixers
-    ]
+    energies = []
+    for mixer in mixers:
+        before = bands[mixer.wavelet]
+        after = blended(mixer, before) - blended(mixer, torch.zeros_like(before[:1]))
+        energies.append((energy(before), energy(after)))
+    return energies
+
+
+def blended(mixer: ScatteringMixer, bands: Tensor) -> Tensor:
+    """What a mixer's inverse transform gets for bands (B, 6, h, w, 2, C)."""
+    for name in ("channel_blend", "token_blend"):
+        bands = getattr(mixer, name)(bands) if hasattr(mixer, name) else bands
+    return bands
+
+
+def energy(bands: Tensor) -> Tensor:
+    return bands.double().square().sum((-2, -1)).mean(0)
 
 
 def chosen_channels(wanted: Sequence[int], channels: int) -> list[int]:
