@@ -247,7 +247,9 @@ def step_loss(trainer: Trainer, batch: Batch, epoch: int, step: int) -> Tensor:
         if trainer.mixup is not None:
             images, targets = trainer.mixup(images, targets)
         if args.token_label:
-            box = {"box": sample_mix_box(trainer.model.token_label_size)}
+            corners = sample_mix_box(trainer.model.token_label_size)
+            # A compiled model takes them as data; as numbers it would be compiled anew for every box.
+            box = {"box": torch.tensor(corners, device=images.device) if args.compile else corners}
     # Processes drop different paths, but mix by the same ratio and box.
     seed_step(args.seed, epoch, step, trainer.dist.rank)
     with trainer.precision.autocast():
