@@ -198,7 +198,7 @@ def start_workers(folder):
 def test_workers_leave_signals_to_the_main_process(tmp_path):
     # A job's processes may all get the signal at once; the main one has to finish its step and save.
     data, batches, _ = start_workers(make_tree(tmp_path, images=12))
-    received = [next(batches)]
+    received = [next(batches), next(batches)]  # one of each worker: both have started
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
