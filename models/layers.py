@@ -4,8 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+
+from .feed_forward import FeedForward
 
 Grid = tuple[int, int]
 
@@ -56,8 +58,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
+        qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
+        # Each (B, heads, N, head_dim). Unbound before it is transposed: the backward pass then copies once.
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         x = F.scaled_dot_product_attention(query, key, value)
         return self.proj(x.transpose(1, 2).reshape(batch, height, width, dim))
 
@@ -77,25 +80,10 @@ class ClassAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
         query = self.q(x[:, :1]).view(batch, 1, self.num_heads, -1).transpose(1, 2)
-        key, value = self.kv(x).view(batch, length, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        kv = self.kv(x).view(batch, length, 2, self.num_heads, -1)
+        key, value = (part.transpose(1, 2) for part in kv.unbind(2))
         x = F.scaled_dot_product_attention(query, key, value)
         return self.proj(x.transpose(1, 2).reshape(batch, 1, dim))
-
-
-class ConvFFN(nn.Module):
-    """Linear, depthwise 3x3 convolution over the grid, GELU, linear: (B, H, W, C) to (B, H, W, C)."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x).permute(0, 3, 1, 2)  # a channels_last view: no copy
-        x = self.dwconv(x).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
 
 
 class Block(nn.Module):
@@ -125,12 +113,12 @@ class ClassBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = ClassAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
 
     def forward(self, tokens: Tensor) -> Tensor:
         sequence = torch.cat((tokens.mean(1, keepdim=True), tokens), 1)
         token = sequence[:, :1] + self.attn(self.norm1(sequence))
-        token = token + self.mlp(self.norm2(token))
+        token = token + self.mlp(self.norm2(token)[:, None])[:, 0]
         return torch.cat((token, tokens), 1)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .base import ImageModel, resize_mixers
 from .checkpoints import checkpoint_filter_fn
+from .feed_forward import FeedForward
 from .layers import (
     Block,
     ClassBlock,
-    ConvFFN,
     Downsample,
     Grid,
     Stem,
@@ -99,7 +99,7 @@ class Pyramid(ImageModel):
                 spectral = j < spectral_depths[i]
                 options = dict(mixer_options or {}) if spectral else {}
                 token_mixer = build_mixer(mixer if spectral else "attention", dim, grid, heads, **options)
-                blocks.append(Block(dim, token_mixer, ConvFFN(dim, int(dim * mlp_ratios[i])), rate))
+                blocks.append(Block(dim, token_mixer, FeedForward(dim, int(dim * mlp_ratios[i]), depthwise=True), rate))
             downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
             last = i == len(depths) - 1  # its norm follows the class block
             norm = nn.Identity() if last else nn.LayerNorm(dim, eps=1e-6)

@@ -1,11 +1,14 @@
 """The scattering mixer of SVT (section 3): wavelet transform, spectral blending, inverse transform."""
 
+from itertools import chain
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import Grid, autocast_off, full_precision, resize_grid, resize_image
-from .wavelet import WAVELET_BACKENDS, padded_grid
+from .scattering_cpu import ScatterInSlices
+from .slicing import may_slice
+from .wavelet import DTCWT, WAVELET_BACKENDS, padded_grid
 
 CHANNEL_BLOCKS = 4
 # mixing -> what the number of channels must be a multiple of
@@ -22,7 +25,7 @@ class EinsteinBlending(nn.Module):
     """Two complex block-diagonal layers, W2 relu(W1 x + b1) + b2, ReLU on real and imaginary part.
 
     Weights are (2, blocks, size, size), biases (2, blocks, size), real part first. Bands are
-    (B, 6, h, w, 2, C); `over` says what a block and a place in it are: "channels" (a block of channels, a
+    (2, 6, B, h, w, C); `over` says what a block and a place in it are: "channels" (a block of channels, a
     channel in it) or "tokens" (a row of the grid, a position in the row; the same for every channel).
     """
 
@@ -37,31 +40,42 @@ class EinsteinBlending(nn.Module):
     def forward(self, bands: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """`weights`, named as the parameters, stand in for them on another grid."""
         own = weights or dict(self.named_parameters())
-        layer = _blend_channels if self.over == "channels" else _blend_tokens
-        hidden = F.relu(layer(bands, own["weight1"], own["bias1"]))
-        return layer(hidden, own["weight2"], own["bias2"])
+        own = {name: weight.to(bands.dtype) for name, weight in own.items()}
+        blend = _blend_channels if self.over == "channels" else _blend_tokens
+        return blend(bands, own["weight1"], own["bias1"], own["weight2"], own["bias2"])
+
+    def real_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The layers as `ScatterInSlices` takes them: real matrices from and to each part, and biases."""
+        layer1 = torch.stack(_real_matrix(self.weight1).chunk(2, 1))
+        layer2 = torch.stack(_real_matrix(self.weight2).chunk(2, 2))
+        return layer1, _real_bias(self.bias1), layer2, self.bias2
 
 
 def _real_matrix(weight: Tensor) -> Tensor:
-    """Complex (2, b, d, k) as the real (b, 2, d, 2, k), real and imaginary part of d to those of k."""
+    """Complex (2, ..., d, k) as the real (..., 2d, 2k) from real and imaginary parts of d to those of k."""
     real, imaginary = weight
-    rows = torch.stack((real, imaginary), 2), torch.stack((-imaginary, real), 2)
-    return torch.stack(rows, 1)
+    return torch.cat((torch.cat((real, imaginary), -1), torch.cat((-imaginary, real), -1)), -2)
 
 
-def _blend_channels(bands: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    matrix = _real_matrix(weight.to(bands.dtype))
-    blocks, size = matrix.shape[0], matrix.shape[2]
-    x = bands.unflatten(-1, (blocks, size))
-    x = torch.einsum("...ibd,bidok->...obk", x, matrix) + bias.to(bands.dtype)
-    return x.flatten(-2)
+def _real_bias(bias: Tensor) -> Tensor:
+    """Complex (2, blocks, size) as the real (blocks, 2 * size)."""
+    return torch.cat(bias.unbind(), -1)
 
 
-def _blend_tokens(bands: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    matrix = _real_matrix(weight.to(bands.dtype)).permute(0, 4, 3, 2, 1)  # (row, k, out part, d, in part)
-    matrix = matrix.flatten(3, 4).flatten(1, 2)
-    x = torch.matmul(matrix, bands.flatten(3, 4)).view_as(bands)
-    return x + bias.to(bands.dtype).permute(1, 2, 0)[..., None]
+def _blend_channels(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    _, blocks, size, _ = weight1.shape
+    x = bands.reshape(2, -1, blocks, size).permute(2, 1, 0, 3).reshape(blocks, -1, 2 * size)
+    x = torch.baddbmm(_real_bias(bias1)[:, None], x, _real_matrix(weight1)).relu()
+    x = torch.baddbmm(_real_bias(bias2)[:, None], x, _real_matrix(weight2))
+    return x.view(blocks, -1, 2, size).permute(2, 1, 0, 3).reshape(bands.shape)
+
+
+def _blend_tokens(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    _, count, batch, height, width, channels = bands.shape
+    rows = bands.permute(3, 0, 4, 1, 2, 5).reshape(height, 2 * width, -1)
+    rows = torch.baddbmm(_real_bias(bias1)[..., None], _real_matrix(weight1).mT, rows).relu_()
+    rows = torch.baddbmm(_real_bias(bias2)[..., None], _real_matrix(weight2).mT, rows)
+    return rows.view(height, 2, width, count, batch, channels).permute(1, 3, 4, 0, 2, 5)
 
 
 class ScatteringMixer(nn.Module):
@@ -106,12 +120,28 @@ class ScatteringMixer(nn.Module):
         grid = (x.shape[1], x.shape[2])
         low_pass, token_weights = self._grid_weights(grid)
         with autocast_off(x):
+            if self._runs_in_slices(x):
+                return self._scatter_in_slices(x)
             low, high = self.wavelet(full_precision(x))
             if self.mixing != "token":
                 high = self.channel_blend(high)
             if self.mixing != "channel":
                 high = self.token_blend(high, token_weights)
             return self.wavelet.inverse(low * low_pass.to(low.dtype), high, grid).to(x.dtype)
+
+    def _runs_in_slices(self, x: Tensor) -> bool:
+        """Where that may be, for channel blending on the grid of construction."""
+        return (
+            self.mixing == "channel"
+            and isinstance(self.wavelet, DTCWT)
+            and may_slice(x, self.wavelet, self.channel_blend)
+            and x.shape[1:3] == self.grid_size
+            and x.dtype == self.low_pass.dtype
+        )
+
+    def _scatter_in_slices(self, x: Tensor) -> Tensor:
+        matrices = (self.wavelet.matrices(name, self.grid_size, x) for name in ("analysis", "synthesis"))
+        return ScatterInSlices.apply(x, *chain(*matrices), self.low_pass, *self.channel_blend.real_layers())
 
     def _grid_weights(self, grid: Grid) -> tuple[Tensor, dict[str, Tensor] | None]:
         """`low_pass` and, away from the grid of construction, the token blending weights, resampled."""

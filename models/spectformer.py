@@ -5,13 +5,14 @@ Transformer", https://arxiv.org/abs/2304.06446.
 """
 
 import torch
-from timm.layers import Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .base import ImageModel, resize_mixers
 from .checkpoints import checkpoint_filter_fn
+from .feed_forward import FeedForward
 from .layers import Block, Grid, PatchEmbed, format_grid, init_linear, resize_grid, to_grid
 from .mixers import build_mixer
 
@@ -66,7 +67,7 @@ class SpectFormer(ImageModel):
         for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
             spectral = i < alpha
             mixer = build_mixer("spectral" if spectral else "attention", embed_dim, self.grid_size, num_heads)
-            mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+            mlp = FeedForward(embed_dim, int(embed_dim * mlp_ratio))
             self.blocks.append((SpectralBlock if spectral else Block)(embed_dim, mixer, mlp, rate))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = self._classifier()

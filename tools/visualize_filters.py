@@ -89,20 +89,20 @@ def orientation_energies(
     energies = []
     for mixer in mixers:
         before = bands[mixer.wavelet]
-        after = blended(mixer, before) - blended(mixer, torch.zeros_like(before[:1]))
+        after = blended(mixer, before) - blended(mixer, torch.zeros_like(before[:, :, :1]))
         energies.append((energy(before), energy(after)))
     return energies
 
 
 def blended(mixer: ScatteringMixer, bands: Tensor) -> Tensor:
-    """What a mixer's inverse transform gets for bands (B, 6, h, w, 2, C)."""
+    """What a mixer's inverse transform gets for bands (2, 6, B, h, w, C)."""
     for name in ("channel_blend", "token_blend"):
         bands = getattr(mixer, name)(bands) if hasattr(mixer, name) else bands
     return bands
 
 
 def energy(bands: Tensor) -> Tensor:
-    return bands.double().square().sum((-2, -1)).mean(0)
+    return bands.double().square().sum((0, -1)).mean(1)
 
 
 def chosen_channels(wanted: Sequence[int], channels: int) -> list[int]:

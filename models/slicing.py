@@ -1,0 +1,25 @@
+"""When a layer runs a few images at a time.
+
+On a CPU, moving large intermediate results through memory, and asking the system for fresh pages to put them in,
+costs more than the arithmetic on them. The feed-forward network and the scattering mixer therefore have a second
+formulation, which takes a few images through all of their steps while these are in cache. It is the same
+arithmetic; everywhere else, and when compiled, the plain formulation runs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def may_slice(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether x, in full precision on a CPU, may pass the layers by, which nobody has hooked."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    )
+
+
+def images_a_slice(elements_an_image: int, most: int) -> int:
+    """How many images have at most `most` elements together; at least one."""
+    return max(1, most // elements_an_image)
