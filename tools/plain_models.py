@@ -280,13 +280,10 @@ Box = tuple[int, int, int, int]
 
 
 def swap_box(x: Tensor, box: Box) -> Tensor:
-    """(B, H, W, C) with the box (x1, y1, x2, y2) of every sample taken from the batch in reverse order.
-
-    x counts along the grid's first axis and y along its second.
-    """
+    """(B, H, W, C) with the box (x1, y1, x2, y2), x along W, taken from the batch in reverse order."""
     x1, y1, x2, y2 = box
     out = x.clone()
-    out[:, x1:x2, y1:y2] = x.flip(0)[:, x1:x2, y1:y2]
+    out[:, y1:y2, x1:x2] = x.flip(0)[:, y1:y2, x1:x2]
     return out
 
 

@@ -1,0 +1,74 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import benchmark
+from utils import UserError
+
+TINY = ["--img-size", "32", "--batch-size", "2", "--threads", "1"]
+
+
+def report(path, *words):
+    benchmark.main([*words, *TINY, "--json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_models_are_measured_side_by_side(tmp_path, capsys):
+    labels = ["spectformer_ti", "plain:spectformer_ti@bfloat16"]
+    parts = ["--parts", "training", "inference", "latency", "spectral-share"]
+    written = report(tmp_path / "out.json", *labels, "--rounds", "3", *parts)
+    run = written["runs"][0]
+    assert list(run["models"]) == labels and "--rounds 3" in run["command"]
+    assert written["machine"]["threads"] == 1 and written["machine"]["torch"]
+    for label, row in run["models"].items():
+        assert (
+            row["training_images_per_s"] > 0 and row["inference_images_per_s"] > 0 and row["latency_ms"] > 0
+        )
+        assert row["training_quartiles_ms"][0] <= row["training_ms"] <= row["training_quartiles_ms"][1]
+        assert row["parameters"] == 8_888_040 and 0 < row["utilisation"] < 2
+        assert row["settings"]["dtype"] == ("bfloat16" if label.startswith("plain") else "float32")
+    assert 0 < run["models"]["spectformer_ti"]["spectral_share"] < 1
+    for table in run["ratios"].values():
+        assert table[labels[0]][labels[0]] == 1
+        assert table[labels[0]][labels[1]] == pytest.approx(1 / table[labels[1]][labels[0]], rel=1e-6)
+    table = capsys.readouterr().out
+    assert all(label in table for label in labels) and max(map(len, table.splitlines())) <= 100
+
+
+def test_peak_memory_counts_weights_gradients_and_optimiser_state():
+    contender = benchmark.Contender.parse("spectformer_ti", benchmark.Settings(batch_size=1, img_size=32))
+    assert benchmark.peak_memory(contender, True, 1) > 4 * 8.888 * 4 / 1.05  # four copies of the parameters
+
+
+def test_layers_are_measured_against_plain_ones(tmp_path, capsys):
+    words = ["--layers", "--grids", "7", "8", "--channels", "32", "--rounds", "1"]
+    rows = report(tmp_path / "out.json", *words)["runs"][0]["layers"]
+    names = {"spectral", "scattering_channel", "scattering_channel_token", "wavelet", "attention"}
+    assert {(row["layer"], row["grid"]) for row in rows} == {
+        (name, grid) for name in names for grid in (7, 8)
+    }
+    assert all(row["training_ratio"] > 0 and row["inference_ours_ms"] > 0 for row in rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+def test_loader_is_measured_against_timms(tmp_path):
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((40, 50, 3), 20 * i, np.uint8)).save(tmp_path / "val" / name / f"{i}.jpg")
+    words = ["--loader", str(tmp_path), "--workers", "0", "--rounds", "2"]
+    figures = report(tmp_path / "out.json", *words)["runs"][0]["loader"]
+    assert figures["images"] == 8 and figures["images_per_s"]["timm"] > 0 and figures["ratio"] > 0
+
+
+@pytest.mark.parametrize("label", ["plain:resnet50", "no_such_model", "svt_h_s@int8"])
+def test_unknown_contender_is_named(label):
+    with pytest.raises(UserError, match=label):
+        benchmark.main([label])
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios():
+    seconds = {"a": [1.0, 10.0, 1.0], "b": [2.0, 30.0, 2.0]}
+    assert benchmark.speed_ratio(seconds, "a", "b") == 2
