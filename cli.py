@@ -9,6 +9,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -112,8 +113,11 @@ def policy(text: str) -> str:
     """A policy of timm's auto-augmentation, "" for none."""
     if text in ("", "none"):
         return ""
-    build = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(text.split("-")[0])
+    name, *settings = text.split("-")
+    build = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(name)
     try:
+        if any(not re.fullmatch(r"[a-z]+\d.*", setting) for setting in settings):
+            raise ValueError("timm would pass such a setting over in silence")
         (build or auto_augment_transform)(text, {})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no policy; rand-m9-mstd0.5-inc1 is one") from error

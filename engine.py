@@ -450,7 +450,7 @@ def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool
     """`load_weights`, whose complaints become the user's and name the file."""
     try:
         return load_weights(model, weights, new_head=new_head)
-    except WeightMismatch as error:
+    except (WeightMismatch, ValueError, RuntimeError, IndexError) as error:  # of tensors with absurd shapes, too
         raise UserError(f"{path}: {one_line(error)}") from error
 
 
@@ -473,7 +473,7 @@ def build_trainer(run: Run, model: nn.Module, data: Data, stop: StopSignals) -> 
         args=args, dist=dist, data=data, model=model, ema=ema, optimizer=optimizer, precision=precision,
         parallel=dist.wrap(model, sync_bn=args.sync_bn, find_unused=args.find_unused_parameters),
         scaler=torch.amp.GradScaler(dist.device.type, enabled=precision.amp is torch.float16),
-        scheduler=build_scheduler(args, optimizer), 
+        scheduler=build_scheduler(args, optimizer),
         criterion=build_criterion(args, model, data, dist, precision),
         mixup=build_mixup(args, data), progress=Progress(), stop=stop,
     )

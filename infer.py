@@ -34,6 +34,7 @@ from timm.data import ImageNetInfo
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode
 
 import checkpointing
 import models
@@ -156,8 +157,8 @@ def build_from_checkpoint(
         input_size or native,
         _channels(state, "mean", cfg.mean, path),
         _channels(state, "std", cfg.std, path),
-        state.get("crop_pct") or cfg.crop_pct,
-        state.get("interpolation") or cfg.interpolation,
+        _crop(state, cfg.crop_pct, path),
+        _interpolation(state, cfg.interpolation, path),
         ema is not False and any(state.get(key) for key in checkpointing.EMA_KEYS),
         state.get("args") or {},
     )
@@ -280,9 +281,25 @@ def _pair(state: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
 
 def _channels(state: Mapping[str, Any], key: str, default: Sequence[float], path: Path) -> tuple[float, ...]:
     values = state.get(key) or default
-    if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
-        raise UserError(f"{path}: its {key!r} is {values!r}, not a number a channel")
+    numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    if len(values) != 3 or len(numbers) != 3 or (key == "std" and min(numbers) <= 0):
+        raise UserError(f"{path}: its {key!r} is {values!r}, not a{' positive' * (key == 'std')} number a channel")
     return tuple(values)
+
+
+def _crop(state: Mapping[str, Any], default: float, path: Path) -> float:
+    part = default if state.get("crop_pct") is None else state["crop_pct"]
+    if not 0 < part <= 1:
+        raise UserError(f"{path}: its 'crop_pct' is {part}, not a part of the image's side")
+    return part
+
+
+def _interpolation(state: Mapping[str, Any], default: str, path: Path) -> str:
+    name = default if state.get("interpolation") is None else state["interpolation"]
+    known = ["random", *(mode.value for mode in InterpolationMode)]
+    if name not in known:
+        raise UserError(f"{path}: its 'interpolation' is {name!r}, not one of {', '.join(known)}")
+    return name
 
 
 # ------------------------------------------------------------------------------------------------- evaluation

@@ -330,6 +330,14 @@ def differences(got: dict[str, str], expected: dict[str, str]) -> list[str]:
     return [key for key in sorted(got.keys() | expected.keys()) if got.get(key) != expected.get(key)]
 
 
+def farthest(run_dir: Path, reference: Path) -> float:
+    """The largest difference between two runs' weights."""
+    import checkpointing
+
+    one, other = (checkpointing.load(path / "checkpoint_last.pth")["model"] for path in (run_dir, reference))
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
 def traced(path: Path) -> list[dict[str, Any]]:
     """The JSON lines that a fault's tracer appended; a killed process may have left half a line."""
     if not path.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from harness import FULL, Launcher, count, differences, one_line, outcome
+from harness import FULL, Launcher, count, differences, farthest, one_line, outcome
 
 import checkpointing
 
@@ -65,7 +65,13 @@ def test_a_signal_saves_and_leaves(launcher: Launcher, tmp_path, flags, record, 
         if done < least or done > 15:
             failures.append(f"{label}: saved after {done} updates")
         launcher.complete(directory, *flags, *batch, "--resume", "auto", world=world, workers=1)
-        if FULL and (wrong := differences(outcome(directory), expected[world])):
+        if not FULL:
+            continue
+        # DDP arranges its gradient buckets anew after the first step. With three processes and more that
+        # changes the order of a sum, and so its last bits.
+        if world == 3 and (distance := farthest(directory, tmp_path / "reference3")) > 1e-5:
+            failures.append(f"{label}: weights differ by {distance} after resuming")
+        if world < 3 and (wrong := differences(outcome(directory), expected[world])):
             failures.append(f"{label}: {wrong} differ after resuming")
     record(
         "signals after which every rank saved, left with 128 + n in one line, and the run went on",
