@@ -4,6 +4,7 @@ The figures published for the vanilla models are everything counted here; those 
 attention's products of tokens with tokens, and SVT's are the layers alone with scattering in two stages.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -56,17 +57,12 @@ def flops_by_kind(model: nn.Module, input_size: int | Grid, in_chans: int = 3) -
     """Multiply-adds for one image of `input_size` pixels (a side, or height and width), by kind.
 
     "layers": linear layers and convolutions; "attention": products of tokens with tokens; "spectral":
-    transforms and blending, as executed. For models of this project, which run once, where their weights are.
+    transforms and blending. Counted on a copy without data, which takes no formulation meant for one device.
     """
-    weight = next(model.parameters())
-    image = torch.zeros(1, in_chans, *to_grid(input_size), device=weight.device, dtype=weight.dtype)
-    training = model.training
-    model.eval()
-    try:
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            model(image)
-    finally:
-        model.train(training)
+    model = copy.deepcopy(model).to("meta").eval()
+    image = torch.zeros(1, in_chans, *to_grid(input_size), device="meta", dtype=next(model.parameters()).dtype)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        model(image)
     counts = counter.get_flop_counts()
     attention = sum(
         _flops(counts.get(f"{type(model).__name__}.{name}", {}), layers=False)

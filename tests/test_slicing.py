@@ -11,8 +11,7 @@ from models.scattering import ScatteringMixer
 LAYERS = {
     "feed-forward": lambda: FeedForward(8, 12),
     "feed-forward with convolution": lambda: FeedForward(8, 12, depthwise=True),
-    "scattering": lambda: ScatteringMixer(8, (6, 10)),
-    "scattering on an odd grid": lambda: ScatteringMixer(8, (7, 5)),
+    "scattering": lambda: ScatteringMixer(8, (12, 7)),
 }
 
 

@@ -143,6 +143,7 @@ class Runner:
     """A contender with all that a training step and an inference need."""
 
     def __init__(self, contender: Contender):
+        self.contender = contender
         self.settings = settings = contender.settings
         self.label = contender.label
         self.model = contender.build()
@@ -304,9 +305,11 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
 
 
 def _describe(runner: Runner) -> dict:
-    """Size and arithmetic. Useful is all that is done, but for our models' spectral mixers."""
-    kinds = flops_by_kind(runner.model, runner.settings.img_size)
-    spectral = kinds["spectral"] if isinstance(runner.model, ImageModel) else 0
+    """Size and arithmetic; a plain model's is that of ours. Useful is all but our models' spectral mixers."""
+    plain = runner.contender.model.startswith("plain:")
+    model = replace(runner.contender, model=runner.contender.model[6:]).build() if plain else runner.model
+    kinds = flops_by_kind(model, runner.settings.img_size)
+    spectral = kinds["spectral"] if isinstance(model, ImageModel) else 0
     return {
         "settings": asdict(runner.settings),
         "parameters": sum(p.numel() for p in runner.model.parameters()),
