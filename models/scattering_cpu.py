@@ -16,7 +16,7 @@ from .layers import Grid
 from .slicing import images_a_slice
 from .wavelet import ANALYSIS, LOW_PHASES, PHASES_OF_PLANES, PLANES_OF_PHASES, SYNTHESIS, phases_of_image
 
-# Entries of the transform, 4HWC an image, computed together: 8 MiB in float32, the best of 1 to 32 on busy and on idle machines.
+# Entries of the transform, 4HWC an image, computed together: 8 MiB in float32, good on idle and busy machines.
 SLICE_ELEMENTS = 2**21
 
 # Samples that symmetric extension adds at each end of a column, for the longest filter.
