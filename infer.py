@@ -62,6 +62,7 @@ from datasets import (
     read_image,
 )
 from engine import as_input, choose_precision, create_model, evaluate, load
+from models.base import ImageModel
 from models.checkpoints import to_ours, unwrap
 from utils import Distributed, UserError, atomic_write, init_distributed, make_directory, one_line, run_cli
 
@@ -594,8 +595,13 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, model: nn.Module
         for image, index, probabilities, classes in zip(batch.images, batch.indices, *best, strict=True):
             records.append(describe_prediction(files[index], probabilities.tolist(), classes.tolist(), info))
             if overlays:
-                heat = class_evidence(predict, image, int(classes[0]), args.batch_size)
-                figure = draw_overlay(displayable(image, info), heat, records[-1]["classes"][0])
+                target = int(classes[0])
+                maps = {"drop when hidden": class_evidence(predict, image, target, args.batch_size)}
+                if isinstance(model, ImageModel):
+                    with precision.autocast():
+                        activation = class_activation(model, as_input(image[None], precision), target)
+                    maps = {"class activation": activation} | maps
+                figure = draw_overlay(displayable(image, info), maps, records[-1]["classes"][0])
                 save_figure(overlays[index], figure)
                 print(f"    overlay: {overlays[index]}")
     if args.output is not None:
@@ -646,8 +652,9 @@ def class_evidence(
     blurred beyond recognition one after another, and a cell's evidence is the mean drop of the logit over the
     squares that hold it. The logit counts less the mean of all, since a softmax does not see what they share.
 
-    Maps read off the last tokens (CAM, Grad-CAM and their kin) are not used: the mixers here are global from
-    the first block on, so what a token holds in the end need not come from its place in the image.
+    It asks the model itself, unlike maps read off the last tokens (`class_activation`, Grad-CAM and their kin):
+    the mixers here are global from the first block on, so what a token holds in the end need not come from its
+    place in the image.
 
     Args:
         predict: images (B, 3, H, W) to logits (B, classes).
@@ -675,7 +682,26 @@ def class_evidence(
         nn.functional.conv_transpose2d(values.view(1, 1, *places), kernel)[0, 0]
         for values in (drops, torch.ones_like(drops))
     )
-    heat = (sums / counts).clamp_min(0).cpu()
+    return relative(sums / counts)
+
+
+@torch.no_grad()
+def class_activation(model: ImageModel, images: Tensor, target: int) -> Tensor:
+    """Where the last tokens of one image (1, 3, H, W) say a class: (rows, columns), 1 the most, 0 nothing or against.
+
+    A class activation map (Zhou et al., 2016, arXiv:1512.04150): the tokens' own logits, less the mean of all
+    classes. The vanilla models' logits are the mean of these; pyramids read theirs off the class token, and
+    those trained with token labels have a classifier of tokens, which is taken.
+    """
+    grid = model.token_label_size if isinstance(model, models.Pyramid) else model.grid_size
+    head = model.aux_head if getattr(model, "aux_head", None) is not None else model.head
+    tokens = model.forward_features(images)[0, model.num_prefix_tokens :]
+    return relative(centred(head(tokens), target).view(grid))
+
+
+def relative(heat: Tensor) -> Tensor:
+    """Nothing for what is negative, the rest as parts of the largest, on the CPU."""
+    heat = heat.float().clamp_min(0).cpu()
     return heat / heat.max().clamp_min(1e-12)
 
 
@@ -698,24 +724,25 @@ def displayable(image: Tensor, info: ModelInfo) -> Tensor:
     return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
-def draw_overlay(image: Tensor, heat: Tensor, prediction: Mapping[str, Any]) -> Figure:
-    """The image (H, W, 3) as the model saw it, the map (h, w) cell by cell, and both in one."""
+def draw_overlay(image: Tensor, maps: Mapping[str, Tensor], prediction: Mapping[str, Any]) -> Figure:
+    """The image (H, W, 3) as the model saw it, and under each map's name the map (h, w) over it."""
     height, width = image.shape[:2]
-    figure = Figure(figsize=(3 * 2.6 * min(width / height, 2) + 0.6, 2.9), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    panels = 1 + len(maps)
+    figure = Figure(figsize=(panels * 2.6 * min(width / height, 2) + 0.6, 3.1), layout="constrained")
+    left, *others = figure.subplots(1, panels)
     left.imshow(image.numpy(), interpolation="nearest")
     left.set_title("input", fontsize=9)
-    cells = middle.imshow(heat.numpy(), cmap="turbo", vmin=0, vmax=1, extent=(0, width, height, 0))
-    middle.set_title("evidence", fontsize=9)
-    enlarged = nn.functional.interpolate(heat[None, None], (height, width), mode="bilinear")[0, 0]
-    # Colours that differ in hue, half transparent over middle greys, can still be told from the image below.
-    right.imshow(0.2 + 0.8 * image.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    right.imshow(enlarged.numpy(), cmap="turbo", alpha=0.5, vmin=0, vmax=1)
-    right.set_title(f"{prediction['class']} ({100 * prediction['probability']:.1f} %)", fontsize=9)
-    for axes in (left, middle, right):
+    for axes, (name, heat) in zip(others, maps.items(), strict=True):
+        enlarged = nn.functional.interpolate(heat[None, None], (height, width), mode="bilinear")[0, 0]
+        # Colours that differ in hue, half transparent over middle greys, can still be told from the image below.
+        axes.imshow(0.2 + 0.8 * image.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        colours = axes.imshow(enlarged.numpy(), cmap="turbo", alpha=0.5, vmin=0, vmax=1)
+        axes.set_title(name, fontsize=9)
+    for axes in (left, *others):
         axes.set_axis_off()
-    bar = figure.colorbar(cells, ax=right, fraction=0.046, pad=0.02, ticks=[0, 0.5, 1])
-    bar.set_label("drop of the logit when hidden, relative", fontsize=8)
+    figure.suptitle(f"{prediction['class']} ({100 * prediction['probability']:.1f} %)", fontsize=10)
+    bar = figure.colorbar(colours, ax=others[-1], fraction=0.046, pad=0.02, ticks=[0, 0.5, 1])
+    bar.set_label("relative", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     return figure
@@ -780,7 +807,8 @@ def build_parser() -> Parser:
         nargs="?",
         const="",
         metavar="DIR",
-        help="save what spoke for the class, over the image (default: explained/ beside the checkpoint)",
+        help="save what spoke for the class, over the image: class activation, and the logit's drop where the "
+        "image is hidden (default: explained/ beside the checkpoint)",
     )
 
     add = (group := parser.add_argument_group("both")).add_argument

@@ -51,7 +51,7 @@ class _InSlices(torch.autograd.Function):
     def forward(ctx, grid, keep, weight1, bias1, depthwise, depthwise_bias, weight2, bias2):
         x = grid.contiguous().permute(0, 3, 1, 2)
         weight1, weight2 = weight1[..., None, None], weight2[..., None, None]
-        size = images_a_slice(len(weight1) * x.shape[2] * x.shape[3], SLICE_ELEMENTS)
+        size = images_a_slice(len(x), len(weight1) * x.shape[2] * x.shape[3], SLICE_ELEMENTS)
         y = grid.new_empty(*grid.shape[:3], len(weight2)).permute(0, 3, 1, 2)
         hidden = []
         for part, out in zip(x.split(size), y.split(size), strict=True):

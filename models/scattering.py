@@ -1,10 +1,12 @@
 """The scattering mixer of SVT (section 3): wavelet transform, spectral blending, inverse transform."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
-from . import scattering_cpu
 from .layers import Grid, autocast_off, full_precision, resize_grid, resize_image
+from .scattering_cpu import ScatterInSlices
 from .slicing import may_slice
 from .wavelet import DTCWT, WAVELET_BACKENDS, padded_grid
 
@@ -134,14 +136,13 @@ class ScatteringMixer(nn.Module):
             and isinstance(self.wavelet, DTCWT)
             and may_slice(x, self.wavelet, self.channel_blend)
             and x.shape[1:3] == self.grid_size
-            and scattering_cpu.fits(self.grid_size)
             and x.dtype == self.low_pass.dtype
         )
 
     def _scatter_in_slices(self, x: Tensor) -> Tensor:
-        matrices = [self.wavelet.matrices(name, self.grid_size, x)[1] for name in ("analysis", "synthesis")]
+        matrices = (self.wavelet.matrices(name, self.grid_size, x) for name in ("analysis", "synthesis"))
         layers = self.channel_blend.real_layers()
-        return scattering_cpu.ScatterInSlices.apply(x, *matrices, self.low_pass, *layers)
+        return ScatterInSlices.apply(x, *chain(*matrices), self.low_pass, *layers)
 
     def _grid_weights(self, grid: Grid) -> tuple[Tensor, dict[str, Tensor] | None]:
         """`low_pass` and, away from the grid of construction, the token blending weights, resampled."""

@@ -6,6 +6,8 @@ formulation, which takes a few images through all of their steps while these are
 arithmetic; everywhere else, and when compiled, the plain formulation runs.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ def may_slice(x: Tensor, *layers: nn.Module) -> bool:
     )
 
 
-def images_a_slice(elements_an_image: int, most: int) -> int:
-    """How many images have at most `most` elements together; at least one."""
-    return max(1, most // elements_an_image)
+def images_a_slice(images: int, elements_an_image: int, most: int) -> int:
+    """How many of some images to take at a time: equal parts of at most `most` elements, or one by one."""
+    parts = math.ceil(images / max(1, most // elements_an_image))
+    return max(1, math.ceil(images / max(1, parts)))

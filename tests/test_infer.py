@@ -403,6 +403,27 @@ def test_the_explanation_marks_where_the_evidence_is(size):
     )  # all of it is against
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "classifier"),
+    [
+        ("spectformer_ti", {"embed_dim": 64, "depth": 1, "alpha": 1}, "head"),
+        ("svt_h_s", {"depths": (1, 1, 1, 1)}, "head"),
+        ("svt_h_s", {"depths": (1, 1, 1, 1), "token_label": True}, "aux_head"),
+    ],
+)
+def test_class_activation_is_where_the_tokens_classifier_says_the_class(name, options, classifier, monkeypatch):
+    model = timm.create_model(name, img_size=(64, 96), num_classes=3, **options).eval()
+    direction = model.get_submodule(classifier).weight[1].detach()
+    prefix, columns = model.num_prefix_tokens, 96 // model.feature_info[-1]["reduction"]
+    rows = 64 // model.feature_info[-1]["reduction"]
+    tokens = torch.zeros(1, prefix + rows * columns, model.num_features)
+    tokens[0, prefix + columns + 2] = 9 * direction / direction.norm()  # second row, third column
+    monkeypatch.setattr(model, "forward_features", lambda images: tokens)
+    heat = infer.class_activation(model, torch.zeros(1, 3, 64, 96), 1)
+    assert heat.shape == (rows, columns) and heat.argmax() == columns + 2 and heat.max() == 1
+    assert heat.sum() < 1.2 and heat.min() == 0 and infer.class_activation(model, tokens, 0).max() <= 1
+
+
 def test_overlays_are_written_and_replace_no_image(tmp_path):
     folder = photographs(tmp_path / "photographs")
     save(tmp_path / "a.pth")

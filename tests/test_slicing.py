@@ -12,7 +12,14 @@ LAYERS = {
     "feed-forward": lambda: FeedForward(8, 12),
     "feed-forward with convolution": lambda: FeedForward(8, 12, depthwise=True),
     "scattering": lambda: ScatteringMixer(8, (12, 7)),
+    "scattering on an odd grid": lambda: ScatteringMixer(8, (7, 5)),
+    "scattering by convolutions": lambda: ScatteringMixer(8, (12, 6)),
 }
+
+
+@pytest.fixture(autouse=True)
+def convolutions_only_where_the_name_says_so(request, monkeypatch):
+    monkeypatch.setattr(scattering_cpu, "CONVOLUTION_LENGTH", 12 if "convolutions" in request.node.name else 40)
 
 
 def build(name, dtype=torch.float64):
