@@ -39,7 +39,13 @@ class _Filters(NamedTuple):
 
 
 class _Transform:
-    """Splits images (n, H, W, C) into low-pass image and bands, and joins them, in memory used again and again."""
+    """Splits images (n, H, W, C) into low-pass image and bands, and joins them, in memory used again and again.
+
+    A subclass filters the columns: `_filter` gives the 16 phases of x filtered along both axes, and
+    `_filter_back` takes what lies in `phases` to (n, H, 2W', C), whose rows remain.
+    """
+
+    phases: list[Tensor]
 
     def split(self, x: Tensor, filters: _Filters, low: Tensor, bands: Tensor) -> None:
         """Filter x into `low` and `bands`."""
