@@ -38,6 +38,7 @@ class FeedForward(nn.Module):
             and not torch.is_autocast_enabled("cpu")
             and x.dtype == self.fc1.weight.dtype
             and all(type(layer) in (nn.Linear, nn.Conv2d, nn.GELU) for layer in self.children())
+            and self.act.approximate == "none"
         )
 
 

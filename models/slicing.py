@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 
 def may_slice(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether x, in full precision on a CPU, may pass the layers by, which nobody has hooked."""
+    """Whether x, in full precision on a CPU, may pass the layers by: nobody traces them or has hooked them."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not torch._C._are_functorch_transforms_active()
+        and not any(map(_is_hooked, layers))
+    )
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
 
 

@@ -41,7 +41,7 @@ def values_and_gradients(layer, x):
     layer.zero_grad()
     y = layer(x)
     y.pow(3).sum().backward()
-    return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
+    return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
@@ -71,6 +71,18 @@ def test_tokens_in_another_order_in_memory_are_read_right(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_one_call_carries_nothing_over_to_the_next(name):
+    layer, x = build(name)
+    with torch.inference_mode():
+        first = layer(x)
+    once = values_and_gradients(layer, x)
+    values_and_gradients(layer, 3 * x)
+    assert torch.equal(first, once[0])
+    for one, other in zip(once, values_and_gradients(layer, x), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_autocast_is_obeyed(name, monkeypatch):
     layer, x = build(name, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -78,6 +90,19 @@ def test_autocast_is_obeyed(name, monkeypatch):
         assert y.dtype == (torch.bfloat16 if name.startswith("feed") else torch.float32)
         plainly(monkeypatch)
         torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transforms_of_functions_still_work(name):
+    layer, x = build(name)
+    weights = dict(layer.named_parameters())
+
+    def output(weights):
+        return torch.func.functional_call(layer, weights, (x,)).sum()
+
+    layer(x).sum().backward()
+    for name, gradient in torch.func.grad(output)(weights).items():
+        torch.testing.assert_close(gradient, layer.get_parameter(name).grad)
 
 
 class Doubled(nn.Linear):
