@@ -600,7 +600,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, model: nn.Module
                 if isinstance(model, ImageModel):
                     with precision.autocast():
                         activation = class_activation(model, as_input(image[None], precision), target)
-                    maps = {"class activation": activation} | maps
+                    maps = {f"class activation, {'x'.join(map(str, activation.shape))}": activation} | maps
                 figure = draw_overlay(displayable(image, info), maps, records[-1]["classes"][0])
                 save_figure(overlays[index], figure)
                 print(f"    overlay: {overlays[index]}")

@@ -503,21 +503,29 @@ _SPARE = np.random.MT19937()
 def seeded(*key: int | str) -> Iterator[None]:
     """Seed python's, numpy's and torch's CPU generator from `key` in the block, and put them back after it.
 
-    For everything a library draws from the global generators on behalf of one sample.
+    For everything a library draws from the global generators on behalf of one sample. A loader's worker has no
+    other use for them and leaves them as they are.
     """
+    if torch.utils.data.get_worker_info() is not None:
+        _seed_generators(key_seed(*key))
+        yield
+        return
     python, numpy, cpu = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
     # Another generator in numpy's place for a while: to copy its state and back takes half a millisecond.
     np.random.set_bit_generator(_SPARE if numpy is not _SPARE else np.random.MT19937())
-    seed = key_seed(*key)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+    _seed_generators(key_seed(*key))
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_bit_generator(numpy)
         torch.set_rng_state(cpu)
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
 
 
 def seed_step(*key: int | str) -> None:
