@@ -778,6 +778,10 @@ def shapes(state: dict[str, Any]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------- what is told
 
 
+# No bar: an ImageNet epoch's figures then fit into 80 columns.
+BAR = "{desc}: {percentage:3.0f}% of {total_fmt} [{remaining}, {rate_fmt}{postfix}]"
+
+
 class Display:
     """The progress of an epoch: a bar on a terminal, plain lines elsewhere, on the main process only."""
 
@@ -789,7 +793,8 @@ class Display:
         self._bar = None
         if trainer.dist.is_main and sys.stderr.isatty():
             self._bar = tqdm(desc=f"epoch {progress.epoch}", total=self._steps * self._images, unit=" images",
-                             initial=progress.step * self._images, leave=False, dynamic_ncols=True)
+                             initial=progress.step * self._images, leave=False, dynamic_ncols=True,
+                             bar_format=BAR)
         self._began, self._first = time.perf_counter(), progress.step
 
     def __enter__(self) -> Display:
