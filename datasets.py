@@ -267,10 +267,8 @@ def collate(samples: Sequence[Sample | UserError]) -> tuple | UserError:
 
 def _start_worker(_worker: int) -> None:
     """Leave signals to the main process: a whole job may get them at once, and it has to save first."""
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+    for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
-    # Blocked, SIGTERM waits for the thread to ask who sent it, though ignored. Should something unblock it, as
-    # CPython's resource tracker does when it starts, it must not end the worker either.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(multiprocessing.parent_process(),), daemon=True).start()
 
