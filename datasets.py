@@ -325,11 +325,17 @@ class _DeviceLoader:
 
     def _read(self, batches: Iterator[list[SampleKey]] | list[list[SampleKey]]) -> Iterator[Batch]:
         self._batches.keys = batches
+        # Threads that a library starts in a worker as it is forked inherit this: see `_start_worker`.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            loaded_batches = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self._stream is None:
-            yield from map(self._place, self._loader)
+            yield from map(self._place, loaded_batches)
             return
         ahead = None
-        for loaded in self._loader:
+        for loaded in loaded_batches:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 batch = self._place(loaded)
