@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .layers import Grid, autocast_off, full_precision, resize_grid, resize_image
 from .scattering_cpu import ScatterInSlices
 from .slicing import may_slice
-from .wavelet import DTCWT, WAVELET_BACKENDS, padded_grid
+from .wavelet import DTCWT, WAVELET_BACKENDS, in_order_of_phase, padded_grid
 
 CHANNEL_BLOCKS = 4
 # mixing -> what the number of channels must be a multiple of
@@ -45,10 +45,13 @@ class EinsteinBlending(nn.Module):
         return blend(bands, own["weight1"], own["bias1"], own["weight2"], own["bias2"])
 
     def real_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The layers as `ScatterInSlices` takes them: real matrices from and to each part, and biases."""
-        layer1 = torch.stack(_real_matrix(self.weight1).chunk(2, 1))
-        layer2 = torch.stack(_real_matrix(self.weight2).chunk(2, 2))
-        return layer1, _real_bias(self.bias1), layer2, self.bias2
+        """The layers as `ScatterInSlices` takes them."""
+        return (
+            _real_matrix(self.weight1),
+            _real_bias(self.bias1),
+            _real_matrix(self.weight2),
+            _real_bias(self.bias2),
+        )
 
 
 def _real_matrix(weight: Tensor) -> Tensor:
@@ -142,7 +145,9 @@ class ScatteringMixer(nn.Module):
     def _scatter_in_slices(self, x: Tensor) -> Tensor:
         matrices = (self.wavelet.matrices(name, self.grid_size, x) for name in ("analysis", "synthesis"))
         layers = self.channel_blend.real_layers()
-        return ScatterInSlices.apply(x, *chain(*matrices), self.low_pass, *layers)
+        # The low-pass image is multiplied by sqrt(2) going in and coming out.
+        low_weight = 2 * in_order_of_phase(self.low_pass)
+        return ScatterInSlices.apply(x, torch.is_grad_enabled(), *chain(*matrices), low_weight, *layers)
 
     def _grid_weights(self, grid: Grid) -> tuple[Tensor, dict[str, Tensor] | None]:
         """`low_pass` and, away from the grid of construction, the token blending weights, resampled."""

@@ -1,226 +1,144 @@
 """The scattering mixer with channel blending in slices of a few images; see `slicing`.
 
-All steps share buffers that stay in cache, and the backward pass computes what it needs anew from the mixer's
-input. Both passes are made of the same two steps, `split` and `join`: one is the transpose of the other.
+All steps share buffers that stay in cache. Both passes are made of the same two steps, `split` and `join`: one
+is the transpose of the other. In every buffer the images come first, so that each core keeps to images of its
+own: where two do not share a cache, fetching each other's results takes longer than the arithmetic.
 """
 
-import math
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .slicing import images_a_slice
-from .wavelet import ANALYSIS, LOW_PHASES, PHASES_OF_PLANES, PLANES_OF_PHASES, SYNTHESIS, phases_of, phases_of_image
+from .wavelet import PHASES_OF_PLANES, PLANES_OF_PHASES, phases_of
 
-# Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 4 to 32.
+# Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 2 to 16.
 SLICE_ELEMENTS = 2**20
 
-# Length from which convolutions filter columns faster than a matrix does: measured between 28 and 56.
-CONVOLUTION_LENGTH = 40
-
-# Samples that symmetric extension adds at each end of a column, for the longest filter.
-_MARGIN = max(len(taps) // 2 for taps in (*ANALYSIS, *SYNTHESIS))
+Filters = tuple[Tensor, Tensor]  # the matrices that filter columns and rows
 
 
-class _Filters(NamedTuple):
-    """Low- and high-pass taps, and the matrices that filter columns and rows with them."""
-
-    taps: tuple[tuple[float, ...], tuple[float, ...]]
-    columns: Tensor
-    rows: Tensor
-
-    @property
-    def transposed(self) -> "_Filters":
-        """Filtering with symmetric taps under symmetric extension is its own transpose."""
-        return _Filters(self.taps, self.columns.T, self.rows.T)
+def _multiply(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch, out=out)
 
 
 class _Transform:
     """Splits images (n, H, W, C) into low-pass image and bands, and joins them, in memory used again and again.
 
-    A subclass filters the columns: `_filter` gives the 16 phases of x filtered along both axes, and
-    `_filter_back` takes what lies in `phases` to (n, H, 2W', C), whose rows remain.
+    `low` is the low-pass image divided by sqrt(2), its rows and columns in order of phase. It stays where the
+    filters leave it; the bands, by block of channels, are put in order for the matrix products.
     """
 
-    phases: list[Tensor]
+    def __init__(self, like: Tensor, filters: Filters, blocks: int):
+        (columns, _), (rows, width) = (matrix.shape for matrix in filters)
+        images, channels = len(like), like.shape[3]
+        self.half = like.new_empty(images, columns, width, channels)  # filtered along its columns alone
+        self.filtered = like.new_empty(images, columns, rows, channels)
+        self.low = self.filtered[:, : columns // 2, : rows // 2]
+        self.phases = [phase.unflatten(3, (blocks, -1)) for phase in phases_of(self.filtered)]
+        self.bands_shape = (images, blocks, 6, columns // 4, rows // 4, 2, channels // blocks)
 
-    def split(self, x: Tensor, filters: _Filters, low: Tensor, bands: Tensor) -> None:
-        """Filter x into `low` and `bands`."""
-        phases = self._filter(x, filters)
-        for target, i in zip(phases_of_image(low), LOW_PHASES, strict=True):
-            torch.mul(phases[i], math.sqrt(2), out=target)
-        for target, (operation, i, j) in zip(bands.flatten(0, 1), PLANES_OF_PHASES.values(), strict=True):
-            operation(phases[i], phases[j], out=target)
+    def split(self, x: Tensor, filters: Filters, bands: Tensor) -> None:
+        """Filter x into `low` and the bands."""
+        columns, rows = filters
+        _multiply(columns, x.flatten(2), out=self.half.flatten(2))
+        _multiply(rows, self.half.flatten(0, 1), out=self.filtered.flatten(0, 1))
+        for target, (operation, i, j) in zip(self._planes(bands), PLANES_OF_PHASES.values(), strict=True):
+            operation(self.phases[i], self.phases[j], out=target)
 
-    def join(self, low: Tensor, bands: Tensor, filters: _Filters, y: Tensor) -> None:
-        """The transpose of `split` with transposed filters, into y."""
-        for part, i in zip(phases_of_image(low), LOW_PHASES, strict=True):
-            torch.mul(part, math.sqrt(2), out=self.phases[i])
-        planes = bands.flatten(0, 1)
+    def join(self, bands: Tensor, filters: Filters, y: Tensor) -> None:
+        """The transpose of `split` with transposed filters, of `low` and the bands, into y."""
+        columns, rows = filters
+        planes = self._planes(bands)
         for k, (operation, i, j) in PHASES_OF_PLANES.items():
             operation(planes[i], planes[j], out=self.phases[k])
-        half = self._filter_back(filters).flatten(0, 1)
-        torch.bmm(_repeat(filters.rows, half), half, out=y.flatten(0, 1))
+        _multiply(rows, self.filtered.flatten(0, 1), out=self.half.flatten(0, 1))
+        _multiply(columns, self.half.flatten(2), out=y.flatten(2))
 
+    def empty_bands(self) -> Tensor:
+        """Memory for bands: (images * blocks, positions, size of a block's real and imaginary part)."""
+        images, blocks, *_, size = self.bands_shape
+        return self.filtered.new_empty(self.bands_shape).view(images * blocks, -1, 2 * size)
 
-class _ByMatrices(_Transform):
-    """Filters columns with a matrix."""
-
-    def __init__(self, like: Tensor, rows: int, columns: int):
-        images, height, _, channels = like.shape
-        self.half = like.new_empty(images, height, columns, channels)  # filtered along its rows alone
-        self.filtered = like.new_empty(images, rows, columns, channels)
-        self.phases = phases_of(self.filtered)
-
-    def _filter(self, x: Tensor, filters: _Filters) -> list[Tensor]:
-        torch.bmm(_repeat(filters.rows, x.flatten(0, 1)), x.flatten(0, 1), out=self.half.flatten(0, 1))
-        torch.bmm(_repeat(filters.columns, x), self.half.flatten(2), out=self.filtered.flatten(2))
-        return self.phases
-
-    def _filter_back(self, filters: _Filters) -> Tensor:
-        filtered = self.filtered.flatten(2)
-        torch.bmm(_repeat(filters.columns, filtered), filtered, out=self.half.flatten(2))
-        return self.half
-
-
-class _ByConvolutions(_Transform):
-    """Filters columns, of even length and extended at both ends, by depthwise convolutions."""
-
-    def __init__(self, like: Tensor, rows: int, columns: int):
-        images, height, _, channels = like.shape
-        shape = (images, height + 2 * _MARGIN, columns, channels)
-        self.low, self.high = like.new_empty(shape), like.new_empty(shape)
-        self.phases = _phases_of_columns(self.low[:, _MARGIN:-_MARGIN], self.high[:, _MARGIN:-_MARGIN])
-
-    def _filter(self, x: Tensor, filters: _Filters) -> list[Tensor]:
-        for image, target in zip(x, self.low[:, _MARGIN:-_MARGIN], strict=True):
-            torch.bmm(_repeat(filters.rows, image), image, out=target)
-        _extend(self.low)
-        return _phases_of_columns(*(_convolve(self.low, taps) for taps in filters.taps))
-
-    def _filter_back(self, filters: _Filters) -> Tensor:
-        low, high = filters.taps
-        _extend(self.low)
-        _extend(self.high)
-        return _convolve(self.low, low).add_(_convolve(self.high, high))
-
-
-def _repeat(matrix: Tensor, batch: Tensor) -> Tensor:
-    return matrix.expand(len(batch), -1, -1)
-
-
-def _extend(x: Tensor) -> None:
-    """Half-sample symmetric extension of the columns of (n, H + 2 * _MARGIN, W, C), of which the middle is set."""
-    x[:, :_MARGIN] = x[:, _MARGIN : 2 * _MARGIN].flip(1)
-    x[:, -_MARGIN:] = x[:, -2 * _MARGIN : -_MARGIN].flip(1)
-
-
-def _convolve(extended: Tensor, taps: tuple[float, ...]) -> Tensor:
-    """Columns of (n, H + 2 * _MARGIN, W, C) filtered: (n, H, W, C)."""
-    spare, channels = _MARGIN - len(taps) // 2, extended.shape[3]
-    kernel = extended.new_tensor(taps).view(1, 1, -1, 1).expand(channels, -1, -1, -1)
-    x = extended[:, spare : extended.shape[1] - spare].permute(0, 3, 1, 2)
-    return F.conv2d(x, kernel, groups=channels).permute(0, 2, 3, 1)
-
-
-def _phases_of_columns(low: Tensor, high: Tensor) -> list[Tensor]:
-    """The 16 phases of filtered columns (n, H, 2W', C), whose rows are in order of phase; views."""
-    rows = [half[:, parity::2] for half in (low, high) for parity in (0, 1)]
-    return [phase for row in rows for phase in row.unflatten(2, (4, -1)).unbind(2)]
-
-
-class _Memory:
-    """What is computed for the images `like`: low-pass image, bands, hidden layer."""
-
-    def __init__(self, like: Tensor, rows: int, columns: int, layer1: Tensor):
-        images, channels = len(like), like.shape[3]
-        blocks, _, width = layer1.shape[1:]
-        self.low = like.new_empty(images, rows // 2, columns // 2, channels)
-        self.bands = like.new_empty(2, 6, images, rows // 4, columns // 4, channels)
-        self.hidden = like.new_empty(blocks, self.bands[0, ..., 0].numel(), width)
-        # Real and imaginary part of the bands as (blocks, positions, size), views.
-        self.parts = self.bands.flatten(1, -2).unflatten(2, (blocks, -1)).transpose(1, 2)
-
-    def compute_hidden(self, layer1: Tensor, bias1: Tensor) -> None:
-        torch.baddbmm(bias1[:, None], self.parts[0], layer1[0], out=self.hidden)
-        self.hidden.baddbmm_(self.parts[1], layer1[1]).relu_()
+    def _planes(self, bands: Tensor) -> list[Tensor]:
+        """Six real, six imaginary: (images, rows, columns, blocks, size), views."""
+        parts = bands.view(self.bands_shape).permute(5, 2, 0, 3, 4, 1, 6)
+        return [plane for part in parts for plane in part]
 
 
 class ScatterInSlices(torch.autograd.Function):
-    """x (B, H, W, C), the transform's matrices, low-pass weight, and two layers as real matrices to y.
+    """x (B, H, W, C), the transform's matrices, the weight of `_Transform.low`, two real layers, to y.
 
-    The layers: from real and from imaginary part to hidden, (2, blocks, size, 2 * size), with bias
-    (blocks, 2 * size); from hidden to real and to imaginary part, (2, blocks, 2 * size, size), with bias
-    (2, blocks, size).
+    The layers' matrices are (blocks, 2 * size, 2 * size), their biases (blocks, 2 * size). For the backward
+    pass, where `keep` says that there is one, it keeps the coefficients of x.
     """
 
     @staticmethod
-    def forward(ctx, x, analysis0, analysis1, synthesis0, synthesis1, low_pass, layer1, bias1, layer2, bias2):
+    def forward(
+        ctx, x, keep, analysis0, analysis1, synthesis0, synthesis1, low_weight, layer1, bias1, layer2, bias2
+    ):
         x = x.contiguous()
-        ctx.save_for_backward(
-            x, analysis0, analysis1, synthesis0, synthesis1, low_pass, layer1, bias1, layer2, bias2
-        )
-        analysis = _Filters(ANALYSIS, analysis0, analysis1)
-        synthesis = _Filters(SYNTHESIS, synthesis0, synthesis1)
-        y = torch.empty_like(x)
-        size = 0
-        for part, out in _slices(x, y):
+        analysis, synthesis = (analysis0, analysis1), (synthesis0, synthesis1)
+        blocks, y, size, kept = len(layer1), torch.empty_like(x), 0, []
+        for part, out in zip(*_in_slices(x, y), strict=True):
             if len(part) != size:
                 size = len(part)
-                transform, memory = _allocate(part, analysis, layer1)
-            transform.split(part, analysis, memory.low, memory.bands)
-            memory.low.mul_(low_pass)
-            memory.compute_hidden(layer1, bias1)
-            for target, weight, bias in zip(memory.parts, layer2, bias2, strict=True):
-                torch.baddbmm(bias[:, None], memory.hidden, weight, out=target)
-            transform.join(memory.low, memory.bands, synthesis, out)
+                transform = _Transform(part, analysis, blocks)
+                hidden, blended = transform.empty_bands(), transform.empty_bands()
+                matrix1, add1 = layer1.repeat(size, 1, 1), bias1.repeat(size, 1)[:, None]
+                matrix2, add2 = layer2.repeat(size, 1, 1), bias2.repeat(size, 1)[:, None]
+            bands = transform.empty_bands() if keep else blended
+            transform.split(part, analysis, bands)
+            if keep:
+                kept += [transform.low.clone(), bands]
+            transform.low.mul_(low_weight)
+            torch.baddbmm(add1, bands, matrix1, out=hidden).relu_()
+            torch.baddbmm(add2, hidden, matrix2, out=blended)
+            transform.join(blended, synthesis, out)
+        ctx.save_for_backward(*analysis, *synthesis, low_weight, layer1, bias1, layer2, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, analysis0, analysis1, synthesis0, synthesis1, *weights = ctx.saved_tensors
-        analysis = _Filters(ANALYSIS, analysis0, analysis1)
-        synthesis = _Filters(SYNTHESIS, synthesis0, synthesis1)
-        low_pass, layer1, bias1, layer2, _ = weights
-        x_gradient = torch.empty_like(x)
-        sums = [torch.zeros_like(weight) for weight in weights]
-        of_low_pass, of_layer1, of_bias1, of_layer2, of_bias2 = sums
-        size = 0
-        for part, of_out, out in _slices(x, gradient.contiguous(), x_gradient):
-            if len(part) != size:
-                size = len(part)
-                transform, memory = _allocate(part, analysis, layer1)
-                _, of = _allocate(part, analysis, layer1)  # the gradients of what `memory` holds
-            transform.split(part, analysis, memory.low, memory.bands)
-            transform.split(of_out, synthesis.transposed, of.low, of.bands)
-            of_low_pass += memory.low.mul_(of.low).sum(0)
-            of.low.mul_(low_pass)
-            memory.compute_hidden(layer1, bias1)
-            torch.bmm(of.parts[0], layer2[0].mT, out=of.hidden).baddbmm_(of.parts[1], layer2[1].mT)
-            torch.ops.aten.threshold_backward.grad_input(of.hidden, memory.hidden, 0, grad_input=of.hidden)
-            for i in range(2):
-                of_layer2[i].baddbmm_(memory.hidden.mT, of.parts[i])
-                of_bias2[i] += of.parts[i].sum(1)
-                of_layer1[i].baddbmm_(memory.parts[i].mT, of.hidden)
-                torch.bmm(of.hidden, layer1[i].mT, out=of.parts[i])
-            of_bias1 += of.hidden.sum(1)
-            transform.join(of.low, of.bands, analysis.transposed, out)
-        return x_gradient, None, None, None, None, *sums
+        *matrices, low_weight, layer1, bias1, layer2 = ctx.saved_tensors[:8]
+        of_split, of_join = ([matrix.mT for matrix in filters] for filters in (matrices[:2], matrices[2:]))
+        kept = iter(ctx.saved_tensors[8:])
+        gradient = gradient.contiguous()
+        blocks, x_gradient, size = len(layer1), torch.empty_like(gradient), 0
+        of_low_weight, of_layer1, of_layer2 = map(torch.zeros_like, (low_weight, layer1, layer2))
+        of_bias1, of_bias2 = torch.zeros_like(bias1), torch.zeros_like(bias1)
+        for of_y, of_x in zip(*_in_slices(gradient, x_gradient), strict=True):
+            if len(of_y) != size:
+                size = len(of_y)
+                transform = _Transform(of_y, of_join, blocks)
+                hidden, of_hidden, of_bands = (transform.empty_bands() for _ in range(3))
+                matrix1, add1 = layer1.repeat(size, 1, 1), bias1.repeat(size, 1)[:, None]
+                matrix2 = layer2.repeat(size, 1, 1)
+            low, bands = next(kept), next(kept)
+            transform.split(of_y, of_join, of_bands)
+            of_low_weight += (low * transform.low).sum(0)
+            transform.low.mul_(low_weight)
+            torch.baddbmm(add1, bands, matrix1, out=hidden).relu_()
+            torch.bmm(of_bands, matrix2.mT, out=of_hidden)
+            torch.ops.aten.threshold_backward.grad_input(of_hidden, hidden, 0, grad_input=of_hidden)
+            of_layer2 += _by_block(torch.bmm(hidden.mT, of_bands), blocks)
+            of_bias2 += _by_block(of_bands.sum(1), blocks)
+            of_layer1 += _by_block(torch.bmm(bands.mT, of_hidden), blocks)
+            of_bias1 += _by_block(of_hidden.sum(1), blocks)
+            torch.bmm(of_hidden, matrix1.mT, out=of_bands)
+            transform.join(of_bands, of_split, of_x)
+        return x_gradient, *[None] * 5, of_low_weight, of_layer1, of_bias1, of_layer2, of_bias2
 
 
-def _slices(*tensors: Tensor) -> zip:
-    """The tensors (B, H, W, C) a few images at a time."""
-    size = images_a_slice(len(tensors[0]), 4 * tensors[0][0].numel(), SLICE_ELEMENTS)
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+def _by_block(x: Tensor, blocks: int) -> Tensor:
+    """(images * blocks, ...) summed over the images."""
+    return x.unflatten(0, (-1, blocks)).sum(0)
 
 
-def _allocate(x: Tensor, analysis: _Filters, layer1: Tensor) -> tuple[_Transform, _Memory]:
-    """Memory to transform and blend the images x in."""
-    size = len(analysis.columns), len(analysis.rows)
-    by_convolutions = x.shape[1] >= CONVOLUTION_LENGTH and x.shape[1] % 2 == 0
-    transform = _ByConvolutions if by_convolutions else _ByMatrices
-    return transform(x, *size), _Memory(x, *size, layer1)
+def _in_slices(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each (B, H, W, C) a few images at a time, at least one for each processor."""
+    elements = 4 * tensors[0][0].numel()
+    most = max(SLICE_ELEMENTS, torch.get_num_threads() * elements)
+    size = images_a_slice(len(tensors[0]), elements, most)
+    return [tensor.split(size) for tensor in tensors]

@@ -127,6 +127,11 @@ def phases_of_image(image: Tensor) -> list[Tensor]:
     return [phase for row in image.unflatten(1, (-1, 2)).unbind(2) for phase in row.unflatten(2, (-1, 2)).unbind(3)]
 
 
+def in_order_of_phase(image: Tensor) -> Tensor:
+    """(H, W, C) with its even rows before its odd ones, and its even columns before its odd ones."""
+    return image.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).permute(1, 0, 3, 2, 4).reshape(image.shape)
+
+
 def _to_bands(filtered: Tensor) -> tuple[Tensor, Tensor]:
     """A grid (B, 2H, 2W, C) filtered along both axes as low-pass image and bands (2, 6, B, H/2, W/2, C)."""
     phases = phases_of(filtered)

@@ -13,13 +13,7 @@ LAYERS = {
     "feed-forward with convolution": lambda: FeedForward(8, 12, depthwise=True),
     "scattering": lambda: ScatteringMixer(8, (12, 7)),
     "scattering on an odd grid": lambda: ScatteringMixer(8, (7, 5)),
-    "scattering by convolutions": lambda: ScatteringMixer(8, (12, 6)),
 }
-
-
-@pytest.fixture(autouse=True)
-def convolutions_only_where_the_name_says_so(request, monkeypatch):
-    monkeypatch.setattr(scattering_cpu, "CONVOLUTION_LENGTH", 12 if "convolutions" in request.node.name else 40)
 
 
 def build(name, dtype=torch.float64):
@@ -61,6 +55,15 @@ def test_slices_give_the_plain_formulations_values_and_gradients(name, images, m
 def test_gradients_are_right(name):
     layer, x = build(name)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x[:2].requires_grad_(), *layer.parameters()))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_in_another_order_in_memory_are_read_right(name):
+    layer, x = build(name)
+    gradient = torch.randn_like(x)
+    for other in (gradient.transpose(1, 2).contiguous().transpose(1, 2), gradient[:, :1, :1].expand_as(x)):
+        one, two = (torch.autograd.grad(layer(x.requires_grad_()), x, g)[0] for g in (other, other.contiguous()))
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("name", LAYERS)
