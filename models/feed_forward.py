@@ -10,6 +10,8 @@ from .slicing import images_a_slice, may_slice
 # Entries of a hidden tensor computed together on a CPU: 16 MiB in float32, measured best of 4 to 32.
 SLICE_ELEMENTS = 2**22
 
+_CONVOLUTION_POINTWISE = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)  # not public
+
 
 class FeedForward(nn.Module):
     """Linear, (depthwise 3x3 convolution over the grid,) GELU, linear: (B, H, W, C) to (B, H, W, C)."""
@@ -59,8 +61,11 @@ class _InSlices(torch.autograd.Function):
             h = F.conv2d(part, weight1, bias1)
             if keep:
                 hidden.append(h)
-            u = _convolve(h, depthwise, depthwise_bias)
-            activated = F.gelu(u) if u is h else torch.ops.aten.gelu_(u)
+            if not keep and _can_fuse(h, depthwise):
+                activated = _convolve_and_activate(h, depthwise, depthwise_bias)
+            else:
+                u = _convolve(h, depthwise, depthwise_bias)
+                activated = F.gelu(u) if u is h else torch.ops.aten.gelu_(u)
             out.copy_(F.conv2d(activated, weight2, bias2))
         ctx.size = size
         ctx.save_for_backward(x, weight1, depthwise, depthwise_bias, weight2, *hidden)
@@ -99,6 +104,16 @@ class _InSlices(torch.autograd.Function):
 
 def _convolve(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if weight is None else F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+
+
+def _can_fuse(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether oneDNN convolves and activates in one pass, by the operation that TorchInductor uses."""
+    return weight is not None and x.dtype == torch.float32 and _CONVOLUTION_POINTWISE is not None
+
+
+def _convolve_and_activate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    ones = [1, 1]  # padding, stride and dilation
+    return _CONVOLUTION_POINTWISE(x, weight, bias, ones, ones, ones, len(weight), "gelu", [], "none")
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

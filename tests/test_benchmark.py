@@ -72,3 +72,20 @@ def test_unknown_contender_is_named(label):
 def test_ratio_is_the_median_of_the_rounds_ratios():
     seconds = {"a": [1.0, 10.0, 1.0], "b": [2.0, 30.0, 2.0]}
     assert benchmark.speed_ratio(seconds, "a", "b") == 2
+
+
+def test_suite_is_run_in_processes_of_its_own_into_one_report(tmp_path, monkeypatch, capfd):
+    runs = tuple(f"spectformer_ti --rounds 1 --parts {part} {' '.join(TINY)}" for part in ("inference", "training"))
+    monkeypatch.setitem(benchmark.SUITES, "cpu", runs)
+    benchmark.main(["--suite", "cpu", "--json", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [run["command"] for run in written["runs"]] == [f"tools/benchmark.py {words}" for words in runs]
+    assert [sorted(run["ratios"]) for run in written["runs"]] == [["inference"], ["training"]]
+    assert written["machine"]["threads"] and all(words in capfd.readouterr().out for words in runs[:1])
+
+
+def test_suite_ends_with_a_run_that_fails(monkeypatch, capfd):
+    monkeypatch.setitem(benchmark.SUITES, "cpu", ("no_such_model", "spectformer_ti"))
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["--suite", "cpu"])
+    assert "no_such_model" in capfd.readouterr().err

@@ -85,6 +85,15 @@ def test_one_call_carries_nothing_over_to_the_next(name):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_inference_and_training_compute_the_same(name, dtype):
+    layer, x = build(name, dtype)
+    with torch.inference_mode():
+        y = layer(x)
+    torch.testing.assert_close(y.clone(), layer(x).detach(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_autocast_is_obeyed(name, monkeypatch):
     layer, x = build(name, torch.float32)

@@ -22,7 +22,9 @@ import re
 import resource
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -56,16 +58,22 @@ LATENCY_REPEATS = 5
 LAYER_GRIDS = (7, 14, 28, 32, 56, 64, 112, 128)
 MIB = 2**20
 
-# What docs/performance.md reports: for each suite the command lines of its runs.
+# What docs/performance.md reports: for each suite the command lines of its runs, each a process of its own.
 PEERS = "pvt_v2_b2 deit_small_patch16_224 swin_tiny_patch4_window7_224"
-PAIRS = f"svt_h_s plain:svt_h_s spectformer_h_s plain:spectformer_h_s spectformer_xs {PEERS}"
+ALL_AT_ONCE = f"svt_h_s plain:svt_h_s spectformer_h_s plain:spectformer_h_s spectformer_xs {PEERS}"
 VARIANTS = " ".join(
     [f"spectformer_{size}" for size in ("ti", "xs", "s", "b")]
     + [f"{family}_{size}" for family in ("spectformer_h", "svt_h") for size in ("s", "b", "l")]
 )
 FAST_CUDA = "--device cuda --dtype bfloat16 --channels-last --batch-size 256 --rounds 20"
 SUITES = {
-    "cpu": (f"{PAIRS} --rounds 5", "--layers --rounds 7"),
+    "cpu": (
+        "svt_h_s plain:svt_h_s pvt_v2_b2 --rounds 7",
+        "spectformer_h_s plain:spectformer_h_s pvt_v2_b2 --rounds 7",
+        "spectformer_xs deit_small_patch16_224 swin_tiny_patch4_window7_224 --rounds 7",
+        "--layers --rounds 9",
+        f"{ALL_AT_ONCE} --rounds 5 --parts inference training",
+    ),
     "cuda": (
         f"svt_h_s spectformer_h_s spectformer_xs {PEERS} plain:svt_h_s@float16,eager,contiguous"
         f" {FAST_CUDA} --compile --parts {' '.join(PARTS)}",
@@ -283,7 +291,8 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
     for runner in runners:
         rows[runner.label].update(_describe(runner))
     result: dict = {"settings": asdict(settings), "rounds": rounds, "models": rows, "ratios": {}}
-    for part in ("training", "inference", "latency"):
+    # Training last: it leaves memory with the C library that a process which only infers has to ask for.
+    for part in ("inference", "latency", "training"):
         if part in parts:
             runs = {runner.label: runner.task(part) for runner in runners}
             seconds = take_turns(runs, rounds, settings.device)
@@ -622,16 +631,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rounds < 1 or args.batch_size < 1 or args.threads < 1:
         parser.error("--rounds, --batch-size and --threads are at least 1")
     torch.set_num_threads(args.threads)
-    runs = []
-    for words in SUITES[args.suite] if args.suite else (shlex.join(argv),):
-        one = parser.parse_args(shlex.split(words))
-        if one.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no CUDA device here")
-        print(f"\n$ benchmark.py {words}" if args.suite else "", flush=True)
-        runs.append({"command": f"tools/benchmark.py {words}", **run(one)})
-        if args.json:
-            report = {"machine": machine(), "runs": runs}
-            atomic_write(args.json, json.dumps(report, indent=1).encode())
+    if args.suite:
+        return run_suite(args.suite, args.json)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here")
+    runs = [{"command": f"tools/benchmark.py {shlex.join(argv)}", **run(args)}]
+    if args.json:
+        write_report(args.json, {"machine": machine(), "runs": runs})
+
+
+def run_suite(name: str, path: Path | None) -> None:
+    """Every run of a suite, each in a process of its own; SystemExit with the status of one that fails."""
+    runs: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder, "run.json")
+        for words in SUITES[name]:
+            print(f"\n$ benchmark.py {words}", flush=True)
+            command = [sys.executable, __file__, *shlex.split(words), "--json", str(one)]
+            if status := subprocess.run(command).returncode:
+                raise SystemExit(status)
+            report = json.loads(one.read_text())
+            runs.append({**report["runs"][0], "command": f"tools/benchmark.py {words}"})
+            if path:
+                write_report(path, {"machine": report["machine"], "runs": runs})
+
+
+def write_report(path: Path, report: dict) -> None:
+    atomic_write(path, json.dumps(report, indent=1).encode())
 
 
 if __name__ == "__main__":
