@@ -7,8 +7,9 @@ from torch.autograd.function import once_differentiable
 
 from .slicing import images_a_slice, may_slice
 
-# Entries of a hidden tensor computed together on a CPU: 16 MiB in float32, measured best of 4 to 32.
-SLICE_ELEMENTS = 2**22
+# Entries of a hidden tensor computed together on a CPU: 16 MiB in float32 where a convolution rereads them, else 32.
+# Measured best of 4 to 32; beyond, the C library asks the system for every tensor's memory anew.
+SLICE_ELEMENTS = {"depthwise": 2**22, "linear": 2**23}
 
 _CONVOLUTION_POINTWISE = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)  # not public
 
@@ -47,41 +48,50 @@ class FeedForward(nn.Module):
 class _InSlices(torch.autograd.Function):
     """The layers of `FeedForward`, all as convolutions over channels-last views; see `slicing`.
 
-    Of the hidden tensors, the largest of the network, the backward pass keeps only the first.
+    Of the hidden tensors, the largest of the network, the convolution's output and its GELU are computed anew in
+    the backward pass; without a convolution there is one less, and both are kept.
     """
 
     @staticmethod
     def forward(ctx, grid, keep, weight1, bias1, depthwise, depthwise_bias, weight2, bias2):
         x = grid.contiguous().permute(0, 3, 1, 2)
         weight1, weight2 = weight1[..., None, None], weight2[..., None, None]
-        size = images_a_slice(len(x), len(weight1) * x.shape[2] * x.shape[3], SLICE_ELEMENTS)
+        most = SLICE_ELEMENTS["linear" if depthwise is None else "depthwise"]
+        size = images_a_slice(len(x), len(weight1) * x.shape[2] * x.shape[3], most)
         y = grid.new_empty(*grid.shape[:3], len(weight2)).permute(0, 3, 1, 2)
-        hidden = []
+        kept = []
         for part, out in zip(x.split(size), y.split(size), strict=True):
             h = F.conv2d(part, weight1, bias1)
-            if keep:
-                hidden.append(h)
-            if not keep and _can_fuse(h, depthwise):
+            if depthwise is None:
+                activated = F.gelu(h)
+            elif not keep and _can_fuse(h):
                 activated = _convolve_and_activate(h, depthwise, depthwise_bias)
             else:
-                u = _convolve(h, depthwise, depthwise_bias)
-                activated = F.gelu(u) if u is h else torch.ops.aten.gelu_(u)
+                activated = torch.ops.aten.gelu_(_convolve(h, depthwise, depthwise_bias))
+            if keep:
+                kept += [h, activated] if depthwise is None else [h]
             out.copy_(F.conv2d(activated, weight2, bias2))
         ctx.size = size
-        ctx.save_for_backward(x, weight1, depthwise, depthwise_bias, weight2, *hidden)
+        ctx.save_for_backward(x, weight1, depthwise, depthwise_bias, weight2, *kept)
         return y.permute(0, 2, 3, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, weight1, depthwise, depthwise_bias, weight2, *hidden = ctx.saved_tensors
+        x, weight1, depthwise, depthwise_bias, weight2, *saved = ctx.saved_tensors
+        kept = iter(saved)
         gradient = gradient.permute(0, 3, 1, 2)
         x_gradient = torch.empty_like(x)
         total: list[Tensor] = []
         parts = (tensor.split(ctx.size) for tensor in (x, gradient, x_gradient))
-        for h, part, g, out in zip(hidden, *parts, strict=True):
-            u = _convolve(h, depthwise, depthwise_bias)
-            g, *of_layer2 = _convolution_backward(g, F.gelu(u), weight2)
+        for part, g, out in zip(*parts, strict=True):
+            h = u = next(kept)
+            if depthwise is None:
+                activated = next(kept)
+            else:
+                u = _convolve(h, depthwise, depthwise_bias)
+                activated = F.gelu(u)
+            g, *of_layer2 = _convolution_backward(g, activated, weight2)
             g = torch.ops.aten.gelu_backward(g, u)
             of_depthwise = []
             if depthwise is not None:
@@ -102,13 +112,13 @@ class _InSlices(torch.autograd.Function):
         )
 
 
-def _convolve(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x if weight is None else F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
 
 
-def _can_fuse(x: Tensor, weight: Tensor | None) -> bool:
+def _can_fuse(x: Tensor) -> bool:
     """Whether oneDNN convolves and activates in one pass, by the operation that TorchInductor uses."""
-    return weight is not None and x.dtype == torch.float32 and _CONVOLUTION_POINTWISE is not None
+    return x.dtype == torch.float32 and _CONVOLUTION_POINTWISE is not None
 
 
 def _convolve_and_activate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
