@@ -70,7 +70,7 @@ SUITES = {
     "cpu": (
         "svt_h_s plain:svt_h_s pvt_v2_b2 --rounds 7",
         "spectformer_h_s plain:spectformer_h_s pvt_v2_b2 --rounds 7",
-        "spectformer_xs deit_small_patch16_224 swin_tiny_patch4_window7_224 --rounds 7",
+        "spectformer_xs deit_small_patch16_224 --rounds 7",
         "--layers --rounds 9",
         f"{ALL_AT_ONCE} --rounds 5 --parts inference training",
     ),
