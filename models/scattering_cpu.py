@@ -101,9 +101,10 @@ class ScatterInSlices(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        *matrices, low_weight, layer1, bias1, layer2 = ctx.saved_tensors[:8]
+        saved = ctx.saved_tensors  # read once: gradient checkpointing allows no second time
+        *matrices, low_weight, layer1, bias1, layer2 = saved[:8]
         of_split, of_join = ([matrix.mT for matrix in filters] for filters in (matrices[:2], matrices[2:]))
-        kept = iter(ctx.saved_tensors[8:])
+        kept = iter(saved[8:])
         gradient = gradient.contiguous()
         blocks, x_gradient, size = len(layer1), torch.empty_like(gradient), 0
         of_low_weight, of_layer1, of_layer2 = map(torch.zeros_like, (low_weight, layer1, layer2))
