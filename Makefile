@@ -52,7 +52,8 @@ test: $(VENV)/installed-tests  ## the whole suite
 reliability: $(VENV)/installed-tests  ## every promise at its full count; writes docs/reliability.md
 	$(RUN) tools/reliability.py --output docs/reliability.md
 
-lint: $(VENV)/installed-tests  ## ruff
+lint: $(VENV)/installed-tests  ## format and lint of every file
+	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
 clean:  ## remove the environment and caches (runs/ stays)

@@ -36,43 +36,114 @@ CHUNK = 2**20
 # The end of a zip archive is a 22-byte record whose last two bytes count the bytes of the comment after it.
 END_RECORD = 22
 HEX_DIGITS = 64
-COMMENT = re.compile(rb'PK\x05\x06.{16}(?P<length>..)(?P<comment>spectformer (?P<label>\{[^{}]*\}) '
-                     rb'sha256:(?P<digest>[0-9a-f]{64}))\Z', re.DOTALL)
+COMMENT = re.compile(
+    rb"PK\x05\x06.{16}(?P<length>..)(?P<comment>spectformer (?P<label>\{[^{}]*\}) "
+    rb"sha256:(?P<digest>[0-9a-f]{64}))\Z",
+    re.DOTALL,
+)
 MAX_LABEL = 2**10
 
 # What a checkpoint of ours, of the authors (DeiT's), or of timm consists of. Nothing else is looked up.
 SAFE_GLOBALS = {
-    "collections.OrderedDict", "collections.Counter", "argparse.Namespace", "_codecs.encode",
-    "pathlib.PosixPath", "pathlib._local.PosixPath",
-    "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
-    "torch.Size", "torch.device", "torch.storage.UntypedStorage", "torch.torch_version.TorchVersion",
-    *(f"torch.{name}Storage" for name in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short",
-                                          "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble")),
-    *(f"torch.{name}" for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16",
-                                   "int8", "uint8", "bool", "complex64", "complex128")),
+    "collections.OrderedDict",
+    "collections.Counter",
+    "argparse.Namespace",
+    "_codecs.encode",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.Size",
+    "torch.device",
+    "torch.storage.UntypedStorage",
+    "torch.torch_version.TorchVersion",
+    *(
+        f"torch.{name}Storage"
+        for name in (
+            "Float",
+            "Double",
+            "Half",
+            "BFloat16",
+            "Long",
+            "Int",
+            "Short",
+            "Char",
+            "Byte",
+            "Bool",
+            "ComplexFloat",
+            "ComplexDouble",
+        )
+    ),
+    *(
+        f"torch.{name}"
+        for name in (
+            "float32",
+            "float64",
+            "float16",
+            "bfloat16",
+            "int64",
+            "int32",
+            "int16",
+            "int8",
+            "uint8",
+            "bool",
+            "complex64",
+            "complex128",
+        )
+    ),
 }
 # Those of them that torch does not allow by itself.
 _scalar = np.float64().__reduce__()[0]  # numpy's own rebuilding function; its module moved with numpy 2
 NOT_TORCHS_OWN = [
-    argparse.Namespace, torch.torch_version.TorchVersion, np.dtype,
-    (_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar"),
+    argparse.Namespace,
+    torch.torch_version.TorchVersion,
+    np.dtype,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
     *(type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u1", "?")),
-    (pathlib.PosixPath, "pathlib.PosixPath"), (pathlib.PosixPath, "pathlib._local.PosixPath"),
+    (pathlib.PosixPath, "pathlib.PosixPath"),
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),
 ]
 
 # Keys whose type every user of a checkpoint may rely on, where they are there.
 KEY_TYPES: dict[str, tuple[type, ...]] = {
-    "optimizer": (dict,), "scaler": (dict,), "model_ema": (dict,), "meters": (dict,), "args": (dict,),
-    "model_kwargs": (dict,), "epoch": (int,), "step": (int,), "best_epoch": (int,), "num_classes": (int,),
-    "world_size": (int,), "best_acc1": (float, int), "crop_pct": (float, int), "arch": (str,),
-    "interpolation": (str,), "mean": (list, tuple), "std": (list, tuple), "class_names": (list, tuple),
+    "optimizer": (dict,),
+    "scaler": (dict,),
+    "model_ema": (dict,),
+    "meters": (dict,),
+    "args": (dict,),
+    "model_kwargs": (dict,),
+    "epoch": (int,),
+    "step": (int,),
+    "best_epoch": (int,),
+    "num_classes": (int,),
+    "world_size": (int,),
+    "best_acc1": (float, int),
+    "crop_pct": (float, int),
+    "arch": (str,),
+    "interpolation": (str,),
+    "mean": (list, tuple),
+    "std": (list, tuple),
+    "class_names": (list, tuple),
     "input_size": (int, list, tuple),
 }
 EMA_KEYS = ("model_ema", "state_dict_ema")
 # What an exported file keeps beside the tensors, for `infer.py`.
-METADATA_KEYS = ("arch", "model_kwargs", "num_classes", "input_size", "mean", "std", "crop_pct",
-                 "interpolation", "class_names")
+METADATA_KEYS = (
+    "arch",
+    "model_kwargs",
+    "num_classes",
+    "input_size",
+    "mean",
+    "std",
+    "crop_pct",
+    "interpolation",
+    "class_names",
+)
 TENSOR_DIGEST = "spectformer-sha256"
 
 
@@ -81,8 +152,7 @@ class _Unusable(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- saving
-def save(path: str | os.PathLike, state: Mapping[str, Any],
-         label: Mapping[str, float] | None = None) -> None:
+def save(path: str | os.PathLike, state: Mapping[str, Any], label: Mapping[str, float] | None = None) -> None:
     """Write `state` to `path`, atomically, with its digest.
 
     Args:
@@ -307,8 +377,10 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> zipfile.ZipInfo
     if pickled is None:
         raise _Unusable("it is a zip archive, but not a checkpoint")
     if pickled.file_size > MAX_PICKLE_BYTES:
-        raise _Unusable(f"its structure takes {pickled.file_size / 2**20:.0f} MiB, "
-                        f"more than the {MAX_PICKLE_BYTES / 2**20:.0f} allowed")
+        raise _Unusable(
+            f"its structure takes {pickled.file_size / 2**20:.0f} MiB, "
+            f"more than the {MAX_PICKLE_BYTES / 2**20:.0f} allowed"
+        )
     return pickled
 
 
@@ -374,8 +446,9 @@ def _tensors(root: object) -> Iterator[Tensor]:
 
 
 # --------------------------------------------------------------------------------------------------- weights
-def weights(state: dict[str, Any], ema: bool | None = None,
-            path: str | os.PathLike = "checkpoint") -> dict[str, Tensor]:
+def weights(
+    state: dict[str, Any], ema: bool | None = None, path: str | os.PathLike = "checkpoint"
+) -> dict[str, Tensor]:
     """The model's tensors by name, from any layout.
 
     Knows `{"model": tensors}`, `{"model": {"state_dict": tensors}}`, `{"state_dict": tensors}`, the
@@ -416,12 +489,12 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], state: 
     content = safetensors.torch.save(separate, metadata)
     start = _tensor_digest_place(content)
     digest = hashlib.sha256(content).hexdigest().encode()
-    atomic_write(path, content[:start] + digest + content[start + HEX_DIGITS:])
+    atomic_write(path, content[:start] + digest + content[start + HEX_DIGITS :])
 
 
 def _tensor_digest_place(head: bytes) -> int | None:
     """Where in a safetensors file of ours the digest is, which counts as zeros in itself; None in others'."""
-    header = head[8:8 + int.from_bytes(head[:8], "little")]
+    header = head[8 : 8 + int.from_bytes(head[:8], "little")]
     if TENSOR_DIGEST.encode() not in header:
         return None
     found = re.search(rb'"%s":"([0-9a-f]{64})"' % TENSOR_DIGEST.encode(), header)
@@ -436,10 +509,10 @@ def _verify_tensors(file: BinaryIO, size: int) -> None:
     start = _tensor_digest_place(head)
     if start is None:
         return
-    digest = hashlib.sha256(head[:start] + b"0" * HEX_DIGITS + head[start + HEX_DIGITS:])
+    digest = hashlib.sha256(head[:start] + b"0" * HEX_DIGITS + head[start + HEX_DIGITS :])
     while chunk := file.read(CHUNK):
         digest.update(chunk)
-    if digest.hexdigest().encode() != head[start:start + HEX_DIGITS]:
+    if digest.hexdigest().encode() != head[start : start + HEX_DIGITS]:
         raise _Unusable("it is damaged: its content does not match its SHA-256")
 
 
@@ -450,8 +523,9 @@ def _load_safetensors(file: BinaryIO, path: Path, size: int, device: str) -> dic
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         ours = TENSOR_DIGEST in metadata
-        return {"model": tensors} | {key: json.loads(metadata[key]) for key in METADATA_KEYS
-                                     if ours and key in metadata}
+        return {"model": tensors} | {
+            key: json.loads(metadata[key]) for key in METADATA_KEYS if ours and key in metadata
+        }
     except (safetensors.SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise _Unusable(f"it is not a safetensors file, or it is damaged: {one_line(error)[:200]}") from error
 
@@ -474,8 +548,9 @@ def newest_valid(directory: str | os.PathLike) -> tuple[Path, dict[str, Any]] | 
         with _passing_over(path):
             return path, load(path)
     if candidates:
-        raise UserError(f"{directory}: none of its {len(candidates)} checkpoints can be used; "
-                        "move them away to start anew")
+        raise UserError(
+            f"{directory}: none of its {len(candidates)} checkpoints can be used; move them away to start anew"
+        )
     return None
 
 

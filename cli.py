@@ -3,6 +3,7 @@
 From weakest to strongest: the parser's own defaults (DeiT's vanilla recipe), the main's, those another flag
 implies (``implied_defaults``), the ``--config`` file's, the command line.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -73,6 +74,7 @@ def suggestion(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Callable:
     """An argparse type: a finite int or float within [low, high], or above low if ``above``."""
+
     def convert(text: str) -> float:
         try:
             value = kind(text)
@@ -85,6 +87,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: bo
             limits += [f"at most {high}"] if high < math.inf else []
             raise argparse.ArgumentTypeError(f"{text} is out of range: it has to be {' and '.join(limits)}")
         return value
+
     return convert
 
 
@@ -126,11 +129,21 @@ def policy(text: str) -> str:
 
 def build_parser(defaults: Mapping[str, Any], description: str) -> Parser:
     """The parser of every main; ``defaults`` (attribute -> value) are the main's own."""
-    parser = Parser(usage="%(prog)s [flags]", description=description, formatter_class=HelpFormatter,
-                    allow_abbrev=False)
-    for add_group in (add_run_flags, add_model_flags, add_data_flags, add_augmentation_flags,
-                      add_token_label_flags, add_optimizer_flags, add_schedule_flags, add_finetune_flags,
-                      add_distillation_flags, add_machine_flags):
+    parser = Parser(
+        usage="%(prog)s [flags]", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    for add_group in (
+        add_run_flags,
+        add_model_flags,
+        add_data_flags,
+        add_augmentation_flags,
+        add_token_label_flags,
+        add_optimizer_flags,
+        add_schedule_flags,
+        add_finetune_flags,
+        add_distillation_flags,
+        add_machine_flags,
+    ):
         add_group(parser)
     unknown = set(defaults) - {action.dest for action in parser._actions}
     if unknown:
@@ -148,26 +161,33 @@ def add_run_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("the run")).add_argument
     add("--config", metavar="YAML", help="file of defaults for these flags; the command line wins")
     add("--output-dir", metavar="DIR", help="run directory (default: runs/<arch>-<data set>)")
-    add("--resume", metavar="PATH|auto",
-        help="go on from a checkpoint; auto: the run directory's newest intact one")
+    add("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the run directory's newest intact one")
     switch(group, "--eval", False, "evaluate the weights of --resume or --finetune, and stop")
     add("--seed", type=COUNT, default=0, metavar="N", help="key of every random choice")
-    add("--print-freq", type=POSITIVE, default=50, metavar="N",
-        help="updates between two lines without a terminal")
-    add("--checkpoint-steps", type=COUNT, default=0, metavar="N",
-        help="also save every N updates; 0: epochs only")
-    add("--checkpoint-epochs", type=COUNT, default=100, metavar="N",
-        help="keep a checkpoint every N epochs; 0: none")
+    add("--print-freq", type=POSITIVE, default=50, metavar="N", help="updates between two lines without a terminal")
+    add("--checkpoint-steps", type=COUNT, default=0, metavar="N", help="also save every N updates; 0: epochs only")
+    add("--checkpoint-epochs", type=COUNT, default=100, metavar="N", help="keep a checkpoint every N epochs; 0: none")
     add("--keep-best", type=POSITIVE, default=1, metavar="K", help="how many of the best checkpoints to keep")
 
 
 def add_model_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("model")).add_argument
     add("--arch", default="spectformer_xs", metavar="NAME", help="ours, or any model of timm's")
-    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
-        help="arguments of the model's constructor, as in depth=4 embed_dim=64")
-    add("--input-size", type=image_size, default=(224, 224), metavar="PIXELS",
-        help="side, or HEIGHTxWIDTH (default: 224)")
+    add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="KEY=VALUE",
+        help="arguments of the model's constructor, as in depth=4 embed_dim=64",
+    )
+    add(
+        "--input-size",
+        type=image_size,
+        default=(224, 224),
+        metavar="PIXELS",
+        help="side, or HEIGHTxWIDTH (default: 224)",
+    )
     add("--drop", type=FRACTION, default=0.0, metavar="P", help="dropout before the classifier")
     add("--drop-path", type=FRACTION, metavar="P", help="stochastic depth (default: the variant's own)")
     switch(group, "--model-ema", False, "also keep, evaluate and save an average of the weights")
@@ -177,31 +197,52 @@ def add_model_flags(parser: Parser) -> None:
 
 def add_data_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("data")).add_argument
-    add("--data-set", metavar="NAME",
+    add(
+        "--data-set",
+        metavar="NAME",
         help="DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 hfds/... wds/... "
-             "(default: IMNET with --data-path, else DIGITS)")
+        "(default: IMNET with --data-path, else DIGITS)",
+    )
     add("--data-path", metavar="DIR", help="where the data set lies")
     switch(group, "--download", False, "fetch the data set where that is possible")
-    add("--classes", type=class_list, metavar="A,B,...",
-        help="only these classes, by name or number, in this order")
-    add("--inat-category", default="name", metavar="RANK", help="what INAT19 classifies: %(choices)s",
-        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
+    add("--classes", type=class_list, metavar="A,B,...", help="only these classes, by name or number, in this order")
+    add(
+        "--inat-category",
+        default="name",
+        metavar="RANK",
+        help="what INAT19 classifies: %(choices)s",
+        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
+    )
     add("--batch-size", type=POSITIVE, default=128, metavar="N", help="images a process and step")
-    add("--num-workers", type=COUNT, default=min(10, len(os.sched_getaffinity(0))), metavar="N",
-        help="loader processes; 0: load in this one (default: 10, or the number of cores)")
+    add(
+        "--num-workers",
+        type=COUNT,
+        default=min(10, len(os.sched_getaffinity(0))),
+        metavar="N",
+        help="loader processes; 0: load in this one (default: 10, or the number of cores)",
+    )
     switch(group, "--pin-mem", True, "page-locked batches, for faster copies to a GPU")
     switch(group, "--skip-bad-images", False, "train on without unreadable images, and count them")
-    add("--eval-crop-pct", type=number(float, 0, 1, above=True), default=0.875, metavar="P",
-        help="evaluation: the part of the resized image's side that is kept")
+    add(
+        "--eval-crop-pct",
+        type=number(float, 0, 1, above=True),
+        default=0.875,
+        metavar="P",
+        help="evaluation: the part of the resized image's side that is kept",
+    )
 
 
 def add_augmentation_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("augmentation")).add_argument
     add("--color-jitter", type=AMOUNT, default=0.4, metavar="X", help="strength; RandAugment takes its place")
-    add("--aa", type=policy, default="rand-m9-mstd0.5-inc1", metavar="POLICY",
-        help="timm's name of a RandAugment or AutoAugment policy, or none")
-    add("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "random"],
-        help="of the crops")
+    add(
+        "--aa",
+        type=policy,
+        default="rand-m9-mstd0.5-inc1",
+        metavar="POLICY",
+        help="timm's name of a RandAugment or AutoAugment policy, or none",
+    )
+    add("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "random"], help="of the crops")
     add("--smoothing", type=FRACTION, default=0.1, metavar="E", help="label smoothing")
     add("--reprob", type=FRACTION, default=0.0, metavar="P", help="random erasing")
     add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erased places hold")
@@ -209,23 +250,23 @@ def add_augmentation_flags(parser: Parser) -> None:
     switch(group, "--repeated-aug", False, "three augmentations of each image, spread over the processes")
     add("--mixup", type=AMOUNT, default=0.8, metavar="ALPHA", help="mixup; 0: off")
     add("--cutmix", type=AMOUNT, default=1.0, metavar="ALPHA", help="cutmix; 0: off")
-    add("--cutmix-minmax", type=FRACTION, nargs=2, metavar=("MIN", "MAX"),
-        help="side of cutmix's box, not its alpha")
+    add("--cutmix-minmax", type=FRACTION, nargs=2, metavar=("MIN", "MAX"), help="side of cutmix's box, not its alpha")
     add("--mixup-prob", type=FRACTION, default=1.0, metavar="P", help="of mixing a batch")
     add("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="of cutmix where both are on")
-    add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"],
-        help="what shares one mixing ratio")
+    add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one mixing ratio")
 
 
 def add_token_label_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("token labels (pyramid models)")).add_argument
-    switch(group, "--token-label", False,
-           "train on label maps; turns mixup, cutmix and repeated augmentation off")
+    switch(group, "--token-label", False, "train on label maps; turns mixup, cutmix and repeated augmentation off")
     add("--token-label-data", metavar="DIR", help="the label maps")
-    add("--token-label-size", type=POSITIVE, metavar="N",
-        help="side of the token grid (default: follows the model)")
-    add("--token-label-crop", default="right", choices=["right", "reference"],
-        help="how a crop is cut from a map; reference: axes swapped, as released")
+    add("--token-label-size", type=POSITIVE, metavar="N", help="side of the token grid (default: follows the model)")
+    add(
+        "--token-label-crop",
+        default="right",
+        choices=["right", "reference"],
+        help="how a crop is cut from a map; reference: axes swapped, as released",
+    )
     switch(group, "--ground-truth", False, "blend the true class into the teacher's class target")
     add("--dense-weight", type=AMOUNT, default=0.5, metavar="W", help="of the token loss")
     add("--cls-weight", type=AMOUNT, default=1.0, metavar="W", help="of the class loss")
@@ -233,14 +274,12 @@ def add_token_label_flags(parser: Parser) -> None:
 
 def add_optimizer_flags(parser: Parser) -> None:
     add = parser.add_argument_group("optimiser").add_argument
-    add("--opt", default="adamw", metavar="NAME",
-        help="timm's name; fusedadamw, fusedlamb, ... need NVIDIA apex")
+    add("--opt", default="adamw", metavar="NAME", help="timm's name; fusedadamw, fusedlamb, ... need NVIDIA apex")
     add("--opt-eps", type=number(float, 0, above=True), default=1e-8, metavar="EPS", help="epsilon")
     add("--opt-betas", type=FRACTION, nargs=2, metavar=("B1", "B2"), help="betas (default: the optimiser's)")
     add("--momentum", type=FRACTION, default=0.9, metavar="M", help="of SGD and the like")
     add("--weight-decay", type=AMOUNT, default=0.05, metavar="W", help="of weights with two and more axes")
-    add("--clip-grad", type=AMOUNT, default=1.0, metavar="NORM",
-        help="clip the gradient at this norm; 0: do not")
+    add("--clip-grad", type=AMOUNT, default=1.0, metavar="NORM", help="clip the gradient at this norm; 0: do not")
     add("--accum-iter", type=POSITIVE, default=1, metavar="N", help="steps whose gradients make one update")
 
 
@@ -261,14 +300,20 @@ def add_schedule_flags(parser: Parser) -> None:
 def add_finetune_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("fine-tuning")).add_argument
     add("--finetune", metavar="PATH", help="weights to begin with, resized to --input-size")
-    add("--finetune-mode", default="eval", choices=["eval", "train"],
-        help="eval: without dropout, drop path and batch statistics, as the authors did")
-    add("--classifier", default="auto", choices=["auto", "new"],
-        help="keep the file's if the classes agree, or always begin with a new one")
-    add("--layer-decay", type=number(float, 0, 1, above=True), metavar="D",
-        help="lr factor a layer towards the stem")
-    add("--freeze-at", type=COUNT, default=0, metavar="N",
-        help="do not train the first N layers (1: the stem)")
+    add(
+        "--finetune-mode",
+        default="eval",
+        choices=["eval", "train"],
+        help="eval: without dropout, drop path and batch statistics, as the authors did",
+    )
+    add(
+        "--classifier",
+        default="auto",
+        choices=["auto", "new"],
+        help="keep the file's if the classes agree, or always begin with a new one",
+    )
+    add("--layer-decay", type=number(float, 0, 1, above=True), metavar="D", help="lr factor a layer towards the stem")
+    add("--freeze-at", type=COUNT, default=0, metavar="N", help="do not train the first N layers (1: the stem)")
     switch(group, "--freeze-bn", False, "use batch norms' stored statistics, and do not update them")
 
 
@@ -278,17 +323,19 @@ def add_distillation_flags(parser: Parser) -> None:
     add("--teacher-model", metavar="NAME", help="any model of timm's")
     add("--teacher-path", metavar="PATH", help="its weights")
     add("--distillation-alpha", type=FRACTION, default=0.5, metavar="A", help="weight of the teacher's part")
-    add("--distillation-tau", type=number(float, 0, above=True), default=1.0, metavar="T",
-        help="soft: temperature")
+    add("--distillation-tau", type=number(float, 0, above=True), default=1.0, metavar="T", help="soft: temperature")
 
 
 def add_machine_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("machine")).add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "none"],
-        help="mixed precision; auto: on CUDA, bf16 where the GPU has it")
-    add("--dtype", default="float32", choices=["float32", "float64"],
-        help="of the weights; float64 to compare runs")
+    add(
+        "--amp",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "none"],
+        help="mixed precision; auto: on CUDA, bf16 where the GPU has it",
+    )
+    add("--dtype", default="float32", choices=["float32", "float64"], help="of the weights; float64 to compare runs")
     switch(group, "--compile", False, "torch.compile the model")
     switch(group, "--channels-last", False, "NHWC memory format")
     switch(group, "--grad-checkpointing", False, "recompute activations: less memory, more time")
@@ -296,8 +343,7 @@ def add_machine_flags(parser: Parser) -> None:
     switch(group, "--find-unused-parameters", False, "for models that leave parameters without a gradient")
 
 
-def parse_args(argv: Sequence[str] | None, defaults: Mapping[str, Any],
-               description: str) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None, defaults: Mapping[str, Any], description: str) -> argparse.Namespace:
     """Parse and check a main's command line (None: the process's own).
 
     Raises UserError, in one line, for anything unknown, malformed or contradictory.
@@ -392,16 +438,24 @@ def validate(args: argparse.Namespace) -> None:
         (args.token_label and not args.token_label_data, "--token-label needs --token-label-data DIR"),
         (args.token_label_data and not args.token_label, "--token-label-data needs --token-label"),
         (args.token_label and args.distillation_type != "none", "--token-label excludes --distillation-type"),
-        (mixing and args.batch_size % 2,
-         f"mixup and cutmix pair images: --batch-size {args.batch_size} has to be even (or turn both off)"),
-        (args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1],
-         "--cutmix-minmax: MIN has to be below MAX"),
+        (
+            mixing and args.batch_size % 2,
+            f"mixup and cutmix pair images: --batch-size {args.batch_size} has to be even (or turn both off)",
+        ),
+        (
+            args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1],
+            "--cutmix-minmax: MIN has to be below MAX",
+        ),
         (args.opt_betas and max(args.opt_betas) >= 1, "--opt-betas have to be below 1"),
         (args.eval and not resumed, "--eval needs the weights to evaluate: --resume PATH or --finetune PATH"),
-        (args.distillation_type != "none" and not (args.teacher_model and args.teacher_path),
-         f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path PATH"),
-        (args.distillation_type == "none" and (args.teacher_model or args.teacher_path),
-         "a teacher needs --distillation-type soft or hard"),
+        (
+            args.distillation_type != "none" and not (args.teacher_model and args.teacher_path),
+            f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path PATH",
+        ),
+        (
+            args.distillation_type == "none" and (args.teacher_model or args.teacher_path),
+            "a teacher needs --distillation-type soft or hard",
+        ),
         (args.dtype == "float64" and args.amp in ("bf16", "fp16"), "--dtype float64 excludes --amp"),
         (args.sync_bn and args.freeze_bn, "--sync-bn and --freeze-bn exclude each other"),
     ]

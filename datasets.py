@@ -39,9 +39,26 @@ from token_labels import TokenLabelTransform, check_label_maps, image_map_path, 
 from utils import Distributed, UserError, key_seed, seeded, tell
 
 __all__ = [
-    "DATASETS", "BadImage", "Batch", "Data", "EvalLoader", "ImageArrays", "ImageDataset", "ImageFiles",
-    "KeyedDataset", "KeyedSampler", "LoaderSettings", "SampleKey", "TrainLoader", "build_data",
-    "build_dataset", "build_eval", "build_transform", "evaluation_batches", "evaluation_crop", "image_size",
+    "DATASETS",
+    "BadImage",
+    "Batch",
+    "Data",
+    "EvalLoader",
+    "ImageArrays",
+    "ImageDataset",
+    "ImageFiles",
+    "KeyedDataset",
+    "KeyedSampler",
+    "LoaderSettings",
+    "SampleKey",
+    "TrainLoader",
+    "build_data",
+    "build_dataset",
+    "build_eval",
+    "build_transform",
+    "evaluation_batches",
+    "evaluation_crop",
+    "image_size",
     "read_image",
 ]
 
@@ -67,17 +84,26 @@ def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
     return Image.new(image.mode, image.size) if bits == 0 else auto_augment.posterize(image, bits, **fill)
 
 
-auto_augment.NAME_TO_OP |= dict.fromkeys([name for name in auto_augment.NAME_TO_OP if "Posterize" in name],
-                                         _posterize)
+auto_augment.NAME_TO_OP |= dict.fromkeys([name for name in auto_augment.NAME_TO_OP if "Posterize" in name], _posterize)
 
 
-def build_transform(train: bool, input_size: int | Sequence[int], *,
-                    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-                    std: Sequence[float] = IMAGENET_DEFAULT_STD, interpolation: str = "bicubic",
-                    crop_pct: float = 0.875, color_jitter: float | None = 0.4, aa: str | None = None,
-                    reprob: float = 0.0, remode: str = "pixel", recount: int = 1, glyphs: bool = False,
-                    normalize: bool = True) -> transforms.Compose:
-    """timm's transform from an RGB image to a tensor (3, H, W), as DeiT sets it up.
+def build_transform(
+    train: bool,
+    input_size: int | Sequence[int],
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    interpolation: str = "bicubic",
+    crop_pct: float = 0.875,
+    color_jitter: float | None = 0.4,
+    aa: str | None = None,
+    reprob: float = 0.0,
+    remode: str = "pixel",
+    recount: int = 1,
+    glyphs: bool = False,
+    normalize: bool = True,
+) -> transforms.Compose:
+    """Timm's transform from an RGB image to a tensor (3, H, W), as DeiT sets it up.
 
     Training: RandomResizedCrop, flip, RandAugment or colour jitter, erasing; up to 32 pixels, and for glyphs,
     a crop with padding in the place of the first. Evaluation: resize the shorter side to size / crop_pct,
@@ -94,18 +120,31 @@ def build_transform(train: bool, input_size: int | Sequence[int], *,
     """
     size = image_size(input_size)
     if not train:
-        return create_transform(size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct,
-                                normalize=normalize)
-    transform = create_transform(size, is_training=True, color_jitter=color_jitter, auto_augment=aa or None,
-                                 interpolation=interpolation, mean=mean, std=std,
-                                 hflip=0.0 if glyphs else 0.5, re_prob=reprob, re_mode=remode,
-                                 re_count=recount, normalize=normalize)
+        return create_transform(
+            size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct, normalize=normalize
+        )
+    transform = create_transform(
+        size,
+        is_training=True,
+        color_jitter=color_jitter,
+        auto_augment=aa or None,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+        hflip=0.0 if glyphs else 0.5,
+        re_prob=reprob,
+        re_mode=remode,
+        re_count=recount,
+        normalize=normalize,
+    )
     if glyphs or max(size) <= SMALL_INPUT:
         resample = "bicubic" if interpolation == "random" else interpolation
-        transform.transforms[0] = transforms.Compose([
-            transforms.Resize(max(size), transforms.InterpolationMode(resample)),
-            transforms.RandomCrop(size, padding=max(1, min(size) // 8)),
-        ])
+        transform.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize(max(size), transforms.InterpolationMode(resample)),
+                transforms.RandomCrop(size, padding=max(1, min(size) // 8)),
+            ]
+        )
     return transform
 
 
@@ -158,9 +197,11 @@ class KeyedSampler:
     def __post_init__(self) -> None:
         if len(self) == 0:
             step = self.batch_size * self.world_size * self.accum_iter
-            raise UserError(f"an update takes {step} images (--batch-size {self.batch_size} x "
-                            f"{self.world_size} processes x --accum-iter {self.accum_iter}) and the training "
-                            f"set has {self.size}: lower --batch-size")
+            raise UserError(
+                f"an update takes {step} images (--batch-size {self.batch_size} x "
+                f"{self.world_size} processes x --accum-iter {self.accum_iter}) and the training "
+                f"set has {self.size}: lower --batch-size"
+            )
 
     def __len__(self) -> int:
         """Micro-steps an epoch."""
@@ -186,7 +227,7 @@ class KeyedSampler:
 def evaluation_batches(size: int, batch_size: int, rank: int, world_size: int) -> list[list[SampleKey]]:
     """A rank's batches for evaluation: every world_size-th image, none twice and none added."""
     keys = [SampleKey(0, index, 0) for index in range(rank, size, world_size)]
-    return [keys[start:start + batch_size] for start in range(0, len(keys), batch_size)]
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
 
 
 # ---------------------------------------------------------------------------------------------------- loaders
@@ -214,8 +255,14 @@ class Sample(NamedTuple):
 class KeyedDataset(torch.utils.data.Dataset):
     """Decoded and transformed samples by key. It has no random state: a key always gives the same tensor."""
 
-    def __init__(self, dataset: ImageDataset, transform: Callable, seed: int, skip_bad_images: bool = False,
-                 label_maps: str | None = None):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable,
+        seed: int,
+        skip_bad_images: bool = False,
+        label_maps: str | None = None,
+    ):
         """label_maps: the folder of token-label maps; `transform` is then a `TokenLabelTransform`."""
         self.dataset = dataset
         self._transform = transform
@@ -251,8 +298,9 @@ class KeyedDataset(torch.utils.data.Dataset):
         image, label = self.dataset.load(index)
         if self._label_maps is None:
             return self._transform(image), label
-        label_map = read_label_map(image_map_path(self._label_maps, self.dataset.path(index)),
-                                   len(self.dataset.class_names))
+        label_map = read_label_map(
+            image_map_path(self._label_maps, self.dataset.path(index)), len(self.dataset.class_names)
+        )
         return self._transform(image, label_map, label)
 
 
@@ -312,13 +360,19 @@ class _DeviceLoader:
         self.skipped: dict[str, str] = {}  # the unreadable images met so far, path to reason
         self._device = settings.dist.device
         # On the scale of uint8, so that the division by 255 is not needed.
-        self._mean, self._std = (torch.tensor(values, device=self._device).mul_(255).view(1, -1, 1, 1)
-                                 for values in (settings.mean, settings.std))
+        self._mean, self._std = (
+            torch.tensor(values, device=self._device).mul_(255).view(1, -1, 1, 1)
+            for values in (settings.mean, settings.std)
+        )
         self._batches = _Batches()
         self._loader = DataLoader(
-            samples, batch_sampler=self._batches, num_workers=settings.num_workers, collate_fn=collate,
+            samples,
+            batch_sampler=self._batches,
+            num_workers=settings.num_workers,
+            collate_fn=collate,
             pin_memory=settings.pin_memory and self._device.type == "cuda",
-            persistent_workers=settings.num_workers > 0, worker_init_fn=_start_worker,
+            persistent_workers=settings.num_workers > 0,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # of its own: the loader draws a number that nothing here uses
         )
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -444,16 +498,28 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         raise UserError(f"--data-set {args.data_set}: classes of training or validation alone: {difference}")
     if args.token_label_data and dist.is_main:
         check_label_maps(train_set, args.token_label_data, data.num_classes)
-    sampler = KeyedSampler(len(train_set), args.batch_size, args.seed, dist.rank, dist.world_size,
-                           args.accum_iter, REPEATS if args.repeated_aug else 1)
-    samples = KeyedDataset(train_set, _train_transform(args), args.seed, args.skip_bad_images,
-                           args.token_label_data)
+    sampler = KeyedSampler(
+        len(train_set),
+        args.batch_size,
+        args.seed,
+        dist.rank,
+        dist.world_size,
+        args.accum_iter,
+        REPEATS if args.repeated_aug else 1,
+    )
+    samples = KeyedDataset(train_set, _train_transform(args), args.seed, args.skip_bad_images, args.token_label_data)
     data.train = TrainLoader(samples, sampler, _loader_settings(args, dist, data.mean, data.std))
     return data
 
 
-def build_eval(args: argparse.Namespace, dist: Distributed, *, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-               std: Sequence[float] = IMAGENET_DEFAULT_STD, interpolation: str = "bicubic") -> Data:
+def build_eval(
+    args: argparse.Namespace,
+    dist: Distributed,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    interpolation: str = "bicubic",
+) -> Data:
     """The validation loader alone. An unreadable image always stops it, by name."""
     dataset = _open(args, train=False)
     size = image_size(args.input_size)
@@ -464,20 +530,29 @@ def build_eval(args: argparse.Namespace, dist: Distributed, *, mean: Sequence[fl
 
 
 def _open(args: argparse.Namespace, train: bool, download: bool = False) -> ImageDataset:
-    return build_dataset(args.data_set, args.data_path, train, download=download,
-                         inat_category=args.inat_category, classes=args.classes)
+    return build_dataset(
+        args.data_set, args.data_path, train, download=download, inat_category=args.inat_category, classes=args.classes
+    )
 
 
 def _train_transform(args: argparse.Namespace) -> Callable:
     # Without erasing, bytes are collated and normalised on the device.
     transform = build_transform(
-        True, args.input_size, interpolation=args.train_interpolation, color_jitter=args.color_jitter,
-        aa=args.aa, reprob=args.reprob, remode=args.remode, recount=args.recount,
-        glyphs=dataset_spec(args.data_set).glyphs, normalize=args.reprob > 0,
+        True,
+        args.input_size,
+        interpolation=args.train_interpolation,
+        color_jitter=args.color_jitter,
+        aa=args.aa,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        glyphs=dataset_spec(args.data_set).glyphs,
+        normalize=args.reprob > 0,
     )
     return TokenLabelTransform(transform) if args.token_label_data else transform
 
 
-def _loader_settings(args: argparse.Namespace, dist: Distributed, mean: Sequence[float],
-                     std: Sequence[float]) -> LoaderSettings:
+def _loader_settings(
+    args: argparse.Namespace, dist: Distributed, mean: Sequence[float], std: Sequence[float]
+) -> LoaderSettings:
     return LoaderSettings(args.batch_size, args.num_workers, args.pin_mem, dist, mean, std)

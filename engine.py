@@ -228,8 +228,9 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory) -> None:
             now = time.perf_counter()
             overflow = not math.isfinite(norm)
             progress.step = step + 1
-            progress.add(updates=1, overflows=overflow, loss=mean_loss, norm=0.0 if overflow else norm,
-                         seconds=now - began)
+            progress.add(
+                updates=1, overflows=overflow, loss=mean_loss, norm=0.0 if overflow else norm, seconds=now - began
+            )
             loss, batches, began = 0.0, [], now
             display.show(mean_loss)
             if stopping:
@@ -327,8 +328,9 @@ def evaluate_all(trainer: Trainer) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, dist: Distributed, precision: Precision,
-             stop: StopSignals | None = None) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, loader: EvalLoader, dist: Distributed, precision: Precision, stop: StopSignals | None = None
+) -> dict[str, float]:
     """Evaluate every image of all processes' loaders once.
 
     Returns:
@@ -349,8 +351,14 @@ def evaluate(model: nn.Module, loader: EvalLoader, dist: Distributed, precision:
                 logits = model(as_input(batch.images, precision))
             totals += count(logits.to(precision.dtype), batch.targets)
     loss, correct1, correct5, images = dist.sum(totals).tolist()
-    return {"loss": loss / images, "acc1": 100 * correct1 / images, "acc5": 100 * correct5 / images,
-            "correct1": int(correct1), "correct5": int(correct5), "images": int(images)}
+    return {
+        "loss": loss / images,
+        "acc1": 100 * correct1 / images,
+        "acc5": 100 * correct5 / images,
+        "correct1": int(correct1),
+        "correct5": int(correct5),
+        "images": int(images),
+    }
 
 
 def count(logits: Tensor, targets: Tensor) -> Tensor:
@@ -358,8 +366,9 @@ def count(logits: Tensor, targets: Tensor) -> Tensor:
     loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == targets[:, None]
-    return torch.stack([loss.double(), hits[:, :1].sum().double(), hits.sum().double(),
-                        loss.new_full((), len(targets)).double()])
+    return torch.stack(
+        [loss.double(), hits[:, :1].sum().double(), hits.sum().double(), loss.new_full((), len(targets)).double()]
+    )
 
 
 def share_buffers(model: nn.Module, dist: Distributed) -> None:
@@ -395,8 +404,9 @@ def without_gradient_sync(parallel: nn.Module):
 # ----------------------------------------------------------------------------------------------- its parts
 
 
-def create_model(arch: str, num_classes: int, input_size: tuple[int, int],
-                 model_kwargs: dict[str, Any], flag: str = "--arch") -> nn.Module:
+def create_model(
+    arch: str, num_classes: int, input_size: tuple[int, int], model_kwargs: dict[str, Any], flag: str = "--arch"
+) -> nn.Module:
     """Any registered model, ours or timm's, for images of `input_size` (height, width) in pixels.
 
     Raises:
@@ -470,12 +480,20 @@ def build_trainer(run: Run, model: nn.Module, data: Data, stop: StopSignals) -> 
     if args.compile:
         model.compile()
     return Trainer(
-        args=args, dist=dist, data=data, model=model, ema=ema, optimizer=optimizer, precision=precision,
+        args=args,
+        dist=dist,
+        data=data,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        precision=precision,
         parallel=dist.wrap(model, sync_bn=args.sync_bn, find_unused=args.find_unused_parameters),
         scaler=torch.amp.GradScaler(dist.device.type, enabled=precision.amp is torch.float16),
         scheduler=build_scheduler(args, optimizer),
         criterion=build_criterion(args, model, data, dist, precision),
-        mixup=build_mixup(args, data), progress=Progress(), stop=stop,
+        mixup=build_mixup(args, data),
+        progress=Progress(),
+        stop=stop,
     )
 
 
@@ -528,10 +546,12 @@ def global_batch(args: argparse.Namespace, dist: Distributed) -> int:
     return args.batch_size * args.accum_iter * dist.world_size
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module | list[nn.Parameter],
-                    dist: Distributed) -> torch.optim.Optimizer:
-    """timm's optimiser of that name for a model or some weights; lr scaled linearly with the images an update
-    (Goyal et al. 2017)."""
+def build_optimizer(
+    args: argparse.Namespace, model: nn.Module | list[nn.Parameter], dist: Distributed
+) -> torch.optim.Optimizer:
+    """Timm's optimiser of that name for a model or some weights; lr scaled linearly with the images an update
+    (Goyal et al. 2017).
+    """
     options = {"eps": args.opt_eps}
     if args.opt_betas is not None:
         options["betas"] = tuple(args.opt_betas)
@@ -541,8 +561,15 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module | list[nn.Paramet
         layers_of(model)
     check_optimizer(args.opt)
     scale = 1.0 if args.unscale_lr else global_batch(args, dist) / LR_BATCH
-    return create_optimizer_v2(model, opt=args.opt, lr=args.lr * scale, weight_decay=args.weight_decay,
-                               momentum=args.momentum, layer_decay=args.layer_decay, **options)
+    return create_optimizer_v2(
+        model,
+        opt=args.opt,
+        lr=args.lr * scale,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        layer_decay=args.layer_decay,
+        **options,
+    )
 
 
 def check_optimizer(name: str) -> None:
@@ -566,22 +593,36 @@ def check_optimizer(name: str) -> None:
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
     """To be stepped after each epoch with its number; so epochs 0 and 1 run at --warmup-lr, as published."""
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, min_lr=args.min_lr,
-        warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,
-        decay_epochs=args.decay_epochs, decay_rate=args.decay_rate)
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate,
+    )
     return scheduler
 
 
 def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
     if not mixes(args):
         return None
-    return Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-                 prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-                 label_smoothing=args.smoothing, num_classes=data.num_classes)
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=data.num_classes,
+    )
 
 
-def build_criterion(args: argparse.Namespace, model: nn.Module, data: Data, dist: Distributed,
-                    precision: Precision) -> nn.Module:
+def build_criterion(
+    args: argparse.Namespace, model: nn.Module, data: Data, dist: Distributed, precision: Precision
+) -> nn.Module:
     """The loss, called as ``criterion(images, outputs, targets)``."""
     teacher = None
     if args.distillation_type != "none":
@@ -589,11 +630,19 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, data: Data, dist
         teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, flag)
         load(teacher, checkpointing.weights(checkpointing.load(path)), path, new_head=False)
     loss = build_loss(
-        num_classes=data.num_classes, smoothing=args.smoothing, soft_targets=mixes(args),
+        num_classes=data.num_classes,
+        smoothing=args.smoothing,
+        soft_targets=mixes(args),
         token_size=token_label_size(model, args.token_label_size) if args.token_label else None,
-        swapped=args.token_label_crop == "reference", cls_weight=args.cls_weight,
-        dense_weight=args.dense_weight, ground_truth=args.ground_truth, teacher=teacher,
-        distillation=args.distillation_type, alpha=args.distillation_alpha, tau=args.distillation_tau)
+        swapped=args.token_label_crop == "reference",
+        cls_weight=args.cls_weight,
+        dense_weight=args.dense_weight,
+        ground_truth=args.ground_truth,
+        teacher=teacher,
+        distillation=args.distillation_type,
+        alpha=args.distillation_alpha,
+        tau=args.distillation_tau,
+    )
     return loss.to(dist.device, precision.dtype)
 
 
@@ -618,13 +667,14 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
         return checkpointing.load(args.resume)
     for name in ("log.txt", LAST):
         if not args.eval and (Path(args.output_dir) / name).exists():
-            raise UserError(f"--output-dir {args.output_dir} holds another run's {name}: go on with it by "
-                            "--resume auto, or name another directory")
+            raise UserError(
+                f"--output-dir {args.output_dir} holds another run's {name}: go on with it by "
+                "--resume auto, or name another directory"
+            )
     return None
 
 
-def with_global_batch(args: argparse.Namespace, state: dict[str, Any],
-                      dist: Distributed) -> argparse.Namespace:
+def with_global_batch(args: argparse.Namespace, state: dict[str, Any], dist: Distributed) -> argparse.Namespace:
     """The arguments with which this number of processes makes the checkpoint's updates, of as many images.
 
     Raises:
@@ -632,16 +682,21 @@ def with_global_batch(args: argparse.Namespace, state: dict[str, Any],
     """
     need(state, args.resume, "args", "world_size")
     saved = state["args"]
-    factors = {"batch_size": saved.get("batch_size"), "accum_iter": saved.get("accum_iter"),
-               "world_size": state["world_size"]}
+    factors = {
+        "batch_size": saved.get("batch_size"),
+        "accum_iter": saved.get("accum_iter"),
+        "world_size": state["world_size"],
+    }
     for name, value in factors.items():
         if not isinstance(value, int) or value < 1:
             raise UserError(f"--resume {args.resume}: its {name} is {value!r}")
     images = saved["batch_size"] * saved["accum_iter"] * state["world_size"]
     if images == global_batch(args, dist):
         return args
-    made = (f"{args.resume}: its updates were of {images} images, --batch-size {saved['batch_size']} x "
-            f"--accum-iter {saved['accum_iter']} x {state['world_size']} processes")
+    made = (
+        f"{args.resume}: its updates were of {images} images, --batch-size {saved['batch_size']} x "
+        f"--accum-iter {saved['accum_iter']} x {state['world_size']} processes"
+    )
     if images % dist.world_size:
         fitting = ", ".join(str(n) for n in range(1, images + 1) if images % n == 0 and n <= 64)
         raise UserError(f"{made}; {dist.world_size} processes cannot make them; these numbers can: {fitting}")
@@ -651,8 +706,11 @@ def with_global_batch(args: argparse.Namespace, state: dict[str, Any],
     if not sizes or dist.world_size == state["world_size"]:
         fitting = "; ".join(f"--batch-size {b} --accum-iter {share // b}" for b in fitting_sizes(share, even))
         raise UserError(f"{made}; with {dist.world_size} these go on with it: {fitting or 'none'}")
-    report(dist, f"{made}; going on with --batch-size {sizes[-1]} --accum-iter {share // sizes[-1]} "
-                 f"x {dist.world_size} processes")
+    report(
+        dist,
+        f"{made}; going on with --batch-size {sizes[-1]} --accum-iter {share // sizes[-1]} "
+        f"x {dist.world_size} processes",
+    )
     return argparse.Namespace(**vars(args) | {"batch_size": sizes[-1], "accum_iter": share // sizes[-1]})
 
 
@@ -665,15 +723,21 @@ def need(state: dict[str, Any], path: str, *keys: str) -> None:
     """Raise UserError for a file that has not all a run goes on from."""
     missing = [key for key in keys if state.get(key) is None]
     if missing:
-        raise UserError(f"--resume {path}: no {', '.join(missing)} in it, so it is not a run's checkpoint; "
-                        "--finetune begins a new run from its weights")
+        raise UserError(
+            f"--resume {path}: no {', '.join(missing)} in it, so it is not a run's checkpoint; "
+            "--finetune begins a new run from its weights"
+        )
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:
     """What a checkpoint and the run that continues it have to share."""
     args = trainer.args
-    return {"arch": models.resolve_arch(args.arch), "model_kwargs": full_model_kwargs(args),
-            "num_classes": trainer.data.num_classes, "input_size": list(args.input_size)}
+    return {
+        "arch": models.resolve_arch(args.arch),
+        "model_kwargs": full_model_kwargs(args),
+        "num_classes": trainer.data.num_classes,
+        "input_size": list(args.input_size),
+    }
 
 
 def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
@@ -684,12 +748,21 @@ def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
         state["model_ema"] = trainer.ema.module.state_dict()
     if trainer.scaler.is_enabled():
         state["scaler"] = trainer.scaler.state_dict()
-    return state | identity(trainer) | asdict(trainer.progress) | {
-        "mean": list(data.mean), "std": list(data.std), "crop_pct": data.crop_pct,
-        "interpolation": data.interpolation, "class_names": list(data.class_names),
-        "args": vars(trainer.args), "world_size": trainer.dist.world_size,
-        "version": {"torch": torch.__version__, "timm": timm.__version__},
-    }
+    return (
+        state
+        | identity(trainer)
+        | asdict(trainer.progress)
+        | {
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "crop_pct": data.crop_pct,
+            "interpolation": data.interpolation,
+            "class_names": list(data.class_names),
+            "args": vars(trainer.args),
+            "world_size": trainer.dist.world_size,
+            "version": {"torch": torch.__version__, "timm": timm.__version__},
+        }
+    )
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -718,8 +791,10 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         setattr(progress, name, state[name])
     progress.step = progress.step // state["args"]["accum_iter"] * trainer.args.accum_iter
     if progress.step > len(trainer.data.train):
-        raise UserError(f"--resume {path}: its step {progress.step} is beyond an epoch's "
-                        f"{len(trainer.data.train)}; is it of another data set?")
+        raise UserError(
+            f"--resume {path}: its step {progress.step} is beyond an epoch's "
+            f"{len(trainer.data.train)}; is it of another data set?"
+        )
     if progress.epoch > 0:
         trainer.scheduler.step(progress.epoch - 1)
 
@@ -771,8 +846,9 @@ def state_after_a_step(trainer: Trainer, weight: Tensor) -> dict[str, Any]:
 
 def shapes(state: dict[str, Any]) -> dict[str, Any]:
     """What each entry of a weight's optimiser state is: a tensor's shape, or a type."""
-    return {name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            for name, value in state.items()}
+    return {
+        name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for name, value in state.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------- what is told
@@ -792,9 +868,15 @@ class Display:
         self._steps = len(trainer.data.train)
         self._bar = None
         if trainer.dist.is_main and sys.stderr.isatty():
-            self._bar = tqdm(desc=f"epoch {progress.epoch}", total=self._steps * self._images, unit=" images",
-                             initial=progress.step * self._images, leave=False, dynamic_ncols=True,
-                             bar_format=BAR)
+            self._bar = tqdm(
+                desc=f"epoch {progress.epoch}",
+                total=self._steps * self._images,
+                unit=" images",
+                initial=progress.step * self._images,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format=BAR,
+            )
         self._began, self._first = time.perf_counter(), progress.step
 
     def __enter__(self) -> Display:
@@ -812,10 +894,12 @@ class Display:
             self._bar.update(trainer.args.accum_iter * self._images)
         elif step // trainer.args.accum_iter % trainer.args.print_freq == 0:
             seconds = (time.perf_counter() - self._began) / (step - self._first)
-            report(trainer.dist,
-                   f"epoch {trainer.progress.epoch} step {step}/{self._steps}: loss {loss:.4f}, "
-                   f"lr {trainer.lr:.2e}, {self._images / seconds:.0f} images/s, "
-                   f"{seconds * (self._steps - step):.0f} s to go")
+            report(
+                trainer.dist,
+                f"epoch {trainer.progress.epoch} step {step}/{self._steps}: loss {loss:.4f}, "
+                f"lr {trainer.lr:.2e}, {self._images / seconds:.0f} images/s, "
+                f"{seconds * (self._steps - step):.0f} s to go",
+            )
 
 
 def report(dist: Distributed, line: str) -> None:
@@ -829,11 +913,17 @@ def describe(trainer: Trainer) -> None:
     args, dist, precision = trainer.args, trainer.dist, trainer.precision
     amp = f", autocast {precision.amp}" if precision.amp is not None else ""
     height, width = args.input_size
-    report(dist, f"{models.resolve_arch(args.arch)}: {parameters(trainer.model):,} parameters, "
-                 f"{args.data_set} at {height}x{width}, {trainer.data.num_classes} classes, "
-                 f"{dist.device}{amp}")
-    report(dist, f"{len(trainer.data.train)} steps an epoch, {global_batch(args, dist)} images an update, "
-                 f"lr up to {max(trainer.scheduler.base_values):.3g}; files go to {args.output_dir}")
+    report(
+        dist,
+        f"{models.resolve_arch(args.arch)}: {parameters(trainer.model):,} parameters, "
+        f"{args.data_set} at {height}x{width}, {trainer.data.num_classes} classes, "
+        f"{dist.device}{amp}",
+    )
+    report(
+        dist,
+        f"{len(trainer.data.train)} steps an epoch, {global_batch(args, dist)} images an update, "
+        f"lr up to {max(trainer.scheduler.base_values):.3g}; files go to {args.output_dir}",
+    )
 
 
 def parameters(model: nn.Module) -> int:
@@ -846,10 +936,15 @@ def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
     images = len(trainer.data.train) * args.batch_size * dist.world_size
     row = {"train_lr": trainer.lr, "train_loss": sums["loss"] / sums["updates"]}
     row |= {f"test_{name}": value for name, value in results.items()}
-    row |= {"epoch": progress.epoch, "n_parameters": parameters(trainer.model),
-            "grad_norm": sums["norm"] / max(sums["updates"] - sums["overflows"], 1),
-            "overflows": int(sums["overflows"]), "samples_seen": (progress.epoch + 1) * images,
-            "images_per_second": round(images / sums["seconds"], 1), "seconds": round(sums["seconds"], 2)}
+    row |= {
+        "epoch": progress.epoch,
+        "n_parameters": parameters(trainer.model),
+        "grad_norm": sums["norm"] / max(sums["updates"] - sums["overflows"], 1),
+        "overflows": int(sums["overflows"]),
+        "samples_seen": (progress.epoch + 1) * images,
+        "images_per_second": round(images / sums["seconds"], 1),
+        "seconds": round(sums["seconds"], 2),
+    }
     if args.skip_bad_images:
         skipped = torch.tensor(len(trainer.data.train.skipped), device=dist.device)
         row["skipped_images"] = int(dist.sum(skipped))
@@ -865,5 +960,7 @@ def farewell(trainer: Trainer) -> None:
     if skipped is not None:
         report(trainer.dist, skipped)
     progress = trainer.progress
-    report(trainer.dist, f"best top-1 {progress.best_acc1:.2f} % in epoch {progress.best_epoch}; "
-                         f"see {trainer.args.output_dir}")
+    report(
+        trainer.dist,
+        f"best top-1 {progress.best_acc1:.2f} % in epoch {progress.best_epoch}; see {trainer.args.output_dir}",
+    )

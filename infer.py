@@ -211,9 +211,7 @@ def _recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], 
     for name in names:
         try:
             with torch.device("meta"):
-                model = timm.create_model(
-                    name, num_classes=shapes.get("head.weight", (0,))[0], **kwargs, **size
-                )
+                model = timm.create_model(name, num_classes=shapes.get("head.weight", (0,))[0], **kwargs, **size)
         except (ValueError, RuntimeError):  # the variant cannot be built like that
             continue
         if {key: tuple(value.shape) for key, value in model.state_dict().items()} == shapes:
@@ -246,9 +244,7 @@ def _native_size(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | Non
     A spectral gate keeps half of its columns, so an odd width is not told from an even one: a square is
     assumed where that is possible.
     """
-    grids = [
-        (match[1], match[2], shapes[match[0]]) for match in map(SPECTRAL_WEIGHT.fullmatch, shapes) if match
-    ]
+    grids = [(match[1], match[2], shapes[match[0]]) for match in map(SPECTRAL_WEIGHT.fullmatch, shapes) if match]
     positions, patches = shapes.get("pos_embed", ()), shapes.get(STEMS[0], ())
     if len(positions) == 3 and len(patches) == 4:
         rows = grids[0][2][0] if grids and grids[0][2] else math.isqrt(positions[1])
@@ -335,9 +331,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, model: nn.Module
     """Evaluate on all processes; the main one prints, and writes the results and the report."""
     data = build_eval(args, dist, mean=info.mean, std=info.std, interpolation=info.interpolation)
     check_classes(args, data, info)
-    output = args.output or info.path.with_name(
-        f"{info.path.stem}_{args.data_set.lower().replace('/', '-')}.json"
-    )
+    output = args.output or info.path.with_name(f"{info.path.stem}_{args.data_set.lower().replace('/', '-')}.json")
     check_replaceable(output)
     if args.report is not None and dist.is_main:
         make_directory(args.report)
@@ -468,9 +462,7 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str]) -> Figure:
     side = min(max(0.42 * classes, 2.8), 8.0)
     listed = classes > COUNTED_CLASSES
     figure = Figure(figsize=(side + 1.6 + (5.0 if listed else 0.0), side + 1.0), layout="constrained")
-    panels = figure.subplots(
-        1, 2 if listed else 1, width_ratios=[side, 3.4] if listed else None, squeeze=False
-    )[0]
+    panels = figure.subplots(1, 2 if listed else 1, width_ratios=[side, 3.4] if listed else None, squeeze=False)[0]
     axes = panels[0]
     share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     scale = PowerNorm(0.5, 0, 100) if listed else Normalize(0, 100)
@@ -556,9 +548,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = [path]
         if path.is_dir():
-            found = sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
-            )
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
             if not found:
                 raise UserError(f"--image {path}: no images ({' '.join(IMG_EXTENSIONS)}) in this folder")
         elif not path.exists():
@@ -609,14 +599,11 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, model: nn.Module
         atomic_write(args.output, json.dumps(content, indent=2) + "\n")
 
 
-def describe_prediction(
-    file: Path, probabilities: list[float], classes: list[int], info: ModelInfo
-) -> dict[str, Any]:
+def describe_prediction(file: Path, probabilities: list[float], classes: list[int], info: ModelInfo) -> dict[str, Any]:
     """Print an image's likeliest classes, and return them."""
     print(file)
     told = [
-        {"index": i, "class": info.class_name(i), "probability": p}
-        for p, i in zip(probabilities, classes, strict=True)
+        {"index": i, "class": info.class_name(i), "probability": p} for p, i in zip(probabilities, classes, strict=True)
     ]
     for entry in told:
         print(f"    {100 * entry['probability']:6.2f} %  {entry['class']}")
@@ -632,9 +619,7 @@ def overlay_paths(files: Sequence[Path], folder: Path) -> list[Path]:
     taken: dict[Path, Path] = {}
     for file, path in zip(files, paths, strict=True):
         if path in taken:
-            raise UserError(
-                f"--explain: {taken[path]} and {file} have the same name; explain them one by one"
-            )
+            raise UserError(f"--explain: {taken[path]} and {file} have the same name; explain them one by one")
         if path.exists() and path.resolve() in {other.resolve() for other in files}:
             raise UserError(f"--explain: the overlay {path} would replace an image that is to be classified")
         taken[path] = file
@@ -643,9 +628,7 @@ def overlay_paths(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def class_evidence(
-    predict: Callable[[Tensor], Tensor], image: Tensor, target: int, batch_size: int = 32
-) -> Tensor:
+def class_evidence(predict: Callable[[Tensor], Tensor], image: Tensor, target: int, batch_size: int = 32) -> Tensor:
     """How much each part of an image spoke for a class: a (rows, columns) map, 1 the most, 0 nothing or against.
 
     Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.2): squares of 2/7 of the image's sides are
@@ -796,9 +779,7 @@ def build_parser() -> Parser:
         help="what INAT19 classifies: %(choices)s",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
     )
-    add(
-        "--report", type=Path, metavar="DIR", help="write the confusion matrix and accuracies per class there"
-    )
+    add("--report", type=Path, metavar="DIR", help="write the confusion matrix and accuracies per class there")
 
     add = (group := parser.add_argument_group("prediction")).add_argument
     add("--image", type=Path, nargs="+", metavar="FILE", help="images, or folders of images, to classify")

@@ -92,8 +92,10 @@ class ClassCriterion(nn.Module):
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         """Raises UserError for a model that mixes images by itself, whose targets these are not."""
         if not isinstance(outputs, Tensor):
-            raise UserError("this model returns more than class logits: train it with --token-label and "
-                            "label maps, or without token_label among its arguments")
+            raise UserError(
+                "this model returns more than class logits: train it with --token-label and "
+                "label maps, or without token_label among its arguments"
+            )
         with torch.autocast(outputs.device.type, enabled=False):
             return self.loss(full_precision(outputs), targets)
 
@@ -101,8 +103,14 @@ class ClassCriterion(nn.Module):
 class TokenLabelCriterion(nn.Module):
     """The token-label loss, as a criterion on the records of `token_labels.TokenLabelTransform`."""
 
-    def __init__(self, loss: TokenLabelCrossEntropy, num_classes: int, size: tuple[int, int],
-                 smoothing: float = 0.1, swapped: bool = False):
+    def __init__(
+        self,
+        loss: TokenLabelCrossEntropy,
+        num_classes: int,
+        size: tuple[int, int],
+        smoothing: float = 0.1,
+        swapped: bool = False,
+    ):
         """size, smoothing, swapped: see `token_labels.dense_targets`."""
         super().__init__()
         self.loss = loss
@@ -154,15 +162,27 @@ class DistillationLoss(nn.Module):
     def _distilled(self, student: Tensor, taught: Tensor) -> Tensor:
         if self.kind == "hard":
             return F.cross_entropy(student, taught.argmax(1))
-        divergence = F.kl_div(F.log_softmax(student / self.tau, 1), F.log_softmax(taught / self.tau, 1),
-                              reduction="sum", log_target=True)
+        divergence = F.kl_div(
+            F.log_softmax(student / self.tau, 1), F.log_softmax(taught / self.tau, 1), reduction="sum", log_target=True
+        )
         return divergence * self.tau**2 / student.numel()  # mean over batch and classes, as DeiT's
 
 
-def build_loss(*, num_classes: int, smoothing: float = 0.1, soft_targets: bool = False,
-               token_size: tuple[int, int] | None = None, swapped: bool = False, cls_weight: float = 1.0,
-               dense_weight: float = 0.5, ground_truth: bool = False, teacher: nn.Module | None = None,
-               distillation: str = "none", alpha: float = 0.5, tau: float = 1.0) -> nn.Module:
+def build_loss(
+    *,
+    num_classes: int,
+    smoothing: float = 0.1,
+    soft_targets: bool = False,
+    token_size: tuple[int, int] | None = None,
+    swapped: bool = False,
+    cls_weight: float = 1.0,
+    dense_weight: float = 0.5,
+    ground_truth: bool = False,
+    teacher: nn.Module | None = None,
+    distillation: str = "none",
+    alpha: float = 0.5,
+    tau: float = 1.0,
+) -> nn.Module:
     """The criterion of a run: ``criterion(images, outputs, targets)``, a scalar.
 
     Args:

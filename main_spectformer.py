@@ -1,4 +1,5 @@
 """Train a SpectFormer (vanilla or hierarchical), or any timm model, by the vanilla recipe."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """Train an SVT, or any timm model, by the recipe of the four-stage models, with or without token labels."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,8 +9,15 @@ from cli import parse_args
 from datasets import build_data
 from utils import run_cli
 
-DEFAULTS = {"arch": "svt_h_s", "epochs": 310, "reprob": 0.25, "clip_grad": 0.0, "repeated_aug": True,
-            "eval_crop_pct": 0.96, "keep_best": 10}
+DEFAULTS = {
+    "arch": "svt_h_s",
+    "epochs": 310,
+    "reprob": 0.25,
+    "clip_grad": 0.0,
+    "repeated_aug": True,
+    "eval_crop_pct": 0.96,
+    "keep_best": 10,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

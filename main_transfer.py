@@ -1,4 +1,5 @@
 """Transfer pre-trained weights to another data set: the classifier is new, everything else has to load."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,8 +9,14 @@ from cli import parse_args
 from datasets import build_data
 from utils import run_cli
 
-DEFAULTS = {"classifier": "new", "finetune_mode": "train", "batch_size": 64, "epochs": 1000, "lr": 1e-4,
-            "weight_decay": 1e-4}
+DEFAULTS = {
+    "classifier": "new",
+    "finetune_mode": "train",
+    "batch_size": 64,
+    "epochs": 1000,
+    "lr": 1e-4,
+    "weight_decay": 1e-4,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,8 +39,7 @@ BEST = "checkpoint_best.pth"
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 # Curves: column of the log -> name in the legend. A column that no row has is left out.
 LOSSES = {"train_loss": "training", "test_loss": "test", "test_ema_loss": "test, EMA"}
-ACCURACIES = {"test_acc1": "top-1", "test_acc5": "top-5",
-              "test_ema_acc1": "top-1, EMA", "test_ema_acc5": "top-5, EMA"}
+ACCURACIES = {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1, EMA", "test_ema_acc5": "top-5, EMA"}
 
 
 class RunDirectory:
@@ -118,8 +117,9 @@ class RunDirectory:
                 try:
                     rows.append({"epoch": int(json.loads(line)["epoch"])} | json.loads(line))
                 except (ValueError, TypeError, KeyError):
-                    raise UserError(f"{self.path / LOG}: line {number} is not a row of a log; move the file "
-                                    "away to start a new one") from None
+                    raise UserError(
+                        f"{self.path / LOG}: line {number} is not a row of a log; move the file away to start a new one"
+                    ) from None
         return rows
 
     def truncate_log(self, epoch: int) -> None:
@@ -198,7 +198,7 @@ class RunDirectory:
             ranked = sorted((path for path in kept if kept[path] is not None), key=kept.get, reverse=True)
             if len(ranked) < k or acc1 > kept[ranked[k - 1]]:
                 checkpointing.save(new, state, label)
-                for path in set(kept) - set(ranked[:k - 1]):
+                for path in set(kept) - set(ranked[: k - 1]):
                     _remove(path)
 
     @staticmethod
@@ -236,8 +236,10 @@ def _hold(directory: Path) -> int:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            raise UserError(f"{directory}: another run holds it ({holder or 'just starting'}); wait for that "
-                            "run, or choose another --output-dir") from None
+            raise UserError(
+                f"{directory}: another run holds it ({holder or 'just starting'}); wait for that "
+                "run, or choose another --output-dir"
+            ) from None
         tell(f"{directory}: this file system has no locks ({error.strerror}); see that no second run uses it")
     _held.add(descriptor)
     holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
@@ -291,10 +293,14 @@ def _version(package: str) -> str | None:
 
 def _git_state() -> dict[str, Any] | None:
     """The commit of this code and whether it was changed since; None without git or a repository."""
+
     def git(*command: str) -> str:
         return subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *command],
-            capture_output=True, text=True, check=True, timeout=20,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
         ).stdout.strip()
 
     try:

@@ -137,8 +137,13 @@ class ImageArrays:
 class TarImages:
     """Images in tar shards (webdataset's layout) on a local disk, read by position."""
 
-    def __init__(self, shards: Sequence[Path], members: Sequence[tuple[int, str, int, int]],
-                 labels: Sequence[int], class_names: Sequence[str]):
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        members: Sequence[tuple[int, str, int, int]],
+        labels: Sequence[int],
+        class_names: Sequence[str],
+    ):
         """members: (shard number, name, offset in bytes, size in bytes) of each image."""
         self._shards = [str(shard) for shard in shards]
         self._names = np.array([name.encode() for _, name, _, _ in members])
@@ -261,8 +266,9 @@ def _digits(request: Request) -> ImageDataset:
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     split = train_test_split(np.arange(len(images)), test_size=360, random_state=0, stratify=digits.target)
     chosen = np.sort(split[0 if request.train else 1])
-    return ImageArrays(f"DIGITS/{request.split}", images[chosen], digits.target[chosen],
-                       [str(name) for name in digits.target_names])
+    return ImageArrays(
+        f"DIGITS/{request.split}", images[chosen], digits.target[chosen], [str(name) for name in digits.target_names]
+    )
 
 
 def _cifar(request: Request) -> ImageDataset:
@@ -303,8 +309,10 @@ def _image_folder(folder: Path, other: Path | None) -> ImageDataset:
     counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(classes))
     if not counts.all():
         empty = ", ".join(classes[i] for i in np.flatnonzero(counts == 0)[:10])
-        raise UserError(f"{folder}: no images in the folder of class {empty}; "
-                        f"files ending in {' '.join(vision.folder.IMG_EXTENSIONS)} count")
+        raise UserError(
+            f"{folder}: no images in the folder of class {empty}; "
+            f"files ending in {' '.join(vision.folder.IMG_EXTENSIONS)} count"
+        )
     return ImageFiles(paths, labels, classes)
 
 
@@ -315,8 +323,10 @@ def _flowers(request: Request) -> ImageDataset:
     """
     if _first_folder(request.root, TRAIN_FOLDERS) or _first_folder(request.root, VAL_FOLDERS):
         return _folder(request)
-    parts = [_from_torchvision(vision.Flowers102, request, split=split, download=request.download)
-             for split in (("train", "val") if request.train else ("test",))]
+    parts = [
+        _from_torchvision(vision.Flowers102, request, split=split, download=request.download)
+        for split in (("train", "val") if request.train else ("test",))
+    ]
     paths = [str(path) for part in parts for path in part._image_files]
     labels = [label for part in parts for label in part._labels]
     return ImageFiles(paths, labels, vision.Flowers102.classes)
@@ -325,9 +335,11 @@ def _flowers(request: Request) -> ImageDataset:
 def _cars(request: Request) -> ImageDataset:
     """Stanford Cars: torchvision's layout with the devkit, or a folder with cars_anno.pkl."""
     if request.download:
-        raise UserError("--download: Stanford Cars is no longer offered for download; put its files into "
-                        f"{request.root}/stanford_cars: devkit/cars_meta.mat, devkit/cars_train_annos.mat, "
-                        "cars_test_annos_withlabels.mat, cars_train/*.jpg and cars_test/*.jpg")
+        raise UserError(
+            "--download: Stanford Cars is no longer offered for download; put its files into "
+            f"{request.root}/stanford_cars: devkit/cars_meta.mat, devkit/cars_train_annos.mat, "
+            "cars_test_annos_withlabels.mat, cars_train/*.jpg and cars_test/*.jpg"
+        )
     if (request.root / "cars_anno.pkl").is_file():
         return _cars_with_pickle(request)
     data = _from_torchvision(vision.StanfordCars, request, split="train" if request.train else "test")
@@ -336,8 +348,9 @@ def _cars(request: Request) -> ImageDataset:
 
 
 def _pets(request: Request) -> ImageDataset:
-    data = _from_torchvision(vision.OxfordIIITPet, request, split="trainval" if request.train else "test",
-                             download=request.download)
+    data = _from_torchvision(
+        vision.OxfordIIITPet, request, split="trainval" if request.train else "test", download=request.download
+    )
     return ImageFiles([str(path) for path in data._images], data._labels, data.classes)
 
 
@@ -345,11 +358,16 @@ def _pets(request: Request) -> ImageDataset:
 _LAYOUTS = {
     vision.CIFAR10: ("cifar-10-batches-py", "the Python version of CIFAR-10"),
     vision.CIFAR100: ("cifar-100-python", "the Python version of CIFAR-100"),
-    vision.Flowers102: ("flowers-102", "jpg/*.jpg, imagelabels.mat and setid.mat (or, instead of it, class "
-                                       "folders in train/ and test/)"),
-    vision.StanfordCars: ("stanford_cars", "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_train/, "
-                                           "cars_test_annos_withlabels.mat and cars_test/ (or, instead of "
-                                           "it, cars_anno.pkl, train/ and test/)"),
+    vision.Flowers102: (
+        "flowers-102",
+        "jpg/*.jpg, imagelabels.mat and setid.mat (or, instead of it, class folders in train/ and test/)",
+    ),
+    vision.StanfordCars: (
+        "stanford_cars",
+        "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_train/, "
+        "cars_test_annos_withlabels.mat and cars_test/ (or, instead of "
+        "it, cars_anno.pkl, train/ and test/)",
+    ),
     vision.OxfordIIITPet: ("oxford-iiit-pet", "images/ and annotations/"),
 }
 
@@ -399,21 +417,25 @@ def _cars_with_pickle(request: Request) -> ImageDataset:
         first_label = min(label for _, label, _ in entries)
         last_label = max(label for _, label, _ in entries)
     except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: expected {{'train': [(file, label), …], 'test': […]}} or a list of "
-                        f"(file, label, is_test), found something else ({error!r})") from error
+        raise UserError(
+            f"{path}: expected {{'train': [(file, label), …], 'test': […]}} or a list of "
+            f"(file, label, is_test), found something else ({error!r})"
+        ) from error
     if first_label not in (0, 1):
         raise UserError(f"{path}: labels should count from 0 or 1, the smallest is {first_label}")
     folders = ("train", "cars_train", "") if request.train else ("test", "cars_test", "")
     chosen = [(file, label - first_label) for file, label, test in entries if test != request.train]
     paths = [_find_file(request, file, folders) for file, _ in chosen]
-    return ImageFiles(paths, [label for _, label in chosen],
-                      [f"{i + 1:03d}" for i in range(last_label - first_label + 1)])
+    return ImageFiles(
+        paths, [label for _, label in chosen], [f"{i + 1:03d}" for i in range(last_label - first_label + 1)]
+    )
 
 
 def _car_entries(content: dict | list) -> list[tuple[str, int, bool]]:
     if isinstance(content, dict):
-        return [(*_car_entry(entry)[:2], test) for test, key in ((False, "train"), (True, "test"))
-                for entry in content[key]]
+        return [
+            (*_car_entry(entry)[:2], test) for test, key in ((False, "train"), (True, "test")) for entry in content[key]
+        ]
     return [_car_entry(entry) for entry in content]
 
 
@@ -435,7 +457,7 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 
 
 def _inat(request: Request) -> ImageDataset:
-    """iNaturalist 2018 or 2019: train2018.json, val2018.json, categories.json and the images they name.
+    """INaturalist 2018 or 2019: train2018.json, val2018.json, categories.json and the images they name.
 
     Labels are numbered as in DeiT, by first appearance in the training annotations.
     """
@@ -443,12 +465,13 @@ def _inat(request: Request) -> ImageDataset:
     if request.inat_category not in INAT_CATEGORIES:
         raise UserError(f"--inat-category {request.inat_category}: one of {', '.join(INAT_CATEGORIES)}")
     try:
-        category_names = {int(category["id"]): str(category[request.inat_category])
-                          for category in _annotations(request, "categories.json")}
+        category_names = {
+            int(category["id"]): str(category[request.inat_category])
+            for category in _annotations(request, "categories.json")
+        }
         training = _annotations(request, f"train{year}.json")
         wanted = training if request.train else _annotations(request, f"val{year}.json")
-        class_names = list(dict.fromkeys(category_names[entry["category_id"]]
-                                         for entry in training["annotations"]))
+        class_names = list(dict.fromkeys(category_names[entry["category_id"]] for entry in training["annotations"]))
         label_of = {name: label for label, name in enumerate(class_names)}
         category_of = {entry["image_id"]: entry["category_id"] for entry in wanted["annotations"]}
         paths = [_inat_path(request.root, image["file_name"]) for image in wanted["images"]]
@@ -526,8 +549,10 @@ def _web_shards(request: Request) -> ImageDataset:
     """
     own = _shards(request, request.train)
     if not own:
-        raise request.missing(f"shards {_shard_pattern(request.name, request.split)}, or _info.json naming "
-                              "them, on a disk (a remote stream cannot be read by position)")
+        raise request.missing(
+            f"shards {_shard_pattern(request.name, request.split)}, or _info.json naming "
+            "them, on a disk (a remote stream cannot be read by position)"
+        )
     members, labels = _index_shards(own)
     other = _shards(request, not request.train)
     all_labels = np.array(labels + (_index_shards(other)[1] if other else []))
@@ -622,8 +647,15 @@ def dataset_spec(name: str) -> DatasetSpec:
     return DATASETS[key]
 
 
-def build_dataset(name: str, root: str | os.PathLike | None, train: bool, *, download: bool = False,
-                  inat_category: str = "name", classes: Sequence[str] | None = None) -> ImageDataset:
+def build_dataset(
+    name: str,
+    root: str | os.PathLike | None,
+    train: bool,
+    *,
+    download: bool = False,
+    inat_category: str = "name",
+    classes: Sequence[str] | None = None,
+) -> ImageDataset:
     """Open a data set.
 
     Args:

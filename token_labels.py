@@ -138,8 +138,9 @@ class NamedImages(Protocol):
     def path(self, index: int) -> str: ...
 
 
-def check_label_maps(dataset: NamedImages, root: str | os.PathLike, num_classes: int, read: int = 10_000,
-                     threads: int = 32) -> None:
+def check_label_maps(
+    dataset: NamedImages, root: str | os.PathLike, num_classes: int, read: int = 10_000, threads: int = 32
+) -> None:
     """Verify, before training, that every image has its label map.
 
     Of every map the existence and the size are looked at; `read` of them, evenly spread (all of a smaller
@@ -160,8 +161,10 @@ def check_label_maps(dataset: NamedImages, root: str | os.PathLike, num_classes:
         missing = [path for found in pool.map(partial(_missing, dataset, root), shares) for path in found]
         if missing:
             named = ", ".join(str(path) for path in missing[:3]) + (", …" if len(missing) > 3 else "")
-            raise UserError(f"--token-label-data {root}: {len(missing)} of {size} label maps are missing or "
-                            f"cut short: {named}; tools/generate_token_labels.py makes them")
+            raise UserError(
+                f"--token-label-data {root}: {len(missing)} of {size} label maps are missing or "
+                f"cut short: {named}; tools/generate_token_labels.py makes them"
+            )
         spread = range(0, size, math.ceil(size / read) or 1)
         sample = [image_map_path(root, dataset.path(index)) for index in spread]
         for _ in pool.map(partial(read_label_map, num_classes=num_classes), sample):
@@ -244,9 +247,17 @@ GEOMETRIC_OPS: dict[str, Callable[[float, int, int], list[list[float]]]] = {
     "Rotate": _rotate,
 }
 # These leave every place of the image where it is, in fractions of width and height.
-STATIONARY = (transforms.ColorJitter, transforms.RandomGrayscale, transforms.GaussianBlur, transforms.Resize,
-              transforms.Normalize, transforms.ToTensor, transforms.PILToTensor, MaybePILToTensor,
-              RandomErasing)
+STATIONARY = (
+    transforms.ColorJitter,
+    transforms.RandomGrayscale,
+    transforms.GaussianBlur,
+    transforms.Resize,
+    transforms.Normalize,
+    transforms.ToTensor,
+    transforms.PILToTensor,
+    MaybePILToTensor,
+    RandomErasing,
+)
 Step = Callable[[Any, Trace], Any]
 
 
@@ -296,8 +307,11 @@ class TokenLabelTransform:
 
 def _flat(transform: transforms.Compose) -> list[Callable]:
     """The steps of nested compositions in order."""
-    return [part for step in transform.transforms
-            for part in (_flat(step) if isinstance(step, transforms.Compose) else [step])]
+    return [
+        part
+        for step in transform.transforms
+        for part in (_flat(step) if isinstance(step, transforms.Compose) else [step])
+    ]
 
 
 def _operations(step: Callable) -> int:
@@ -338,8 +352,12 @@ def _padded_crop(step: transforms.RandomCrop, image: Image.Image, trace: Trace) 
         raise ValueError("token labels: RandomCrop pads by one number or not at all")
     padded = vision.pad(image, margin, step.fill, step.padding_mode)
     top, left, height, width = step.get_params(padded, step.size)
-    trace.crop = ((top - margin) / image.height, (left - margin) / image.width,
-                  height / image.height, width / image.width)
+    trace.crop = (
+        (top - margin) / image.height,
+        (left - margin) / image.width,
+        height / image.height,
+        width / image.width,
+    )
     return vision.crop(padded, top, left, height, width)
 
 
@@ -378,8 +396,9 @@ def _traced_op(op: AugmentOp, trace: Trace) -> AugmentOp:
     return traced
 
 
-def _recorded_op(op: AugmentOp, trace: Trace, image: Image.Image, level: float, *, fillcolor: Any,
-                 resample: Any) -> Image.Image:
+def _recorded_op(
+    op: AugmentOp, trace: Trace, image: Image.Image, level: float, *, fillcolor: Any, resample: Any
+) -> Image.Image:
     trace.move(GEOMETRIC_OPS[op.name](level, *image.size), image.size)
     return op.aug_fn(image, level, fillcolor=fillcolor, resample=resample)
 
@@ -399,8 +418,9 @@ TRACED_STEPS: tuple[tuple[type | tuple[type, ...], Callable], ...] = (
 
 
 @torch.no_grad()
-def dense_targets(record: Record, num_classes: int, size: int | tuple[int, int], smoothing: float = 0.1,
-                  swapped: bool = False) -> Tensor:
+def dense_targets(
+    record: Record, num_classes: int, size: int | tuple[int, int], smoothing: float = 0.1, swapped: bool = False
+) -> Tensor:
     """The training targets of a batch, on the device of the record.
 
     The logits are scattered over zeros, averaged over the region that each token sees by RoIAlign, and put
@@ -435,8 +455,7 @@ def dense_targets(record: Record, num_classes: int, size: int | tuple[int, int],
         return torch.cat([ground_truth, logits.softmax(1) * on + off], dim=2)
 
 
-def region_logits(record: Record, num_classes: int, grids: Sequence[tuple[int, int]],
-                  swapped: bool = False) -> Tensor:
+def region_logits(record: Record, num_classes: int, grids: Sequence[tuple[int, int]], swapped: bool = False) -> Tensor:
     """The mean logits of the regions of one or several (h, w) grids over each augmented image.
 
     Returns:
@@ -444,8 +463,10 @@ def region_logits(record: Record, num_classes: int, grids: Sequence[tuple[int, i
     """
     values, indices = record["values"].flatten(2), record["indices"].long().flatten(2)
     if indices.device.type == "cpu" and int(indices.max()) >= num_classes:
-        raise UserError(f"--token-label-data: a label map names class {int(indices.max())}, and there are "
-                        f"{num_classes}; tools/generate_token_labels.py --check finds it")
+        raise UserError(
+            f"--token-label-data: a label map names class {int(indices.max())}, and there are "
+            f"{num_classes}; tools/generate_token_labels.py --check finds it"
+        )
     dense = values.new_zeros(len(values), num_classes, MAP_SIZE**2).scatter_(1, indices, values)
     weights = [_region_weights(record["crop"], record["affines"], grid, swapped) for grid in grids]
     return dense @ torch.cat(weights, dim=1).mT

@@ -313,9 +313,7 @@ class Distributed:
         if sync_bn and self.device.type == "cuda":  # torch has no synchronised batch norm on CPU
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=device_ids, find_unused_parameters=find_unused
-        )
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=find_unused)
 
 
 def init_distributed(device: str = "auto") -> Distributed:
@@ -352,7 +350,11 @@ def _join_job(rank: int, world_size: int, device: torch.device) -> _Job:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = torch_dist.PrefixStore(f"attempt {attempt} of {world_size}", found)
         torch_dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT,
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
         guard = _JobGuard(rank, world_size, store)
@@ -617,8 +619,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._before = {
-            number: signal.signal(number, self._remember)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         }
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:

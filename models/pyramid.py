@@ -110,8 +110,7 @@ class Pyramid(ImageModel):
         self.head = self._classifier()
         self.aux_head = self._classifier() if token_label else None
         self.feature_info = [
-            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"}
-            for i, width in enumerate(embed_dims)
+            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, width in enumerate(embed_dims)
         ]
         self.apply(init_linear)
         self.apply(init_conv)
@@ -284,7 +283,7 @@ def swap_box(x: Tensor, box: Box, scale: int = 1) -> Tensor:
 
 
 def pyramid_cfg(**source: str) -> dict:
-    """timm's default configuration of a pyramid; `source` names paper and repository."""
+    """Timm's default configuration of a pyramid; `source` names paper and repository."""
     return {
         "url": "",
         "num_classes": 1000,

@@ -74,9 +74,7 @@ class ScatterInSlices(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x, keep, analysis0, analysis1, synthesis0, synthesis1, low_weight, layer1, bias1, layer2, bias2
-    ):
+    def forward(ctx, x, keep, analysis0, analysis1, synthesis0, synthesis1, low_weight, layer1, bias1, layer2, bias2):
         x = x.contiguous()
         analysis, synthesis = (analysis0, analysis1), (synthesis0, synthesis1)
         blocks, y, size, kept = len(layer1), torch.empty_like(x), 0, []

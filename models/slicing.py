@@ -24,9 +24,7 @@ def may_slice(x: Tensor, *layers: nn.Module) -> bool:
 
 
 def _is_hooked(layer: nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def images_a_slice(images: int, elements_an_image: int, most: int) -> int:

@@ -9,14 +9,16 @@ from timm.models import generate_default_cfgs, register_model
 
 from .pyramid import Pyramid, create_pyramid, pyramid_cfg
 
-default_cfgs = generate_default_cfgs({
-    f"spectformer_h_{size}": pyramid_cfg(
-        paper_ids="arXiv:2304.06446",
-        paper_name="SpectFormer: Frequency and Attention is what you need in a Vision Transformer",
-        origin_url="https://github.com/badripatro/SpectFormers",
-    )
-    for size in ("s", "b", "l")
-})
+default_cfgs = generate_default_cfgs(
+    {
+        f"spectformer_h_{size}": pyramid_cfg(
+            paper_ids="arXiv:2304.06446",
+            paper_name="SpectFormer: Frequency and Attention is what you need in a Vision Transformer",
+            origin_url="https://github.com/badripatro/SpectFormers",
+        )
+        for size in ("s", "b", "l")
+    }
+)
 
 
 def _create(variant: str, pretrained: bool, overrides: dict) -> Pyramid:

@@ -11,14 +11,16 @@ from .scattering import check_mixing
 
 _ARCHITECTURES = [f"{family}_{size}" for family in ("svt_h", "svt") for size in ("s", "b", "l")]
 
-default_cfgs = generate_default_cfgs({
-    name: pyramid_cfg(
-        paper_ids="arXiv:2311.01310",
-        paper_name="Scattering Vision Transformer: Spectral Mixing Matters",
-        origin_url="https://github.com/badripatro/svt",
-    )
-    for name in _ARCHITECTURES
-})
+default_cfgs = generate_default_cfgs(
+    {
+        name: pyramid_cfg(
+            paper_ids="arXiv:2311.01310",
+            paper_name="Scattering Vision Transformer: Spectral Mixing Matters",
+            origin_url="https://github.com/badripatro/svt",
+        )
+        for name in _ARCHITECTURES
+    }
+)
 
 
 def _create(variant: str, pretrained: bool, mixing: str, wavelet_backend: str, overrides: dict) -> Pyramid:
@@ -28,9 +30,7 @@ def _create(variant: str, pretrained: bool, mixing: str, wavelet_backend: str, o
 
 
 @register_model
-def svt_h_s(
-    pretrained: bool = False, mixing: str = "channel", wavelet_backend: str = "native", **kwargs
-) -> Pyramid:
+def svt_h_s(pretrained: bool = False, mixing: str = "channel", wavelet_backend: str = "native", **kwargs) -> Pyramid:
     """SVT-H-S: 22.1M parameters with the token-label head, 3.9 GFLOPs at 224.
 
     mixing: "channel", "channel_token" (the published models) or "token", see `ScatteringMixer`.
@@ -39,17 +39,13 @@ def svt_h_s(
 
 
 @register_model
-def svt_h_b(
-    pretrained: bool = False, mixing: str = "channel", wavelet_backend: str = "native", **kwargs
-) -> Pyramid:
+def svt_h_b(pretrained: bool = False, mixing: str = "channel", wavelet_backend: str = "native", **kwargs) -> Pyramid:
     """SVT-H-B: 32.9M parameters with the token-label head, 6.3 GFLOPs at 224. Arguments as `svt_h_s`."""
     return _create("svt_h_b", pretrained, mixing, wavelet_backend, kwargs)
 
 
 @register_model
-def svt_h_l(
-    pretrained: bool = False, mixing: str = "channel", wavelet_backend: str = "native", **kwargs
-) -> Pyramid:
+def svt_h_l(pretrained: bool = False, mixing: str = "channel", wavelet_backend: str = "native", **kwargs) -> Pyramid:
     """SVT-H-L: 54.6M parameters with the token-label head, 12.7 GFLOPs at 224. Arguments as `svt_h_s`."""
     return _create("svt_h_l", pretrained, mixing, wavelet_backend, kwargs)
 

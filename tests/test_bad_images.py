@@ -36,6 +36,7 @@ def photo(mode="RGB", size=(40, 30)) -> Image.Image:
 
 def huge_png() -> bytes:
     """A few bytes that claim to be 20,000 by 20,000 pixels."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -73,10 +74,24 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
             read_image(str(path))
 
 
-@pytest.mark.parametrize(("mode", "kind"), [
-    ("RGB", "jpeg"), ("L", "jpeg"), ("CMYK", "jpeg"), ("RGB", "png"), ("L", "png"), ("RGBA", "png"),
-    ("LA", "png"), ("P", "png"), ("1", "png"), ("RGB", "webp"), ("RGB", "bmp"), ("CMYK", "tiff"), ("P", "gif"),
-])
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("RGB", "jpeg"),
+        ("L", "jpeg"),
+        ("CMYK", "jpeg"),
+        ("RGB", "png"),
+        ("L", "png"),
+        ("RGBA", "png"),
+        ("LA", "png"),
+        ("P", "png"),
+        ("1", "png"),
+        ("RGB", "webp"),
+        ("RGB", "bmp"),
+        ("CMYK", "tiff"),
+        ("P", "gif"),
+    ],
+)
 @pytest.mark.parametrize("extension", ["JPEG", "png"])
 def test_odd_modes_and_wrong_extensions_give_torchvisions_pixels(tmp_path, mode, kind, extension):
     path = tmp_path / f"image.{extension}"
@@ -111,8 +126,9 @@ def test_corrupt_exif_is_no_obstacle_to_training():
     jpeg = encoded(photo(), "jpeg")
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(64))
     content = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
-    assert np.array_equal(np.asarray(read_image(io.BytesIO(content), "p")),
-                          np.asarray(read_image(io.BytesIO(jpeg), "p")))
+    assert np.array_equal(
+        np.asarray(read_image(io.BytesIO(content), "p")), np.asarray(read_image(io.BytesIO(jpeg), "p"))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -140,9 +156,12 @@ def test_training_stops_with_the_files_name_on_one_line(damaged, workers):
 
 
 def trace(data, epochs=3):
-    return [(int(index), int(target), image.numpy().tobytes()) for epoch in range(epochs)
-            for batch in data.train.epoch(epoch)
-            for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True)]
+    return [
+        (int(index), int(target), image.numpy().tobytes())
+        for epoch in range(epochs)
+        for batch in data.train.epoch(epoch)
+        for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True)
+    ]
 
 
 def test_skipping_is_deterministic_counted_and_never_gives_a_label_of_another_image(damaged, capsys):

@@ -23,9 +23,7 @@ def test_models_are_measured_side_by_side(tmp_path, capsys):
     assert list(run["models"]) == labels and "--rounds 3" in run["command"]
     assert written["machine"]["threads"] == 1 and written["machine"]["torch"]
     for label, row in run["models"].items():
-        assert (
-            row["training_images_per_s"] > 0 and row["inference_images_per_s"] > 0 and row["latency_ms"] > 0
-        )
+        assert row["training_images_per_s"] > 0 and row["inference_images_per_s"] > 0 and row["latency_ms"] > 0
         assert row["training_quartiles_ms"][0] <= row["training_ms"] <= row["training_quartiles_ms"][1]
         assert row["parameters"] == 8_888_040 and 0 < row["utilisation"] < 2
         assert row["settings"]["dtype"] == ("bfloat16" if label.startswith("plain") else "float32")
@@ -46,9 +44,7 @@ def test_layers_are_measured_against_plain_ones(tmp_path, capsys):
     words = ["--layers", "--grids", "7", "8", "--channels", "32", "--rounds", "1"]
     rows = report(tmp_path / "out.json", *words)["runs"][0]["layers"]
     names = {"spectral", "scattering_channel", "scattering_channel_token", "wavelet", "attention"}
-    assert {(row["layer"], row["grid"]) for row in rows} == {
-        (name, grid) for name in names for grid in (7, 8)
-    }
+    assert {(row["layer"], row["grid"]) for row in rows} == {(name, grid) for name in names for grid in (7, 8)}
     assert all(row["training_ratio"] > 0 and row["inference_ours_ms"] > 0 for row in rows)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 

@@ -27,8 +27,13 @@ from utils import MachineError, UserError
 
 def tensors():
     torch.manual_seed(0)
-    return {"head.weight": torch.randn(10, 16), "head.bias": torch.zeros(10), "norm.steps": torch.tensor(3),
-            "half": torch.randn(5, dtype=torch.bfloat16), "gate": torch.randn(3, 2, dtype=torch.complex64)}
+    return {
+        "head.weight": torch.randn(10, 16),
+        "head.bias": torch.zeros(10),
+        "norm.steps": torch.tensor(3),
+        "half": torch.randn(5, dtype=torch.bfloat16),
+        "gate": torch.randn(3, 2, dtype=torch.complex64),
+    }
 
 
 def checkpoint(epoch=3, step=0):
@@ -36,12 +41,27 @@ def checkpoint(epoch=3, step=0):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    return {"model": tensors(), "model_ema": {k: v + 1 for k, v in tensors().items()},
-            "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "meters": {"loss": 2.5},
-            "best_acc1": 71.5, "best_epoch": 2, "arch": "spectformer_xs", "model_kwargs": {"depth": 4},
-            "num_classes": 10, "input_size": [32, 32], "mean": [0.5], "std": [0.5], "crop_pct": 0.9,
-            "interpolation": "bicubic", "class_names": ["a", "b"], "args": {"lr": 1e-3, "output": None},
-            "version": {"torch": str(torch.__version__)}}
+    return {
+        "model": tensors(),
+        "model_ema": {k: v + 1 for k, v in tensors().items()},
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "step": step,
+        "meters": {"loss": 2.5},
+        "best_acc1": 71.5,
+        "best_epoch": 2,
+        "arch": "spectformer_xs",
+        "model_kwargs": {"depth": 4},
+        "num_classes": 10,
+        "input_size": [32, 32],
+        "mean": [0.5],
+        "std": [0.5],
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "class_names": ["a", "b"],
+        "args": {"lr": 1e-3, "output": None},
+        "version": {"torch": str(torch.__version__)},
+    }
 
 
 def same(a, b):
@@ -83,8 +103,13 @@ def test_the_label_is_read_without_the_file(tmp_path):
 
 
 def test_what_could_not_be_loaded_is_made_plain_or_not_saved(tmp_path):
-    state = {"model": tensors(), "args": argparse.Namespace(path=pathlib.Path("a/b"), lr=np.float64(0.5)),
-             "version": torch.__version__, "best_acc1": np.float32(2), "weights": OrderedDict(a=1)}
+    state = {
+        "model": tensors(),
+        "args": argparse.Namespace(path=pathlib.Path("a/b"), lr=np.float64(0.5)),
+        "version": torch.__version__,
+        "best_acc1": np.float32(2),
+        "weights": OrderedDict(a=1),
+    }
     save(tmp_path / "c.pth", state)
     loaded = load(tmp_path / "c.pth")
     assert loaded["args"] == {"path": "a/b", "lr": 0.5} and type(loaded["version"]) is str
@@ -144,7 +169,7 @@ def truncations(data, generator, count):
 def zeroed_runs(data, generator, count):
     while count:
         start, length = generator.randrange(len(data)), generator.choice([1, 7, 64, 512, 4096])
-        damaged = data[:start] + bytes(len(data[start:start + length])) + data[start + length:]
+        damaged = data[:start] + bytes(len(data[start : start + length])) + data[start + length :]
         if damaged != data:
             count -= 1
             yield damaged
@@ -156,7 +181,7 @@ def test_every_damage_is_noticed(tmp_path, damage, count):
     path = tmp_path / "damaged.pth"
     data = (tmp_path / "c.pth").read_bytes()
     # And each byte of the end, which holds the digest itself.
-    ends = [data[:-i] + bytes([data[-i] ^ 4]) + data[len(data) - i + 1:] for i in range(1, 150)]
+    ends = [data[:-i] + bytes([data[-i] ^ 4]) + data[len(data) - i + 1 :] for i in range(1, 150)]
     for damaged in itertools.chain(damage(data, random.Random(0), count), ends if damage is flips else []):
         path.write_bytes(damaged)
         refusal(path)
@@ -173,7 +198,7 @@ def test_damage_of_a_file_without_digest_is_noticed_by_its_checksums(tmp_path):
 def test_exported_tensors_notice_damage(tmp_path):
     save_tensors(tmp_path / "c.safetensors", tensors(), checkpoint())
     data = (tmp_path / "c.safetensors").read_bytes()
-    header = (data[:i] + bytes([data[i] ^ 1]) + data[i + 1:] for i in range(data.index(b"}}") + 50))
+    header = (data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(data.index(b"}}") + 50))
     damages = [damage(data, random.Random(0), 30) for damage in (flips, truncations, zeroed_runs)]
     for damaged in itertools.chain(header, *damages):
         (tmp_path / "d.safetensors").write_bytes(damaged)
@@ -186,15 +211,18 @@ def deit_args():
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-@pytest.mark.parametrize("layout", [
-    lambda sd: sd,
-    lambda sd: OrderedDict(sd),
-    lambda sd: {"model": sd, "optimizer": {}, "lr_scheduler": {"k": 1}, "epoch": 3, "args": deit_args()},
-    lambda sd: {"model": {"state_dict": sd}},
-    lambda sd: {"state_dict": sd, "arch": "svt_s", "metric": np.float64(0.8), "version": 2},
-    lambda sd: {"model": OrderedDict(sd), "version": torch.__version__, "max": np.int64(3)},
-    lambda sd: {"state_dict": {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in sd.items()}},
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda sd: sd,
+        lambda sd: OrderedDict(sd),
+        lambda sd: {"model": sd, "optimizer": {}, "lr_scheduler": {"k": 1}, "epoch": 3, "args": deit_args()},
+        lambda sd: {"model": {"state_dict": sd}},
+        lambda sd: {"state_dict": sd, "arch": "svt_s", "metric": np.float64(0.8), "version": 2},
+        lambda sd: {"model": OrderedDict(sd), "version": torch.__version__, "max": np.int64(3)},
+        lambda sd: {"state_dict": {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in sd.items()}},
+    ],
+)
 def test_the_layouts_of_the_authors_load(tmp_path, layout, zipped):
     torch.save(layout(tensors()), tmp_path / "old.pth", _use_new_zipfile_serialization=zipped)
     state = load(tmp_path / "old.pth")
@@ -217,26 +245,29 @@ def test_a_non_finite_weight_is_no_reason_to_refuse(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ unusable content
-@pytest.mark.parametrize(("content", "reason"), [
-    ([1, 2], "holds a list"),
-    (torch.ones(3), "holds a Tensor"),
-    ({}, "no model weights"),
-    ({"epoch": 3}, "no model weights"),
-    ({"model": {}}, "no model weights"),
-    ({"model": None}, "no model weights"),
-    ({"model": [torch.ones(1)]}, "no model weights"),
-    ({"model": {"w": 3}}, "no model weights"),
-    ({"model": {3: torch.ones(1)}}, "no model weights"),
-    ({3: torch.ones(1)}, "key '3'"),
-    ({"model": {"w": torch.ones(1)}, "epoch": "3"}, "'epoch' is a str, not int"),
-    ({"model": {"w": torch.ones(1)}, "epoch": True}, "'epoch' is a bool"),
-    ({"model": {"w": torch.ones(1)}, "step": -1}, "'step' is -1"),
-    ({"model": {"w": torch.ones(1)}, "optimizer": []}, "'optimizer' is a list"),
-    ({"model": {"w": torch.ones(1)}, "args": 1}, "'args' is a int"),
-    ({"model": {"w": torch.ones(1)}, "best_acc1": "high"}, "'best_acc1' is a str"),
-    ({"model": {"w": torch.ones(1)}, "class_names": "abc"}, "'class_names' is a str"),
-    ({"model": {"w": torch.ones(1).expand(10**9)}}, "larger than the file"),
-])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([1, 2], "holds a list"),
+        (torch.ones(3), "holds a Tensor"),
+        ({}, "no model weights"),
+        ({"epoch": 3}, "no model weights"),
+        ({"model": {}}, "no model weights"),
+        ({"model": None}, "no model weights"),
+        ({"model": [torch.ones(1)]}, "no model weights"),
+        ({"model": {"w": 3}}, "no model weights"),
+        ({"model": {3: torch.ones(1)}}, "no model weights"),
+        ({3: torch.ones(1)}, "key '3'"),
+        ({"model": {"w": torch.ones(1)}, "epoch": "3"}, "'epoch' is a str, not int"),
+        ({"model": {"w": torch.ones(1)}, "epoch": True}, "'epoch' is a bool"),
+        ({"model": {"w": torch.ones(1)}, "step": -1}, "'step' is -1"),
+        ({"model": {"w": torch.ones(1)}, "optimizer": []}, "'optimizer' is a list"),
+        ({"model": {"w": torch.ones(1)}, "args": 1}, "'args' is a int"),
+        ({"model": {"w": torch.ones(1)}, "best_acc1": "high"}, "'best_acc1' is a str"),
+        ({"model": {"w": torch.ones(1)}, "class_names": "abc"}, "'class_names' is a str"),
+        ({"model": {"w": torch.ones(1).expand(10**9)}}, "larger than the file"),
+    ],
+)
 def test_wrong_content_is_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "c.pth")
     assert reason in refusal(tmp_path / "c.pth")
@@ -244,7 +275,8 @@ def test_wrong_content_is_named(tmp_path, content, reason):
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
     for name, content, reason in [
-        ("empty", b"", "empty"), ("text", b"hello world\n" * 100, "not a checkpoint"),
+        ("empty", b"", "empty"),
+        ("text", b"hello world\n" * 100, "not a checkpoint"),
         ("jpeg", b"\xff\xd8\xff\xe0" + bytes(1000), "not a checkpoint"),
         ("zip", b"PK\x05\x06" + bytes(18), "not a checkpoint"),
         ("tar", bytes(257) + b"ustar" + bytes(1000), "tar format"),
@@ -271,26 +303,52 @@ class Call:
         """A protocol 2 pickle of {"model": name(*args)}."""
         module, name = self.name.rsplit(".", 1)
         arguments = pickle.dumps(self.args, 2)[2:-1]
-        return (b"\x80\x02}X\x05\x00\x00\x00model" + f"c{module}\n{name}\n".encode() + arguments + b"Rs.")
+        return b"\x80\x02}X\x05\x00\x00\x00model" + f"c{module}\n{name}\n".encode() + arguments + b"Rs."
 
 
 CALLS = [
-    Call("os.system", "touch {proof}"), Call("posix.system", "touch {proof}"), Call("nt.system", "touch it"),
-    Call("subprocess.Popen", ["touch", "{proof}"]), Call("subprocess.check_output", ["touch", "{proof}"]),
-    Call("builtins.eval", "open('{proof}', 'w')"), Call("builtins.exec", "open('{proof}', 'w')"),
-    Call("__builtin__.eval", "open('{proof}', 'w')"), Call("builtins.open", "{proof}", "w"),
-    Call("builtins.compile", "1", "x", "exec"), Call("builtins.getattr", 1, "real"),
-    Call("builtins.__import__", "os"), Call("importlib.import_module", "this"), Call("runpy.run_path", "x"),
-    Call("pickle.loads", b"cos\nsystem\n."), Call("_pickle.loads", b"."), Call("torch.load", "x.pth"),
-    Call("torch.hub.load", "x", "y"), Call("torch.serialization.add_safe_globals", ["os.system"]),
-    Call("torch.ops.load_library", "x.so"), Call("ctypes.CDLL", "x.so"), Call("shutil.rmtree", "{proof}"),
-    Call("os.remove", "{proof}"), Call("socket.create_connection", ("127.0.0.1", 1)), Call("pty.spawn", "sh"),
-    Call("codecs.open", "{proof}", "w"), Call("io.open", "{proof}", "w"), Call("pathlib.Path.touch", "x"),
-    Call("operator.attrgetter", "system"), Call("functools.partial", print), Call("timeit.timeit", "1"),
-    Call("webbrowser.open", "x"), Call("numpy.load", "{proof}"), Call("numpy.testing.runstring", "1", {}),
-    Call("builtins.bytearray", 10**13), Call("torch.Tensor", 10**13), Call("builtins.print", "x"),
-    Call("torch._utils._rebuild_wrapper_subclass", 1), Call("logging.config.listen", 9999),
-    Call("torch.distributed.rpc.rpc_sync", "x"), Call("sys.exit", 0), Call("os._exit", 0),
+    Call("os.system", "touch {proof}"),
+    Call("posix.system", "touch {proof}"),
+    Call("nt.system", "touch it"),
+    Call("subprocess.Popen", ["touch", "{proof}"]),
+    Call("subprocess.check_output", ["touch", "{proof}"]),
+    Call("builtins.eval", "open('{proof}', 'w')"),
+    Call("builtins.exec", "open('{proof}', 'w')"),
+    Call("__builtin__.eval", "open('{proof}', 'w')"),
+    Call("builtins.open", "{proof}", "w"),
+    Call("builtins.compile", "1", "x", "exec"),
+    Call("builtins.getattr", 1, "real"),
+    Call("builtins.__import__", "os"),
+    Call("importlib.import_module", "this"),
+    Call("runpy.run_path", "x"),
+    Call("pickle.loads", b"cos\nsystem\n."),
+    Call("_pickle.loads", b"."),
+    Call("torch.load", "x.pth"),
+    Call("torch.hub.load", "x", "y"),
+    Call("torch.serialization.add_safe_globals", ["os.system"]),
+    Call("torch.ops.load_library", "x.so"),
+    Call("ctypes.CDLL", "x.so"),
+    Call("shutil.rmtree", "{proof}"),
+    Call("os.remove", "{proof}"),
+    Call("socket.create_connection", ("127.0.0.1", 1)),
+    Call("pty.spawn", "sh"),
+    Call("codecs.open", "{proof}", "w"),
+    Call("io.open", "{proof}", "w"),
+    Call("pathlib.Path.touch", "x"),
+    Call("operator.attrgetter", "system"),
+    Call("functools.partial", print),
+    Call("timeit.timeit", "1"),
+    Call("webbrowser.open", "x"),
+    Call("numpy.load", "{proof}"),
+    Call("numpy.testing.runstring", "1", {}),
+    Call("builtins.bytearray", 10**13),
+    Call("torch.Tensor", 10**13),
+    Call("builtins.print", "x"),
+    Call("torch._utils._rebuild_wrapper_subclass", 1),
+    Call("logging.config.listen", 9999),
+    Call("torch.distributed.rpc.rpc_sync", "x"),
+    Call("sys.exit", 0),
+    Call("os._exit", 0),
 ]
 
 
@@ -312,7 +370,7 @@ def with_pickle(path, pickled, more=(), compression=zipfile.ZIP_STORED, content=
 def test_a_malicious_pickle_runs_nothing(tmp_path, call):
     proof = tmp_path / "proof"
     call = Call(call.name, *[a.format(proof=proof) if isinstance(a, str) else a for a in call.args])
-    legacy = b"".join(pickle.dumps(part, 2) for part in (0x1950a86a20f9469cfc6c, 1001, {})) + call.pickled()
+    legacy = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})) + call.pickled()
     with_pickle(tmp_path / "zip.pth", call.pickled())
     (tmp_path / "legacy.pth").write_bytes(legacy + pickle.dumps([], 2))
     (tmp_path / "bare.pth").write_bytes(call.pickled())
@@ -353,7 +411,7 @@ def test_bombs_and_strange_archives_are_refused_before_they_are_unpacked(tmp_pat
     # A central directory that claims 4 GB for an entry.
     data = bytearray((tmp_path / "plain.pth").read_bytes())
     entry = data.index(b"PK\x01\x02")
-    data[entry + 20:entry + 28] = struct.pack("<II", 0xfffffff0, 0xfffffff0)
+    data[entry + 20 : entry + 28] = struct.pack("<II", 0xFFFFFFF0, 0xFFFFFFF0)
     path.write_bytes(data)
     assert "larger than the file" in refusal(path)
 
@@ -433,7 +491,8 @@ def test_export_to_safetensors_keeps_weights_and_what_prediction_needs(tmp_path,
         state = load(exported)
         assert same(state["model"], {name: value + plus for name, value in tensors().items()})
         assert {key: state[key] for key in checkpointing.METADATA_KEYS} == {
-            key: checkpoint()[key] for key in checkpointing.METADATA_KEYS}
+            key: checkpoint()[key] for key in checkpointing.METADATA_KEYS
+        }
     with pytest.raises(UserError, match="e.safetensors: it is there already"):
         export_checkpoint.main([str(tmp_path / "c.pth"), str(exported)])
     with pytest.raises(UserError, match="e.onnx: name it"):
@@ -445,6 +504,7 @@ def test_export_to_the_authors_names_comes_back_the_same(tmp_path, capsys):
 
     import models
     from models.checkpoints import to_ours
+
     assert models.resolve_arch("svt-h-s") == "svt_h_s"
     trained = timm.create_model("svt_h_s", num_classes=3, img_size=32, token_label=True).state_dict()
     save(tmp_path / "c.pth", {"model": trained, "arch": "svt_h_s"})

@@ -29,38 +29,114 @@ def config(tmp_path, text):
 def test_defaults_are_the_vanilla_recipe():
     args = vars(parse())
     recipe = {
-        "opt": "adamw", "opt_eps": 1e-8, "weight_decay": 0.05, "lr": 5e-4, "sched": "cosine",
-        "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "epochs": 300, "clip_grad": 1.0,
-        "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "train_interpolation": "bicubic", "mixup": 0.8,
+        "opt": "adamw",
+        "opt_eps": 1e-8,
+        "weight_decay": 0.05,
+        "lr": 5e-4,
+        "sched": "cosine",
+        "warmup_epochs": 5,
+        "warmup_lr": 1e-6,
+        "min_lr": 1e-5,
+        "epochs": 300,
+        "clip_grad": 1.0,
+        "aa": "rand-m9-mstd0.5-inc1",
+        "color_jitter": 0.4,
+        "train_interpolation": "bicubic",
+        "mixup": 0.8,
         "cutmix": 1.0,
-        "mixup_switch_prob": 0.5, "smoothing": 0.1, "reprob": 0.0, "repeated_aug": False, "model_ema": False,
-        "model_ema_decay": 0.99996, "distillation_type": "none", "distillation_alpha": 0.5,
-        "distillation_tau": 1.0, "eval_crop_pct": 0.875, "checkpoint_epochs": 100, "batch_size": 128,
+        "mixup_switch_prob": 0.5,
+        "smoothing": 0.1,
+        "reprob": 0.0,
+        "repeated_aug": False,
+        "model_ema": False,
+        "model_ema_decay": 0.99996,
+        "distillation_type": "none",
+        "distillation_alpha": 0.5,
+        "distillation_tau": 1.0,
+        "eval_crop_pct": 0.875,
+        "checkpoint_epochs": 100,
+        "batch_size": 128,
     }
     assert {name: args[name] for name in recipe} == recipe
 
 
 def test_published_commands_parse_verbatim():
-    args = parse("--output_dir", "logs/spectformer-xs", "--arch", "spectformer-xs", "--batch-size", "128",
-                 "--data-path", "/path/to/ILSVRC2012/")
+    args = parse(
+        "--output_dir",
+        "logs/spectformer-xs",
+        "--arch",
+        "spectformer-xs",
+        "--batch-size",
+        "128",
+        "--data-path",
+        "/path/to/ILSVRC2012/",
+    )
     assert (args.data_set, args.output_dir, args.batch_size) == ("IMNET", "logs/spectformer-xs", 128)
-    args = parse("--config", "configs/svt/svt_s.yaml", "--data-path", "/imagenet", "--epochs", "310",
-                 "--batch-size", "128", "--token-label", "--token-label-size", "7",
-                 "--token-label-data", "/maps", main=main_svt)
+    args = parse(
+        "--config",
+        "configs/svt/svt_s.yaml",
+        "--data-path",
+        "/imagenet",
+        "--epochs",
+        "310",
+        "--batch-size",
+        "128",
+        "--token-label",
+        "--token-label-size",
+        "7",
+        "--token-label-data",
+        "/maps",
+        main=main_svt,
+    )
     assert (args.mixup, args.cutmix, args.repeated_aug, args.train_interpolation) == (0, 0, False, "random")
     assert (args.reprob, args.eval_crop_pct, args.keep_best, args.clip_grad) == (0.25, 0.96, 10, 0)
-    args = parse("--arch", "spectformer-xs", "--batch-size", "64", "--data-set", "CARS",
-                 "--data-path", "/cars", "--epochs", "1000", "--lr", "0.0001", "--weight-decay", "1e-4",
-                 "--clip-grad", "1", "--warmup-epochs", "5", "--finetune", "CKPT", main=main_transfer)
+    args = parse(
+        "--arch",
+        "spectformer-xs",
+        "--batch-size",
+        "64",
+        "--data-set",
+        "CARS",
+        "--data-path",
+        "/cars",
+        "--epochs",
+        "1000",
+        "--lr",
+        "0.0001",
+        "--weight-decay",
+        "1e-4",
+        "--clip-grad",
+        "1",
+        "--warmup-epochs",
+        "5",
+        "--finetune",
+        "CKPT",
+        main=main_transfer,
+    )
     assert (args.data_set, args.classifier, args.lr) == ("CARS", "new", 1e-4)
-    args = parse("--input-size", "384", "--batch-size", "64", "--lr", "5e-6", "--weight-decay", "1e-8",
-                 "--min-lr", "5e-6", "--epochs", "30", "--finetune", "CKPT")
+    args = parse(
+        "--input-size",
+        "384",
+        "--batch-size",
+        "64",
+        "--lr",
+        "5e-6",
+        "--weight-decay",
+        "1e-8",
+        "--min-lr",
+        "5e-6",
+        "--epochs",
+        "30",
+        "--finetune",
+        "CKPT",
+    )
     assert (args.input_size, args.finetune_mode) == ((384, 384), "eval")
 
 
 def test_underscores_and_hyphens_are_the_same_flag():
-    assert parse("--batch_size", "8", "--no_pin_mem", "--data_set=CIFAR10") == \
-        parse("--batch-size", "8", "--no-pin-mem", "--data-set=CIFAR10")
+    assert parse("--batch_size", "8", "--no_pin_mem", "--data_set=CIFAR10") == parse(
+        "--batch-size", "8", "--no-pin-mem", "--data-set=CIFAR10"
+    )
 
 
 def test_the_strongest_layer_wins(tmp_path):
@@ -76,8 +152,11 @@ def test_the_strongest_layer_wins(tmp_path):
 
 def test_model_kwargs_of_the_command_line_change_single_ones_of_the_config(tmp_path):
     path = config(tmp_path, "model_kwargs: {depth: 4, embed_dim: 64}\n")
-    assert parse(path, "--model-kwargs", "depth=2", "depths=(1,2)").model_kwargs == \
-        {"depth": 2, "embed_dim": 64, "depths": (1, 2)}
+    assert parse(path, "--model-kwargs", "depth=2", "depths=(1,2)").model_kwargs == {
+        "depth": 2,
+        "embed_dim": 64,
+        "depths": (1, 2),
+    }
 
 
 def test_input_size_takes_a_pair(tmp_path):
@@ -90,58 +169,64 @@ def test_without_data_path_the_digits_are_trained():
     assert (args.data_set, args.output_dir) == ("DIGITS", "runs/spectformer_xs-digits")
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (["--epoch", "3"], r"--epoch; did you mean --epochs\?"),
-    (["--batch-sise=3"], r"--batch-sise=3; did you mean --batch-size\?"),
-    (["stray"], "stray"),
-    (["--batch-size", "0"], "--batch-size"),
-    (["--batch-size", "7"], "even"),
-    (["--batch-size", "eight"], "'eight' is not an integer"),
-    (["--lr", "nan"], "'nan' is not a number"),
-    (["--lr=-1"], "--lr"),
-    (["--weight-decay"], "--weight-decay"),
-    (["--drop-path", "1.5"], "at most 1"),
-    (["--input-size", "0"], "no image size"),
-    (["--input-size", "1x2x3"], "no image size"),
-    (["--amp", "fp8"], "fp8"),
-    (["--model-kwargs", "depth"], "key=value"),
-    (["--token-label"], "--token-label-data"),
-    (["--token-label", "--token-label-data", "m", "--mixup", "0.2"], "MixToken"),
-    (["--eval"], "--resume PATH or --finetune PATH"),
-    (["--distillation-type", "hard"], "--teacher-model"),
-    (["--dtype", "float64", "--amp", "bf16"], "float64"),
-    (["--sync-bn", "--freeze-bn"], "--freeze-bn"),
-    (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
-    (["--classes", "a,,b"], "commas"),
-    (["--aa", "rand-q1"], "no policy"),
-    (["--aa", "fancy"], "no policy"),
-])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--epoch", "3"], r"--epoch; did you mean --epochs\?"),
+        (["--batch-sise=3"], r"--batch-sise=3; did you mean --batch-size\?"),
+        (["stray"], "stray"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "7"], "even"),
+        (["--batch-size", "eight"], "'eight' is not an integer"),
+        (["--lr", "nan"], "'nan' is not a number"),
+        (["--lr=-1"], "--lr"),
+        (["--weight-decay"], "--weight-decay"),
+        (["--drop-path", "1.5"], "at most 1"),
+        (["--input-size", "0"], "no image size"),
+        (["--input-size", "1x2x3"], "no image size"),
+        (["--amp", "fp8"], "fp8"),
+        (["--model-kwargs", "depth"], "key=value"),
+        (["--token-label"], "--token-label-data"),
+        (["--token-label", "--token-label-data", "m", "--mixup", "0.2"], "MixToken"),
+        (["--eval"], "--resume PATH or --finetune PATH"),
+        (["--distillation-type", "hard"], "--teacher-model"),
+        (["--dtype", "float64", "--amp", "bf16"], "float64"),
+        (["--sync-bn", "--freeze-bn"], "--freeze-bn"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--classes", "a,,b"], "commas"),
+        (["--aa", "rand-q1"], "no policy"),
+        (["--aa", "fancy"], "no policy"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_told_in_one_line(words, expected):
     with pytest.raises(UserError, match=expected) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("learning-rate: 1", "unknown key 'learning-rate'"),
-    ("epoch: 1", r"did you mean epochs\?"),
-    ("epochs: many", "epochs: 'many' is not an integer"),
-    ("epochs: 1.5", "epochs"),
-    ("epochs: true", "epochs"),
-    ("epochs: null", "epochs"),
-    ("epochs: [1]", "epochs"),
-    ("lr: .nan", "lr"),
-    ("eval: 1", "true or false"),
-    ("arch: 5", "arch"),
-    ("sched: linear", "sched"),
-    ("model-kwargs: 3", "mapping"),
-    ("cutmix-minmax: [0.1]", "list of 2"),
-    ("config: other.yaml", "unknown key 'config'"),
-    ("- epochs", "flag: value"),
-    ("", "flag: value"),
-    ("epochs: [", "not YAML"),
-    ("!!python/object:os.system {}", "not YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning-rate: 1", "unknown key 'learning-rate'"),
+        ("epoch: 1", r"did you mean epochs\?"),
+        ("epochs: many", "epochs: 'many' is not an integer"),
+        ("epochs: 1.5", "epochs"),
+        ("epochs: true", "epochs"),
+        ("epochs: null", "epochs"),
+        ("epochs: [1]", "epochs"),
+        ("lr: .nan", "lr"),
+        ("eval: 1", "true or false"),
+        ("arch: 5", "arch"),
+        ("sched: linear", "sched"),
+        ("model-kwargs: 3", "mapping"),
+        ("cutmix-minmax: [0.1]", "list of 2"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("- epochs", "flag: value"),
+        ("", "flag: value"),
+        ("epochs: [", "not YAML"),
+        ("!!python/object:os.system {}", "not YAML"),
+    ],
+)
 def test_a_mistake_in_a_config_names_file_and_key(tmp_path, text, expected):
     path = config(tmp_path, text)
     with pytest.raises(UserError, match=expected) as caught:

@@ -20,9 +20,29 @@ from models import load_weights, sample_mix_box
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).resolve().parent.parent
-DIGITS = ["--classes", "0,1,7", "--input-size", "32", "--batch-size", "64", "--num-workers", "2",
-          "--arch", "spectformer-ti", "--model-kwargs", "embed_dim=64", "depth=2", "alpha=1", "num_heads=2",
-          "--epochs", "2", "--aa", "none", "--device", "cuda"]
+DIGITS = [
+    "--classes",
+    "0,1,7",
+    "--input-size",
+    "32",
+    "--batch-size",
+    "64",
+    "--num-workers",
+    "2",
+    "--arch",
+    "spectformer-ti",
+    "--model-kwargs",
+    "embed_dim=64",
+    "depth=2",
+    "alpha=1",
+    "num_heads=2",
+    "--epochs",
+    "2",
+    "--aa",
+    "none",
+    "--device",
+    "cuda",
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -72,7 +92,16 @@ def test_an_fp16_overflow_is_skipped_and_counted(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two devices for two processes")
 def test_two_processes_train_over_nccl(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "main_spectformer.py", *DIGITS, "--output-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "main_spectformer.py",
+        *DIGITS,
+        "--output-dir",
+        str(tmp_path),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 2

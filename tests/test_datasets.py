@@ -22,11 +22,27 @@ from datasets import build_data, build_dataset, build_eval, build_transform, ima
 from utils import Distributed, UserError, seeded
 
 DEFAULTS = {
-    "data_set": "DIGITS", "data_path": None, "download": False, "inat_category": "name", "classes": None,
-    "batch_size": 4, "num_workers": 0, "pin_mem": True, "skip_bad_images": False, "input_size": (32, 32),
-    "eval_crop_pct": 0.875, "color_jitter": 0.4, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.0, "recount": 1,
-    "remode": "pixel", "train_interpolation": "bicubic", "repeated_aug": False, "token_label_data": None,
-    "seed": 0, "accum_iter": 1,
+    "data_set": "DIGITS",
+    "data_path": None,
+    "download": False,
+    "inat_category": "name",
+    "classes": None,
+    "batch_size": 4,
+    "num_workers": 0,
+    "pin_mem": True,
+    "skip_bad_images": False,
+    "input_size": (32, 32),
+    "eval_crop_pct": 0.875,
+    "color_jitter": 0.4,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.0,
+    "recount": 1,
+    "remode": "pixel",
+    "train_interpolation": "bicubic",
+    "repeated_aug": False,
+    "token_label_data": None,
+    "seed": 0,
+    "accum_iter": 1,
 }
 
 
@@ -94,7 +110,7 @@ def test_digits_are_never_mirrored_and_always_whole():
         for key in range(20):
             with seeded(key):
                 image = transform(glyph).float()
-            assert image[..., :size // 4].mean() < 256 and image.shape == (3, size, size)
+            assert image[..., : size // 4].mean() < 256 and image.shape == (3, size, size)
             middle = image[:, size // 2]
             assert middle[:, size // 2 - size // 4].mean() > 200 and middle[:, -size // 4].mean() < 50
 
@@ -148,15 +164,18 @@ def test_an_empty_class_is_named(tmp_path):
         build_dataset("FOLDER", tmp_path, True)
 
 
-@pytest.mark.parametrize(("name", "root", "options", "message"), [
-    ("IMGNET", ".", {}, "--data-set IMGNET: unknown; choose one of DIGITS, CIFAR10"),
-    ("IMNET", None, {}, "--data-path has to say"),
-    ("IMNET", "nowhere", {}, "--data-path nowhere: no such folder"),
-    ("IMNET", ".", {"download": True}, "--download: --data-set IMNET cannot be downloaded"),
-    ("DIGITS", None, {"classes": ["1", "ten"]}, "--classes ten: no such class; there are 10: 0, 1"),
-    ("DIGITS", None, {"classes": ["1", "10"]}, "--classes 10: no such class"),
-    ("DIGITS", None, {"classes": ["1", "2", "1"]}, "named twice"),
-])
+@pytest.mark.parametrize(
+    ("name", "root", "options", "message"),
+    [
+        ("IMGNET", ".", {}, "--data-set IMGNET: unknown; choose one of DIGITS, CIFAR10"),
+        ("IMNET", None, {}, "--data-path has to say"),
+        ("IMNET", "nowhere", {}, "--data-path nowhere: no such folder"),
+        ("IMNET", ".", {"download": True}, "--download: --data-set IMNET cannot be downloaded"),
+        ("DIGITS", None, {"classes": ["1", "ten"]}, "--classes ten: no such class; there are 10: 0, 1"),
+        ("DIGITS", None, {"classes": ["1", "10"]}, "--classes 10: no such class"),
+        ("DIGITS", None, {"classes": ["1", "2", "1"]}, "named twice"),
+    ],
+)
 def test_mistakes_in_naming_a_data_set_get_one_line(name, root, options, message):
     with pytest.raises(UserError, match=message) as caught:
         build_dataset(name, root, True, **options)
@@ -199,10 +218,15 @@ def test_cifar(tmp_path, monkeypatch, name):
         assert train.class_names == tuple(names)
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python"),
-    ("FLOWERS", "flowers-102.*setid.mat"), ("PETS", "oxford-iiit-pet.*images"),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("CIFAR10", "cifar-10-batches-py"),
+        ("CIFAR100", "cifar-100-python"),
+        ("FLOWERS", "flowers-102.*setid.mat"),
+        ("PETS", "oxford-iiit-pet.*images"),
+    ],
+)
 def test_missing_files_are_named_with_the_way_to_get_them(tmp_path, name, expected):
     with pytest.raises(UserError, match=f"{expected}.*--download"):
         build_dataset(name, tmp_path, True)
@@ -231,8 +255,10 @@ def test_flowers_in_class_folders(tmp_path):
 def test_cars_with_the_devkit(tmp_path):
     folder = tmp_path / "stanford_cars"
     row = [("bbox_x1", int), ("class", int), ("fname", object)]
-    for split, file, numbers in (("train", "devkit/cars_train_annos.mat", (1, 2)),
-                                 ("test", "cars_test_annos_withlabels.mat", (3, 4))):
+    for split, file, numbers in (
+        ("train", "devkit/cars_train_annos.mat", (1, 2)),
+        ("test", "cars_test_annos_withlabels.mat", (3, 4)),
+    ):
         (folder / "devkit").mkdir(parents=True, exist_ok=True)
         for number in numbers:
             save_image(folder / f"cars_{split}" / f"{number:05d}.jpg", number)
@@ -249,8 +275,11 @@ def test_cars_with_the_devkit(tmp_path):
 CAR_ANNOTATIONS = {
     "splits": {"train": [("1.jpg", 1), ("2.jpg", 3)], "test": [("3.jpg", 2)]},
     "splits from 0": {"train": [["1.jpg", 0], ["2.jpg", 2]], "test": [["3.jpg", 1]]},
-    "records": [{"fname": "1.jpg", "class": 1, "test": 0}, {"fname": "2.jpg", "class": 3, "test": 0},
-                {"fname": "3.jpg", "class": 2, "test": 1}],
+    "records": [
+        {"fname": "1.jpg", "class": 1, "test": 0},
+        {"fname": "2.jpg", "class": 3, "test": 0},
+        {"fname": "3.jpg", "class": 2, "test": 1},
+    ],
     "boxes and flags": [("1.jpg", 1, 5, 6, False), ("2.jpg", 3, 5, 6, False), ("3.jpg", 2, 5, 6, True)],
 }
 
@@ -271,11 +300,22 @@ class Hostile:
         return (open, ("executed", "w"))
 
 
-@pytest.mark.parametrize("content", [
-    pickle.dumps(Hostile()), pickle.dumps({"train": [Hostile()], "test": []}), pickle.dumps(np.zeros(3)),
-    b"", b"garbage", pickle.dumps({"train": [("1.jpg", 1)]})[:-4], pickle.dumps({"train": [("1.jpg", 1)]}),
-    pickle.dumps([("1.jpg",)]), pickle.dumps(7), pickle.dumps([]), pickle.dumps([("1.jpg", 5)]),
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Hostile()),
+        pickle.dumps({"train": [Hostile()], "test": []}),
+        pickle.dumps(np.zeros(3)),
+        b"",
+        b"garbage",
+        pickle.dumps({"train": [("1.jpg", 1)]})[:-4],
+        pickle.dumps({"train": [("1.jpg", 1)]}),
+        pickle.dumps([("1.jpg",)]),
+        pickle.dumps(7),
+        pickle.dumps([]),
+        pickle.dumps([("1.jpg", 5)]),
+    ],
+)
 def test_the_cars_pickle_executes_nothing_and_is_refused_by_name(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cars_anno.pkl").write_bytes(content)
@@ -313,8 +353,9 @@ def test_pets(tmp_path):
 def make_inat(root, year: int, with_supercategory: bool) -> None:
     ranks = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus")
     taxa = [("Plantae", "oak"), ("Animalia", "wren"), ("Animalia", "ant")]
-    (root / "categories.json").write_text(json.dumps([
-        {"id": i, "name": name} | dict.fromkeys(ranks, kingdom) for i, (kingdom, name) in enumerate(taxa)]))
+    (root / "categories.json").write_text(
+        json.dumps([{"id": i, "name": name} | dict.fromkeys(ranks, kingdom) for i, (kingdom, name) in enumerate(taxa)])
+    )
     for split, numbers in (("train", (0, 1, 2, 3)), ("val", (4, 5))):
         categories = {number: (2, 0, 1)[number % 3] for number in numbers}
         images = []
@@ -322,8 +363,7 @@ def make_inat(root, year: int, with_supercategory: bool) -> None:
             parts = [f"train_val{year}", taxa[category][0], str(category), f"{number}.png"]
             images.append({"id": 100 + number, "file_name": "/".join(parts)})
             save_image(root.joinpath(*(parts if with_supercategory else [parts[0], *parts[2:]])), number)
-        annotations = [{"image_id": 100 + number, "category_id": category}
-                       for number, category in categories.items()]
+        annotations = [{"image_id": 100 + number, "category_id": category} for number, category in categories.items()]
         (root / f"{split}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
 
 
@@ -375,8 +415,10 @@ def test_tar_shards_are_read_by_position(tmp_path, listed):
     write_shard(tmp_path / "birds-train-0001.tar", [("b/1", 3, 1, False)])
     write_shard(tmp_path / "birds-validation-0000.tar", [("c/1", 4, 3, False)])
     if listed:
-        splits = {"train": {"filenames": ["birds-train-0000.tar", "birds-train-0001.tar"]},
-                  "validation": {"filenames": ["birds-validation-0000.tar"]}}
+        splits = {
+            "train": {"filenames": ["birds-train-0000.tar", "birds-train-0001.tar"]},
+            "validation": {"filenames": ["birds-validation-0000.tar"]},
+        }
         (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
     train, val = build_dataset("wds/birds", tmp_path, True), build_dataset("wds/birds", tmp_path, False)
     assert samples(train) == [(1, 0), (2, 2), (3, 1)] and samples(val) == [(4, 3)]
@@ -392,7 +434,7 @@ def test_missing_and_damaged_shards_are_named(tmp_path):
         build_dataset("wds/", tmp_path, True)
 
 
-HUGGING_FACE = '''
+HUGGING_FACE = """
 class Image:
     def __init__(self, decode):
         self.decode = decode
@@ -416,7 +458,7 @@ def load_dataset(name, split, cache_dir):
         raise ValueError(f"Unknown split {split!r}")
     folder = f"{cache_dir}/{split}"
     return Table({"image": {"path": f"{folder}/{i}.png"}, "label": i % 2} for i in range(3))
-'''
+"""
 
 
 def test_hugging_face_data_sets_beside_a_module_of_the_same_name(tmp_path, monkeypatch):
@@ -451,14 +493,16 @@ def photo(size=(97, 61)) -> Image.Image:
     return Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("size", "crop_pct", "resized"),
-                         [(224, 0.875, 256), (384, 0.875, 438), (224, 0.96, 233)])
+@pytest.mark.parametrize(("size", "crop_pct", "resized"), [(224, 0.875, 256), (384, 0.875, 438), (224, 0.96, 233)])
 def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(size, crop_pct, resized):
-    expected = transforms.Compose([
-        transforms.Resize(resized, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size),
-        transforms.PILToTensor()])
-    assert torch.equal(build_transform(False, size, crop_pct=crop_pct, normalize=False)(photo()),
-                       expected(photo()))
+    expected = transforms.Compose(
+        [
+            transforms.Resize(resized, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
+    )
+    assert torch.equal(build_transform(False, size, crop_pct=crop_pct, normalize=False)(photo()), expected(photo()))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -478,7 +522,7 @@ def test_small_images_are_cropped_with_padding_and_not_rescaled():
         with seeded(key):
             image = transform(original).permute(1, 2, 0).numpy()
         padded = np.pad(np.asarray(original), ((4, 4), (4, 4), (0, 0)))
-        windows = [padded[y:y + 32, x:x + 32] for y in range(9) for x in range(9)]
+        windows = [padded[y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
         assert any(np.array_equal(seen, window) for window in windows for seen in (image, image[:, ::-1]))
 
 

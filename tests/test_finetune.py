@@ -61,17 +61,21 @@ def test_transfer_from_a_token_label_model_drops_both_heads(tmp_path):
     args = parse_args(TINY_SVT, {}, "test")
     labelled = engine.create_model(args.arch, 5, args.input_size, args.model_kwargs | {"token_label": True})
     torch.save({"model": labelled.state_dict()}, tmp_path / "labelled.pth")
-    transfer(tmp_path / "run", *STILL, "--freeze-bn", "--finetune", str(tmp_path / "labelled.pth"),
-             model=TINY_SVT)
-    assert changed(last(tmp_path / "run")["model"], labelled.state_dict() | {
-        name: torch.empty(0) for name in ("head.weight", "head.bias")}) == {"head.weight", "head.bias"}
+    transfer(tmp_path / "run", *STILL, "--freeze-bn", "--finetune", str(tmp_path / "labelled.pth"), model=TINY_SVT)
+    assert changed(
+        last(tmp_path / "run")["model"],
+        labelled.state_dict() | {name: torch.empty(0) for name in ("head.weight", "head.bias")},
+    ) == {"head.weight", "head.bias"}
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1", "num_heads=2"], "missing: blocks.2.norm1"),
-    (["--model-kwargs", "embed_dim=48", "depth=2", "alpha=1", "num_heads=2"], "of another shape"),
-    (TINY_SVT[len(DIGITS):], "missing"),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1", "num_heads=2"], "missing: blocks.2.norm1"),
+        (["--model-kwargs", "embed_dim=48", "depth=2", "alpha=1", "num_heads=2"], "of another shape"),
+        (TINY_SVT[len(DIGITS) :], "missing"),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, pretrained, flags, expected):
     with pytest.raises(UserError, match=expected) as caught:
         transfer(tmp_path, *EPOCH, "--finetune", str(pretrained), *flags)

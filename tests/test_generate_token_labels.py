@@ -31,8 +31,17 @@ def folder(tmp_path):
 def save_teacher(path, classes=CLASSES, seed=0):
     torch.manual_seed(seed)
     model = timm.create_model("test_resnet", num_classes=len(classes)).eval()
-    torch.save({"model": model.state_dict(), "arch": "test_resnet", "model_kwargs": {},
-                "input_size": [96, 96], "num_classes": len(classes), "class_names": list(classes)}, path)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "arch": "test_resnet",
+            "model_kwargs": {},
+            "input_size": [96, 96],
+            "num_classes": len(classes),
+            "class_names": list(classes),
+        },
+        path,
+    )
     return model
 
 
@@ -43,8 +52,23 @@ def run(folder):
 
     def call(*flags, model=True):
         source = ["--model-path", str(folder / "teacher.pth")] if model else []
-        tool.main(["--data-path", str(folder / "data"), "--output-dir", str(folder / "maps"), *source,
-                   "--num-workers", "0", "--batch-size", "5", "--device", "cpu", *flags])
+        tool.main(
+            [
+                "--data-path",
+                str(folder / "data"),
+                "--output-dir",
+                str(folder / "maps"),
+                *source,
+                "--num-workers",
+                "0",
+                "--batch-size",
+                "5",
+                "--device",
+                "cpu",
+                *flags,
+            ]
+        )
+
     call.teacher = teacher
     return call
 
@@ -56,11 +80,17 @@ def map_files(folder):
 # ---------------------------------------------------------------------------------------- what a teacher says
 
 
-@pytest.mark.parametrize("name, options", [
-    ("test_resnet", {}), ("test_nfnet", {}), ("test_efficientnet", {}), ("pvt_v2_b0", {}),
-    ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1)}),
-    ("spectformer_ti", {"img_size": 64, "depth": 2, "alpha": 1}),
-])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("test_resnet", {}),
+        ("test_nfnet", {}),
+        ("test_efficientnet", {}),
+        ("pvt_v2_b0", {}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1)}),
+        ("spectformer_ti", {"img_size": 64, "depth": 2, "alpha": 1}),
+    ],
+)
 def test_places_classified_alone_average_to_the_models_logits(name, options):
     """True of every model that averages places before a linear classifier."""
     torch.manual_seed(0)
@@ -82,8 +112,15 @@ def test_prefix_tokens_are_not_places():
 
 
 def test_a_pyramid_says_what_its_token_classifier_says():
-    model = models.Pyramid(img_size=64, num_classes=7, stem_width=8, embed_dims=(32, 32, 32, 32),
-                           depths=(1, 1, 1, 1), spectral_depths=(1, 1, 0, 0), token_label=True).eval()
+    model = models.Pyramid(
+        img_size=64,
+        num_classes=7,
+        stem_width=8,
+        embed_dims=(32, 32, 32, 32),
+        depths=(1, 1, 1, 1),
+        spectral_depths=(1, 1, 0, 0),
+        token_label=True,
+    ).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         tokens = model.forward_features(images)[:, 1:]
@@ -117,7 +154,7 @@ def test_maps_lie_like_the_image():
     images = torch.zeros(1, 3, 288, 288)
     images[:, 0, :, 144:] = 1  # red on the right
     images[:, 1, 144:] = 1  # green below
-    label_map, = tool.label_maps(Painter(), images, PRECISION)
+    (label_map,) = tool.label_maps(Painter(), images, PRECISION)
     assert label_map.shape == token_labels.MAP_SHAPE and label_map.dtype == torch.float16
     quarters = label_map[1, 0].unflatten(0, (2, 9)).unflatten(2, (2, 9))
     for number, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
@@ -131,12 +168,14 @@ def test_maps_lie_like_the_image():
 def test_every_training_image_gets_the_teachers_map(folder, run, capsys):
     run()
     assert [file.relative_to(folder / "maps").as_posix() for file in map_files(folder)] == [
-        f"{name}/{name}_{i}.pt" for name in CLASSES for i in range(4)]
+        f"{name}/{name}_{i}.pt" for name in CLASSES for i in range(4)
+    ]
     image = Image.open(folder / "data" / "train" / "bee" / "bee_2.png")
     cfg = timm.get_pretrained_cfg("test_resnet")
-    pixels = timm.data.create_transform(96, crop_pct=1.0, crop_mode="squash", interpolation=cfg.interpolation,
-                                        mean=cfg.mean, std=cfg.std)(image)
-    expected, = tool.label_maps(run.teacher, pixels[None], PRECISION)
+    pixels = timm.data.create_transform(
+        96, crop_pct=1.0, crop_mode="squash", interpolation=cfg.interpolation, mean=cfg.mean, std=cfg.std
+    )(image)
+    (expected,) = tool.label_maps(run.teacher, pixels[None], PRECISION)
     found = token_labels.read_label_map(folder / "maps" / "bee" / "bee_2.pt", len(CLASSES))
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
     run("--check", model=False)
@@ -189,20 +228,24 @@ def test_check_names_every_bad_map(folder, run, capsys):
     with pytest.raises(UserError, match="of 12 label maps 1 missing, 3 damaged or mismatched, 1 of no image"):
         run("--check", model=False)
     told = capsys.readouterr().out
-    for file, reason in zip([*files[:4], "stray.pt"], ["no such", "damaged", "shape", "class 3", "no image"],
-                            strict=True):
+    for file, reason in zip(
+        [*files[:4], "stray.pt"], ["no such", "damaged", "shape", "class 3", "no image"], strict=True
+    ):
         assert any(str(file) in line and reason in line for line in told.splitlines())
 
 
-@pytest.mark.parametrize("flags, message", [
-    ([], "either --model-path CKPT or --arch NAME --pretrained"),
-    (["--pretrained"], "--pretrained needs --arch"),
-    (["--pretrained", "--arch", "resnet18"], "weights are for 1000 classes, --data-set FOLDER has 3"),
-    (["--pretrained", "--arch", "svt_h_s"], "publishes no weights"),
-    (["--pretrained", "--arch", "nonsense"], "publishes no weights"),
-    (["--model-path", "nowhere.pth"], "nowhere.pth"),
-    (["--check"], "no such folder"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "either --model-path CKPT or --arch NAME --pretrained"),
+        (["--pretrained"], "--pretrained needs --arch"),
+        (["--pretrained", "--arch", "resnet18"], "weights are for 1000 classes, --data-set FOLDER has 3"),
+        (["--pretrained", "--arch", "svt_h_s"], "publishes no weights"),
+        (["--pretrained", "--arch", "nonsense"], "publishes no weights"),
+        (["--model-path", "nowhere.pth"], "nowhere.pth"),
+        (["--check"], "no such folder"),
+    ],
+)
 def test_bad_command_lines_get_one_line(run, flags, message):
     with pytest.raises(UserError, match=message) as error:
         run(*flags, model=False)

@@ -33,9 +33,7 @@ VANILLA = {"embed_dim": 32, "depth": 2, "alpha": 1, "num_heads": 2}
 DIGITS = tuple("0123456789")
 
 
-def save(
-    path, arch="spectformer_ti", kwargs=VANILLA, classes=DIGITS, input_size=(32, 32), instead=None, **more
-):
+def save(path, arch="spectformer_ti", kwargs=VANILLA, classes=DIGITS, input_size=(32, 32), instead=None, **more):
     """A checkpoint as training leaves it, of an untrained model; returns the model.
 
     more: further keys; instead: keys that replace those of the model.
@@ -231,9 +229,7 @@ def test_evaluation_writes_what_it_prints(tmp_path, capsys):
     counts = np.array([row[1:] for row in rows[1:]], dtype=int)
     assert counts.sum() == 360 and counts.trace() == results["correct1"]
     classes = list(csv.DictReader((tmp_path / "report" / "per_class.csv").open()))
-    assert [int(row["correct"]) for row in sorted(classes, key=lambda row: int(row["index"]))] == [
-        *counts.diagonal()
-    ]
+    assert [int(row["correct"]) for row in sorted(classes, key=lambda row: int(row["index"]))] == [*counts.diagonal()]
     mean = np.mean([int(row["correct"]) / int(row["images"]) for row in classes])
     assert results["mean_per_class"] == pytest.approx(100 * mean)
     with Image.open(tmp_path / "report" / "confusion_matrix.png") as picture:
@@ -395,12 +391,8 @@ def test_the_explanation_marks_where_the_evidence_is(size):
     inside = heat[rows // 2 :, : columns // 2]
     assert heat.max() == 1 and inside.max() == 1 and heat.min() >= 0
     assert inside.sum() > 0.7 * heat.sum()
-    assert (
-        heat[: rows // 2 - infer.HIDDEN + 1].eq(0).all()
-    )  # no square that touches these rows hides anything
-    assert (
-        infer.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()
-    )  # all of it is against
+    assert heat[: rows // 2 - infer.HIDDEN + 1].eq(0).all()  # no square that touches these rows hides anything
+    assert infer.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()  # all of it is against
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from losses import DistillationLoss, TokenLabelCrossEntropy, build_loss
 from token_labels import dense_targets
 from utils import UserError
 
-GOLDEN = {name: torch.from_numpy(np.asarray(value)) for name, value in
-          np.load(Path(__file__).parent / "golden" / "token_labels.npz").items()}
+GOLDEN = {
+    name: torch.from_numpy(np.asarray(value))
+    for name, value in np.load(Path(__file__).parent / "golden" / "token_labels.npz").items()
+}
 LOGITS, TOKEN_LOGITS, TARGETS = GOLDEN["logits"], GOLDEN["aux_logits"], GOLDEN["target_7"]
 CLASSES = LOGITS.shape[1]
 BOX = (1, 2, 5, 6)
@@ -38,8 +40,13 @@ def test_a_model_that_mixes_nothing_may_leave_the_box_out():
 
 
 def test_the_criterion_goes_from_records_to_the_golden_loss():
-    record = {"values": GOLDEN["value"], "indices": GOLDEN["index"].int(), "crop": GOLDEN["crop_yxhw"],
-              "label": GOLDEN["ground_truth"], "affines": torch.eye(2, 3).expand(4, 1, 2, 3)}
+    record = {
+        "values": GOLDEN["value"],
+        "indices": GOLDEN["index"].int(),
+        "crop": GOLDEN["crop_yxhw"],
+        "label": GOLDEN["ground_truth"],
+        "affines": torch.eye(2, 3).expand(4, 1, 2, 3),
+    }
     criterion = build_loss(num_classes=CLASSES, token_size=(7, 7), smoothing=0.1)
     found = criterion(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), record)
     torch.testing.assert_close(found, GOLDEN["loss_mixed"], atol=1e-5, rtol=0)
@@ -50,8 +57,12 @@ def test_the_criterion_goes_from_records_to_the_golden_loss():
 
 def test_where_teacher_and_ground_truth_agree_each_has_half():
     best_first = torch.arange(5)[None, :, None, None].repeat(1, 1, 18, 18)
-    record = {"values": 9.0 - best_first, "indices": best_first, "crop": torch.tensor([[0.0, 0, 1, 1]]),
-              "affines": torch.eye(2, 3)[None, None]}
+    record = {
+        "values": 9.0 - best_first,
+        "indices": best_first,
+        "crop": torch.tensor([[0.0, 0, 1, 1]]),
+        "affines": torch.eye(2, 3)[None, None],
+    }
     for label, share in ((0, 0.5), (4, 0.9)):
         target = dense_targets(record | {"label": torch.tensor([label])}, 6, 1)
         outputs = (draw(1, 6), draw(1, 49, 6, seed=1), None)
@@ -75,10 +86,14 @@ def test_targets_for_another_grid_are_refused():
 # ----------------------------------------------------------------------------------------------- class labels
 
 
-@pytest.mark.parametrize("criterion, targets", [
-    (build_loss(num_classes=CLASSES, soft_targets=True), TARGETS[..., 0]),
-    (build_loss(num_classes=CLASSES, smoothing=0.1), GOLDEN["ground_truth"]),
-], ids=["soft", "smoothed"])
+@pytest.mark.parametrize(
+    "criterion, targets",
+    [
+        (build_loss(num_classes=CLASSES, soft_targets=True), TARGETS[..., 0]),
+        (build_loss(num_classes=CLASSES, smoothing=0.1), GOLDEN["ground_truth"]),
+    ],
+    ids=["soft", "smoothed"],
+)
 def test_soft_targets_and_smoothing_are_the_same_loss(criterion, targets):
     expected = F.cross_entropy(LOGITS, GOLDEN["ground_truth"], label_smoothing=0.1)
     torch.testing.assert_close(criterion(torch.zeros(4), LOGITS, targets), expected)
@@ -155,8 +170,10 @@ def test_losses_are_float32_inside_under_autocast(dtype):
     criteria = [
         (TokenLabelCrossEntropy(), lambda loss, out: loss(out, TARGETS)),
         (build_loss(num_classes=CLASSES), lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
-        (build_loss(num_classes=CLASSES, teacher=teacher(), distillation="soft"),
-         lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
+        (
+            build_loss(num_classes=CLASSES, teacher=teacher(), distillation="soft"),
+            lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"]),
+        ),
     ]
     for criterion, evaluate in criteria:
         expected = evaluate(criterion, (*(o.float() for o in outputs[:2]), BOX))

@@ -44,8 +44,7 @@ def test_plain_formulation_computes_what_the_released_code_does(variant, name, o
     facts = json.loads((GOLDEN / f"{variant}.json").read_text())
     model = oracle(name, **options).eval()
     difference = (
-        model(images(facts["batch"], facts["image_size"])).numpy()
-        - np.load(GOLDEN / f"{variant}.npz")["logits"]
+        model(images(facts["batch"], facts["image_size"])).numpy() - np.load(GOLDEN / f"{variant}.npz")["logits"]
     )
     assert sum(p.numel() for p in model.parameters()) == facts["params"]
     assert np.abs(difference).max() <= 2e-4

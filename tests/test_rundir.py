@@ -28,8 +28,15 @@ MAIN = Distributed()
 
 
 def row(epoch, **more):
-    return {"train_lr": 1e-3, "train_loss": 2.3 / (epoch + 1), "test_loss": 2.4 / (epoch + 1),
-            "test_acc1": 50.0, "test_acc5": 90.0, "epoch": epoch, "n_parameters": 1000} | more
+    return {
+        "train_lr": 1e-3,
+        "train_loss": 2.3 / (epoch + 1),
+        "test_loss": 2.4 / (epoch + 1),
+        "test_acc1": 50.0,
+        "test_acc5": 90.0,
+        "epoch": epoch,
+        "n_parameters": 1000,
+    } | more
 
 
 def state(epoch):
@@ -72,8 +79,13 @@ def test_a_second_run_is_refused_and_told_who_holds_the_directory(tmp_path):
 
 def test_the_lock_of_a_killed_run_clears_though_its_workers_still_live(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(rundir.__file__).parent)}
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], env=environment, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {holder.pid} on "):
         RunDirectory(tmp_path, MAIN)
@@ -170,6 +182,7 @@ def test_curves_have_integer_epochs_labels_and_every_column(epochs):
 
 def test_curves_of_a_run_are_images_and_keep_no_figure_open(tmp_path):
     import matplotlib.pyplot
+
     with RunDirectory(tmp_path, MAIN) as run:
         run.log_row(row(0, train_loss=math.nan))
         run.log_row(row(1))
@@ -203,15 +216,22 @@ def test_a_best_of_epochs_that_are_trained_again_does_not_count(tmp_path):
         run.keep_best(state(5), 90.0, 2)
         run.keep_best(state(2), 40.0, 2)  # went on from epoch 1
         assert best_files(tmp_path) == {
-            "checkpoint_best.pth": 40.0, "checkpoint_best_0000.pth": 50.0, "checkpoint_best_0001.pth": 40.0}
+            "checkpoint_best.pth": 40.0,
+            "checkpoint_best_0000.pth": 50.0,
+            "checkpoint_best_0001.pth": 40.0,
+        }
 
 
 def test_the_k_best_are_kept(tmp_path):
     with RunDirectory(tmp_path, MAIN) as run:
         for epoch, acc1 in enumerate([50.0, 70.0, 60.0, 55.0, 60.0, 80.0], 1):
             run.keep_best(state(epoch), acc1, 3)
-    assert best_files(tmp_path) == {"checkpoint_best.pth": 80.0, "checkpoint_best_0001.pth": 70.0,
-                                    "checkpoint_best_0002.pth": 60.0, "checkpoint_best_0005.pth": 80.0}
+    assert best_files(tmp_path) == {
+        "checkpoint_best.pth": 80.0,
+        "checkpoint_best_0001.pth": 70.0,
+        "checkpoint_best_0002.pth": 60.0,
+        "checkpoint_best_0005.pth": 80.0,
+    }
 
 
 def test_no_best_is_lost_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
@@ -232,8 +252,11 @@ def test_no_best_is_lost_when_the_new_one_cannot_be_written(tmp_path, monkeypatc
                 run.keep_best(state(3), 70.0, 2)
             assert before.items() - best_files(tmp_path).items() <= {("checkpoint_best.pth", 60.0)}
         run.keep_best(state(3), 70.0, 2)
-    assert best_files(tmp_path) == {"checkpoint_best.pth": 70.0, "checkpoint_best_0001.pth": 60.0,
-                                    "checkpoint_best_0002.pth": 70.0}
+    assert best_files(tmp_path) == {
+        "checkpoint_best.pth": 70.0,
+        "checkpoint_best_0001.pth": 60.0,
+        "checkpoint_best_0002.pth": 70.0,
+    }
 
 
 # ------------------------------------------------------------------------------------ arguments, other ranks

@@ -55,9 +55,13 @@ def digest(image: torch.Tensor) -> str:
 
 
 def rank_trace(loader: TrainLoader, epoch: int, start: int = 0) -> list[list[tuple]]:
-    return [[(int(index), int(target), digest(image))
-             for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True)]
-            for batch in loader.epoch(epoch, start)]
+    return [
+        [
+            (int(index), int(target), digest(image))
+            for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True)
+        ]
+        for batch in loader.epoch(epoch, start)
+    ]
 
 
 def trace(workers: int, world: int, **options) -> list[tuple]:
@@ -113,7 +117,7 @@ def test_going_on_mid_epoch_gives_the_rest_of_it(workers):
 def test_going_on_mid_epoch_reads_nothing_that_was_used():
     dataset = Counted()
     loader = make_loader(dataset=dataset)
-    used = [index for batch in loader.sampler.epoch(0) for _, index, _ in batch][:2 * GLOBAL_BATCH]
+    used = [index for batch in loader.sampler.epoch(0) for _, index, _ in batch][: 2 * GLOBAL_BATCH]
     list(loader.epoch(0, 2))
     assert dataset.reads[used].sum() == 0
     assert dataset.reads.sum() == (len(loader) - 2) * GLOBAL_BATCH
@@ -135,8 +139,13 @@ PINNED = [3, 4, 9, 6, 5, 2, 8, 7, 0, 1]
 
 
 @settings(deadline=None, max_examples=60)
-@given(size=st.integers(1, 300), batch=st.integers(1, 8), world=st.integers(1, 4), accum=st.integers(1, 3),
-       epoch=st.integers(0, 5))
+@given(
+    size=st.integers(1, 300),
+    batch=st.integers(1, 8),
+    world=st.integers(1, 4),
+    accum=st.integers(1, 3),
+    epoch=st.integers(0, 5),
+)
 def test_an_epoch_uses_each_sample_once_but_for_less_than_an_update(size, batch, world, accum, epoch):
     update = batch * world * accum
     if size < update:
@@ -152,8 +161,10 @@ def test_an_epoch_uses_each_sample_once_but_for_less_than_an_update(size, batch,
 def test_an_update_has_the_same_samples_however_it_is_divided():
     def updates(batch, world, accum):
         ranks = [list(KeyedSampler(100, batch, 0, rank, world, accum).epoch(2)) for rank in range(world)]
-        return [sorted(key for rank in ranks for keys in rank[start:start + accum] for key in keys)
-                for start in range(0, len(ranks[0]), accum)]
+        return [
+            sorted(key for rank in ranks for keys in rank[start : start + accum] for key in keys)
+            for start in range(0, len(ranks[0]), accum)
+        ]
 
     expected = updates(12, 1, 1)
     assert len(expected) == 8
@@ -168,7 +179,7 @@ def test_repeated_augmentation_has_the_semantics_of_deit(size, world):
     ranks = [[key for keys in sampler.epoch(0) for key in keys] for sampler in samplers]
     order = samplers[0].order(0)
     sequence = [key for together in zip(*ranks, strict=True) for key in together]
-    assert [key.index for key in sequence] == np.repeat(order, 3)[:len(sequence)].tolist()
+    assert [key.index for key in sequence] == np.repeat(order, 3)[: len(sequence)].tolist()
     assert [key.repeat for key in sequence] == [position % 3 for position in range(len(sequence))]
     theirs = len(RepeatAugSampler(range(size), world, 0)) // 4  # its rounding, then the loader's drop_last
     assert abs(len(samplers[0]) - theirs) <= (0 if size >= 256 else 1)
@@ -188,8 +199,10 @@ def test_evaluation_takes_every_image_exactly_once():
 @pytest.mark.parametrize(("size", "world", "batch"), [(1, 3, 8), (2, 4, 1), (11, 4, 3), (67, 2, 16)])
 def test_evaluation_loaders_say_how_many_rounds_the_ranks_need(size, world, batch):
     dataset = KeyedDataset(Counted(size), build_transform(False, 36, normalize=False), seed=0)
-    loaders = [EvalLoader(dataset, LoaderSettings(batch, 0, False, Distributed(rank=rank, world_size=world)))
-               for rank in range(world)]
+    loaders = [
+        EvalLoader(dataset, LoaderSettings(batch, 0, False, Distributed(rank=rank, world_size=world)))
+        for rank in range(world)
+    ]
     indices = [index for loader in loaders for batch in loader for index in batch.indices.tolist()]
     assert sorted(indices) == list(range(size))
     assert {loader.rounds for loader in loaders} == {max(map(len, loaders))}

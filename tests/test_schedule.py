@@ -44,11 +44,14 @@ def test_cooldown_runs_at_the_smallest_rate():
     assert rates[3:] == [args.min_lr] * 2 and rates[2] > args.min_lr
 
 
-@pytest.mark.parametrize(("processes", "words", "expected"), [
-    (1, [], 5e-4 * 128 / 512),
-    (3, ["--accum-iter", "4"], 5e-4 * 128 * 3 * 4 / 512),
-    (8, ["--unscale-lr"], 5e-4),
-])
+@pytest.mark.parametrize(
+    ("processes", "words", "expected"),
+    [
+        (1, [], 5e-4 * 128 / 512),
+        (3, ["--accum-iter", "4"], 5e-4 * 128 * 3 * 4 / 512),
+        (8, ["--unscale-lr"], 5e-4),
+    ],
+)
 def test_the_rate_counts_processes_and_accumulation(processes, words, expected):
     optimizer = build_optimizer(parse(*words), tiny(), Distributed(world_size=processes))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-15)
@@ -56,12 +59,13 @@ def test_the_rate_counts_processes_and_accumulation(processes, words, expected):
 
 def test_only_weights_with_two_axes_decay():
     groups = build_optimizer(parse(), tiny(), Distributed()).param_groups
-    assert {group["weight_decay"]: [weight.ndim for weight in group["params"]] for group in groups} == \
-        {0.0: [1], 0.05: [2]}
+    assert {group["weight_decay"]: [weight.ndim for weight in group["params"]] for group in groups} == {
+        0.0: [1],
+        0.05: [2],
+    }
 
 
-@pytest.mark.parametrize(("name", "expected"),
-                         [("fusedlamb", "github.com/NVIDIA/apex"), ("adamww", "no such")])
+@pytest.mark.parametrize(("name", "expected"), [("fusedlamb", "github.com/NVIDIA/apex"), ("adamww", "no such")])
 def test_an_optimiser_that_is_not_there_says_what_to_do(monkeypatch, name, expected):
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(UserError, match=expected):

@@ -35,8 +35,15 @@ TOKENS = (7, 7)
 
 
 def golden_record(samples: slice = slice(None)) -> dict[str, torch.Tensor]:
-    record = {name: torch.from_numpy(GOLDEN[source][samples]) for name, source in
-              {"values": "value", "indices": "index", "crop": "crop_yxhw", "label": "ground_truth"}.items()}
+    record = {
+        name: torch.from_numpy(GOLDEN[source][samples])
+        for name, source in {
+            "values": "value",
+            "indices": "index",
+            "crop": "crop_yxhw",
+            "label": "ground_truth",
+        }.items()
+    }
     return record | {"affines": torch.eye(2, 3).expand(len(record["label"]), 1, 2, 3)}
 
 
@@ -69,8 +76,12 @@ def test_without_geometric_augmentation_regions_are_torchvisions_roi_align(size)
     corner = torch.rand(40, 2, generator=generator) * (1 - extent)
     values = 5 * torch.randn(40, 5, 18, 18, generator=generator)
     indices = torch.rand(40, 30, 18, 18, generator=generator).topk(5, dim=1).indices
-    record = {"values": values, "indices": indices.int(), "crop": torch.cat([corner, extent], 1),
-              "affines": torch.eye(2, 3).expand(40, 1, 2, 3)}
+    record = {
+        "values": values,
+        "indices": indices.int(),
+        "crop": torch.cat([corner, extent], 1),
+        "affines": torch.eye(2, 3).expand(40, 1, 2, 3),
+    }
 
     boxes = torch.cat([corner.flip(1), (corner + extent).flip(1)], 1) * 18 - 0.5
     boxes = torch.cat([torch.arange(40.0)[:, None], boxes], 1)
@@ -109,8 +120,11 @@ def painted(width: int, height: int, negative: bool = False) -> tuple[Image.Imag
 
 def augmentation(*middle, crop=True, flips=0.0) -> transforms.Compose:
     """A training transform to pixels, black where there is no image."""
-    first = RandomResizedCropAndInterpolation(SIDE, scale=(0.4, 1.0), interpolation="bicubic") if crop else \
-        RandomResizedCropAndInterpolation(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
+    first = (
+        RandomResizedCropAndInterpolation(SIDE, scale=(0.4, 1.0), interpolation="bicubic")
+        if crop
+        else RandomResizedCropAndInterpolation(SIDE, scale=(1.0, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
+    )
     flip = [transforms.RandomHorizontalFlip(flips), transforms.RandomVerticalFlip(flips)]
     return transforms.Compose([first, *flip, *middle, transforms.PILToTensor()])
 
@@ -191,12 +205,16 @@ def test_timms_other_operations_move_nothing(name):
         assert np.abs(np.asarray(changed, dtype=int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize("options", [
-    {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "re_prob": 0.5, "re_mode": "pixel"},
-    {"auto_augment": "rand-m15-n4-mmax20-tweights", "interpolation": "bicubic", "vflip": 0.5},
-    {"auto_augment": "original-mstd0.5", "interpolation": "bilinear", "normalize": False},
-    {"auto_augment": None, "color_jitter": 0.4, "interpolation": "bicubic"},
-], ids=["recipe", "weighted", "autoaugment", "jitter"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "random", "re_prob": 0.5, "re_mode": "pixel"},
+        {"auto_augment": "rand-m15-n4-mmax20-tweights", "interpolation": "bicubic", "vflip": 0.5},
+        {"auto_augment": "original-mstd0.5", "interpolation": "bilinear", "normalize": False},
+        {"auto_augment": None, "color_jitter": 0.4, "interpolation": "bicubic"},
+    ],
+    ids=["recipe", "weighted", "autoaugment", "jitter"],
+)
 def test_images_are_those_of_timms_transform(options):
     transform = create_transform(64, is_training=True, **options)
     traced = TokenLabelTransform(transform)
@@ -265,16 +283,20 @@ def with_index(value: float) -> torch.Tensor:
     return label_map
 
 
-@pytest.mark.parametrize("content, reason", [
-    (torch.zeros(2, 5, 14, 14), "its shape is"),
-    ([1, 2], "it holds a list"),
-    ({"map": torch.zeros(MAP_SHAPE)}, "it holds a dict"),
-    (small_map() * float("nan"), "not finite"),
-    (with_index(-1), "class indices"),
-    (with_index(0.5), "class indices"),
-    (with_index(10), "names class 10, and there are 10"),
-    (Path("x"), "damaged"),
-], ids=["shape", "list", "dict", "nan", "negative", "fraction", "class", "object"])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (torch.zeros(2, 5, 14, 14), "its shape is"),
+        ([1, 2], "it holds a list"),
+        ({"map": torch.zeros(MAP_SHAPE)}, "it holds a dict"),
+        (small_map() * float("nan"), "not finite"),
+        (with_index(-1), "class indices"),
+        (with_index(0.5), "class indices"),
+        (with_index(10), "names class 10, and there are 10"),
+        (Path("x"), "damaged"),
+    ],
+    ids=["shape", "list", "dict", "nan", "negative", "fraction", "class", "object"],
+)
 def test_what_is_not_a_label_map_is_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "1.pt")
     with pytest.raises(UserError, match=reason) as error:
@@ -292,7 +314,7 @@ def test_damaged_bytes_are_noticed(tmp_path):
     damaged = [whole[:cut] for cut in rng.integers(0, len(whole) - 1, 20)]
     for position in rng.integers(start, start + 6480, 40):
         flipped = bytes([whole[position] ^ 1 << rng.integers(8)])
-        damaged.append(whole[:position] + flipped + whole[position + 1:])
+        damaged.append(whole[:position] + flipped + whole[position + 1 :])
     for content in [b"", b"not a map", *damaged]:
         path.write_bytes(content)
         with pytest.raises(UserError, match="damaged"):

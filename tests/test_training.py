@@ -25,9 +25,11 @@ def no_curves(monkeypatch):
 
 def trained_state(directory):
     state = last(directory)
-    return {name: state[name] for name in
-            ("model", "model_ema", "optimizer", "epoch", "step", "updates", "meters", "best_acc1",
-             "best_epoch") if name in state}
+    return {
+        name: state[name]
+        for name in ("model", "model_ema", "optimizer", "epoch", "step", "updates", "meters", "best_acc1", "best_epoch")
+        if name in state
+    }
 
 
 def signal_at(monkeypatch, function, call, signum=signal.SIGTERM):
@@ -65,8 +67,20 @@ def test_two_runs_with_one_seed_are_the_same_bits_for_any_number_of_workers(tmp_
     assert_same(trained_state(tmp_path / "0"), trained_state(tmp_path / "2"))
 
 
-RESUMED = ["--epochs", "2", "--drop-path", "0.2", "--accum-iter", "2", "--model-ema",
-           "--model-ema-decay", "0.9", "--model-ema-warmup", "--batch-size", "32"]
+RESUMED = [
+    "--epochs",
+    "2",
+    "--drop-path",
+    "0.2",
+    "--accum-iter",
+    "2",
+    "--model-ema",
+    "--model-ema-decay",
+    "0.9",
+    "--model-ema-warmup",
+    "--batch-size",
+    "32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +89,7 @@ def uninterrupted(tmp_path_factory):
     return train(directory, *RESUMED), trained_state(directory)
 
 
-@pytest.mark.parametrize(("function", "call"),
-                         [("step_loss", 13), ("count", 2), ("count", 5), ("log_row", 1)])
+@pytest.mark.parametrize(("function", "call"), [("step_loss", 13), ("count", 2), ("count", 5), ("log_row", 1)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, uninterrupted, function, call):
     """Within an accumulation, in evaluation (the model's, the average's), between two epochs."""
     with monkeypatch.context() as patch:
@@ -102,6 +115,7 @@ def test_a_run_stopped_in_evaluation_resumes_with_the_evaluation(tmp_path, monke
 
 def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
     """Killed between log and checkpoint: the epoch is trained again, from the checkpoint within it."""
+
     class Killed(BaseException):
         pass
 
@@ -169,13 +183,13 @@ def test_an_fp16_overflow_skips_the_update_and_nothing_else_moves(tmp_path, monk
         return result
 
     monkeypatch.setattr(engine, "update", overflowing)
-    row, = train(tmp_path, "--epochs", "1", "--amp", "fp16", "--model-ema")
+    (row,) = train(tmp_path, "--epochs", "1", "--amp", "fp16", "--model-ema")
     assert seen == [True, True]
     assert row["overflows"] == 1 and last(tmp_path)["updates"] == 3 and math.isfinite(row["grad_norm"])
 
 
 def test_bf16_trains(tmp_path):
-    row, = train(tmp_path, "--epochs", "1", "--amp", "bf16")
+    (row,) = train(tmp_path, "--epochs", "1", "--amp", "bf16")
     assert math.isfinite(row["train_loss"])
     assert all(value.dtype != torch.bfloat16 for value in last(tmp_path)["model"].values())
 
@@ -189,8 +203,11 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("model", [TINY, [*TINY_SVT, "--freeze-bn"]], ids=["vanilla", "pyramid"])
 def test_accumulation_checkpointing_and_layout_leave_the_weights_the_same(tmp_path, model):
-    ways = {"plain": [], "accumulated": ["--batch-size", "16", "--accum-iter", "4"],
-            "saving": ["--grad-checkpointing", "--channels-last"]}
+    ways = {
+        "plain": [],
+        "accumulated": ["--batch-size", "16", "--accum-iter", "4"],
+        "saving": ["--grad-checkpointing", "--channels-last"],
+    }
     for name, flags in ways.items():
         train(tmp_path / name, *EXACT, *flags, model=model)
     plain = last(tmp_path / "plain")["model"]
@@ -205,7 +222,7 @@ def test_the_average_is_evaluated_and_the_best_goes_by_it(tmp_path):
 
 
 def test_evaluation_alone_prints_and_writes_nothing(tmp_path, capsys):
-    row, = train(tmp_path, "--epochs", "1")
+    (row,) = train(tmp_path, "--epochs", "1")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     train(tmp_path, "--eval", "--resume", str(tmp_path / "checkpoint_best.pth"))
@@ -227,15 +244,18 @@ def one_epoch(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    (["--arch", "spectformer-xs"], "its arch is spectformer_ti, this run's is spectformer_xs"),
-    (["--classes", "0,1,7"], "num_classes is 2, this run's is 3"),
-    (["--input-size", "48"], "input_size"),
-    (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1"], "its model_kwargs is"),
-    (["--model-ema"], "--no-model-ema"),
-    (["--opt", "sgd"], "--opt adamw"),
-    (["--batch-size", "32"], "--batch-size 64 --accum-iter 1; --batch-size 32 --accum-iter 2"),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--arch", "spectformer-xs"], "its arch is spectformer_ti, this run's is spectformer_xs"),
+        (["--classes", "0,1,7"], "num_classes is 2, this run's is 3"),
+        (["--input-size", "48"], "input_size"),
+        (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1"], "its model_kwargs is"),
+        (["--model-ema"], "--no-model-ema"),
+        (["--opt", "sgd"], "--opt adamw"),
+        (["--batch-size", "32"], "--batch-size 64 --accum-iter 1; --batch-size 32 --accum-iter 2"),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_told_and_kept(tmp_path, one_epoch, flags, expected):
     shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "checkpoint_last.pth").read_bytes()
@@ -250,8 +270,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
         train(tmp_path / "run", "--epochs", "1", "--resume", str(tmp_path / "weights.pth"))
 
 
-@pytest.mark.parametrize(("processes", "expected"),
-                         [(1, (8, 4)), (2, (8, 2)), (3, None), (4, (8, 1)), (8, (4, 1))])
+@pytest.mark.parametrize(("processes", "expected"), [(1, (8, 4)), (2, (8, 2)), (3, None), (4, (8, 1)), (8, (4, 1))])
 def test_another_number_of_processes_keeps_the_images_of_an_update(processes, expected):
     """From 4 processes of 8: mixup wants even batches, nobody gets a larger one than asked for."""
     args = parse_args(["--batch-size", "8", "--resume", "file.pth"], {}, "test")
@@ -267,16 +286,19 @@ def test_another_number_of_processes_keeps_the_images_of_an_update(processes, ex
 
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
 def test_any_timm_model_trains(tmp_path, arch):
-    row, = train(tmp_path, "--epochs", "1", model=[*DIGITS, "--arch", arch])
+    (row,) = train(tmp_path, "--epochs", "1", model=[*DIGITS, "--arch", arch])
     assert row["n_parameters"] == engine.parameters(engine.create_model(arch, 2, (32, 32), {}))
 
 
-@pytest.mark.parametrize(("arch", "kwargs", "expected"), [
-    ("spectformer_xl", {}, "did you mean spectformer_xs"),
-    ("spectformer_ti", {"dept": 3}, "dept"),
-    ("spectformer_ti", {"embed_dim": 30, "num_heads": 4}, "30"),
-    ("test_vit", {"depths": 3}, "depths"),
-])
+@pytest.mark.parametrize(
+    ("arch", "kwargs", "expected"),
+    [
+        ("spectformer_xl", {}, "did you mean spectformer_xs"),
+        ("spectformer_ti", {"dept": 3}, "dept"),
+        ("spectformer_ti", {"embed_dim": 30, "num_heads": 4}, "30"),
+        ("test_vit", {"depths": 3}, "depths"),
+    ],
+)
 def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected):
     with pytest.raises(UserError, match=expected) as caught:
         engine.create_model(arch, 10, (32, 32), kwargs)
@@ -287,14 +309,23 @@ def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected
 def test_a_teacher_of_timm_distils_from_a_file(tmp_path, kind):
     teacher = engine.create_model("test_vit", 2, (32, 32), {})
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
-    row, = train(tmp_path / "run", "--epochs", "1", "--distillation-type", kind,
-                 "--teacher-model", "test_vit", "--teacher-path", str(tmp_path / "teacher.pth"))
+    (row,) = train(
+        tmp_path / "run",
+        "--epochs",
+        "1",
+        "--distillation-type",
+        kind,
+        "--teacher-model",
+        "test_vit",
+        "--teacher-path",
+        str(tmp_path / "teacher.pth"),
+    )
     assert math.isfinite(row["train_loss"])
     assert not any("teacher" in name for name in last(tmp_path / "run")["model"])
 
 
 def test_svt_trains_from_its_main_with_repeated_augmentation(tmp_path):
-    row, = train(tmp_path, "--epochs", "1", model=TINY_SVT, main=main_svt.main)
+    (row,) = train(tmp_path, "--epochs", "1", model=TINY_SVT, main=main_svt.main)
     assert math.isfinite(row["train_loss"]) and row["samples_seen"] == 256
 
 

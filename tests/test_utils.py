@@ -36,14 +36,17 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "S
 
 
 # ------------------------------------------------------------------------------------------------ exit codes
-@pytest.mark.parametrize(("error", "code", "line"), [
-    (UserError("--lr x: not\na number"), 2, "error: --lr x: not a number"),
-    (MachineError("log.txt: cannot be written"), 3, "error: log.txt: cannot be written"),
-    (NonFiniteError("loss is nan"), 4, "error: loss is nan"),
-    (Interrupted(signal.SIGTERM, "saved"), 143, "error: stopped by SIGTERM: saved"),
-    (Interrupted(signal.SIGUSR1), 138, "error: stopped by SIGUSR1"),
-    (KeyboardInterrupt(), 130, "stopped by SIGINT"),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("--lr x: not\na number"), 2, "error: --lr x: not a number"),
+        (MachineError("log.txt: cannot be written"), 3, "error: log.txt: cannot be written"),
+        (NonFiniteError("loss is nan"), 4, "error: loss is nan"),
+        (Interrupted(signal.SIGTERM, "saved"), 143, "error: stopped by SIGTERM: saved"),
+        (Interrupted(signal.SIGUSR1), 138, "error: stopped by SIGUSR1"),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+    ],
+)
 def test_an_expected_end_is_one_line_and_its_exit_code(error, code, line, capsys):
     def main(argv):
         raise error
@@ -148,9 +151,20 @@ def test_ranks_find_one_another_and_agree(tmp_path, slurm):
     def main(argv):
         dist = init_distributed("cpu")
         rank = dist.rank
-        print(json.dumps([rank, dist.is_main, dist.any(rank == 1), dist.any(False), dist.max(10 * rank),
-                          dist.sum(torch.tensor([1.5, rank])).tolist(), dist.broadcast_object({"from": rank}),
-                          dist.gather_objects(rank)]))
+        print(
+            json.dumps(
+                [
+                    rank,
+                    dist.is_main,
+                    dist.any(rank == 1),
+                    dist.any(False),
+                    dist.max(10 * rank),
+                    dist.sum(torch.tensor([1.5, rank])).tolist(),
+                    dist.broadcast_object({"from": rank}),
+                    dist.gather_objects(rank),
+                ]
+            )
+        )
 
     ended = launch(tmp_path, 2, main, slurm)
     assert [code for code, _, _ in ended] == [0, 0], ended
@@ -158,15 +172,18 @@ def test_ranks_find_one_another_and_agree(tmp_path, slurm):
         assert json.loads(out) == [rank, rank == 0, True, False, 10, [3.0, 1.0], {"from": 0}, [0, 1]]
 
 
-@pytest.mark.parametrize(("how", "failing", "others", "code", "said"), [
-    ("user error", 1, collectives, 2, "error: only here"),
-    ("user error", 0, idle, 2, "error: only here"),
-    ("fault", 1, training, 1, "ArithmeticError: of the program"),
-    ("signal", 1, collectives, 143, "stopped by SIGTERM"),
-    ("exit", 1, training, 1, "rank 1 ended without a word"),
-    ("SIGKILL", 0, collectives, 1, "rank 0 ended without a word"),
-    ("SIGKILL", 2, training, 1, "rank 2 ended without a word"),
-])
+@pytest.mark.parametrize(
+    ("how", "failing", "others", "code", "said"),
+    [
+        ("user error", 1, collectives, 2, "error: only here"),
+        ("user error", 0, idle, 2, "error: only here"),
+        ("fault", 1, training, 1, "ArithmeticError: of the program"),
+        ("signal", 1, collectives, 143, "stopped by SIGTERM"),
+        ("exit", 1, training, 1, "rank 1 ended without a word"),
+        ("SIGKILL", 0, collectives, 1, "rank 0 ended without a word"),
+        ("SIGKILL", 2, training, 1, "rank 2 ended without a word"),
+    ],
+)
 def test_when_one_rank_ends_all_end_with_its_code(tmp_path, how, failing, others, code, said):
     def main(argv):
         dist = init_distributed("cpu")
@@ -192,6 +209,7 @@ def test_ranks_that_leave_early_let_the_main_one_finish_its_save(tmp_path, monke
         file.write(b"saved")
 
     for how, code in (("signal", 143), ("SIGKILL", 1)):
+
         def main(argv, how=how):
             dist = init_distributed("cpu")
             if dist.is_main:
@@ -228,10 +246,14 @@ def test_one_process_needs_no_group(monkeypatch):
     assert dist.gather_objects("a") == ["a"]
 
 
-@pytest.mark.parametrize("settings", [
-    {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "one", "WORLD_SIZE": "2"},
-    {"SLURM_PROCID": "4", "SLURM_NTASKS": "4"},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "one", "WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "4", "SLURM_NTASKS": "4"},
+    ],
+)
 def test_a_broken_environment_is_named(monkeypatch, settings):
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
@@ -247,10 +269,16 @@ def test_a_device_that_is_not_there_is_named():
             init_distributed(name)
 
 
-@pytest.mark.parametrize(("nodes", "first"), [
-    ("gpu[03-07,11],cpu1", "gpu03"), ("n1,n2", "n1"), ("a-b[1,2]-ib", "a-b1-ib"), ("host", "host"),
-    ("", "127.0.0.1"),
-])
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[03-07,11],cpu1", "gpu03"),
+        ("n1,n2", "n1"),
+        ("a-b[1,2]-ib", "a-b1-ib"),
+        ("host", "host"),
+        ("", "127.0.0.1"),
+    ],
+)
 def test_the_first_host_of_a_slurm_node_list(nodes, first):
     assert utils.first_host(nodes) == first
 

@@ -43,9 +43,7 @@ def test_kernels_and_responses_are_what_the_gate_computes(grid):
     signal = x[0].permute(2, 0, 1)
     kernels = visualize_filters.spatial_kernels(gate)
     by_shifts = sum(
-        kernels[:, i, j, None, None] * signal.roll((i, j), (1, 2))
-        for i in range(grid[0])
-        for j in range(grid[1])
+        kernels[:, i, j, None, None] * signal.roll((i, j), (1, 2)) for i in range(grid[0]) for j in range(grid[1])
     )
     torch.testing.assert_close(by_shifts, expected)
     responses = visualize_filters.transfer_functions(gate)
@@ -90,9 +88,7 @@ def test_a_grating_has_its_energy_in_its_own_orientation():
 )
 def test_every_kind_of_model_gets_its_figures(tmp_path, arch, kwargs, expected):
     save(tmp_path / "a.pth", arch, (64, 48), **kwargs)
-    visualize_filters.main(
-        [str(tmp_path / "a.pth"), "--output", str(tmp_path / "figures"), "--channels", "3"]
-    )
+    visualize_filters.main([str(tmp_path / "a.pth"), "--output", str(tmp_path / "figures"), "--channels", "3"])
     written = list((tmp_path / "figures").iterdir())
     assert {path.name for path in written} == expected
     for path in written:

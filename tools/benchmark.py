@@ -302,9 +302,7 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
     for runner in runners:
         row = rows[runner.label]
         if "training" in parts:
-            macs = (
-                3e9 * row["gmacs"] * row["training_images_per_s"]
-            )  # the backward pass is two forward passes
+            macs = 3e9 * row["gmacs"] * row["training_images_per_s"]  # the backward pass is two forward passes
             row["utilisation"] = macs / matmul_rate(runner.settings)
         if "training" in parts and "spectral-share" in parts:
             row["spectral_share"] = spectral_seconds(runner, rounds) / (row["training_ms"] / 1000)
@@ -579,9 +577,7 @@ def machine() -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="[plain:]NAME[@SETTING,...]")
     add("--layers", action="store_true", help="the mixers and the wavelet transform alone")
@@ -605,9 +601,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """One run: its figures, printed and returned."""
-    settings = Settings(
-        args.device, args.dtype, args.compile, args.channels_last, args.batch_size, args.img_size
-    )
+    settings = Settings(args.device, args.dtype, args.compile, args.channels_last, args.batch_size, args.img_size)
     if args.layers:
         print(LAYER_HEADING)
         return compare_layers(args.grids, args.channels, settings, args.rounds)

@@ -25,8 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours or of the authors")
     parser.add_argument("output", type=Path, help="the file to write: NAME.safetensors or NAME.pth")
     parser.add_argument("--original", action="store_true", help="with the names of the authors' code")
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None,
-                        help="the averaged weights, or not (default: if there are any)")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the averaged weights, or not (default: if there are any)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 

@@ -71,23 +71,6 @@ class Teacher:
 
 
 def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> Teacher:
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
     """The teacher of the command line, in evaluation mode.
 
     Raises:
@@ -98,12 +81,18 @@ def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> Teache
     else:
         model, info = build_from_checkpoint(args.model_path, args.arch, input_size=args.input_size)
         if info.num_classes != len(class_names) or info.class_names not in (None, tuple(class_names)):
-            raise UserError(f"--model-path {args.model_path}: its {info.num_classes} classes are not the "
-                            f"{len(class_names)} of --data-set {args.data_set}")
+            raise UserError(
+                f"--model-path {args.model_path}: its {info.num_classes} classes are not the "
+                f"{len(class_names)} of --data-set {args.data_set}"
+            )
         with open(args.model_path, "rb") as file:
             origin = {"arch": info.arch, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        config = {"input_size": info.input_size, "mean": info.mean, "std": info.std,
-                  "interpolation": info.interpolation}
+        config = {
+            "input_size": info.input_size,
+            "mean": info.mean,
+            "std": info.std,
+            "interpolation": info.interpolation,
+        }
     transform = create_transform(**config, crop_pct=1.0, crop_mode="squash")
     origin |= {"input_size": list(config["input_size"]), "classes": len(class_names)}
     return Teacher(model.eval(), transform, origin)
@@ -115,8 +104,10 @@ def _published(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, d
     if cfg is None or not cfg.has_weights:
         raise UserError(f"--arch {args.arch}: timm publishes no weights of such a model")
     if cfg.num_classes != num_classes:
-        raise UserError(f"--arch {args.arch}: its published weights are for {cfg.num_classes} classes, "
-                        f"--data-set {args.data_set} has {num_classes}")
+        raise UserError(
+            f"--arch {args.arch}: its published weights are for {cfg.num_classes} classes, "
+            f"--data-set {args.data_set} has {num_classes}"
+        )
     size = {"img_size": args.input_size} if args.input_size and cfg.fixed_input_size else {}
     try:
         model = timm.create_model(args.arch, pretrained=True, **size)
@@ -124,7 +115,8 @@ def _published(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, d
         raise UserError(f"--arch {args.arch} --pretrained: {one_line(error)}") from error
     config = resolve_data_config(model=model)
     config = {key: config[key] for key in ("mean", "std", "interpolation")} | {
-        "input_size": args.input_size or tuple(config["input_size"][1:])}
+        "input_size": args.input_size or tuple(config["input_size"][1:])
+    }
     return model, config, {"arch": args.arch, "weights": cfg.hf_hub_id or cfg.url}
 
 
@@ -165,7 +157,7 @@ def _places(model: nn.Module, features: Tensor) -> tuple[Tensor, tuple[int, int]
         return features.flatten(1, 2), tuple(features.shape[1:3])
     if features.ndim == 4:
         return features.flatten(2).mT, tuple(features.shape[2:])
-    places = features[:, model.num_prefix_tokens:] if hasattr(model, "num_prefix_tokens") else features
+    places = features[:, model.num_prefix_tokens :] if hasattr(model, "num_prefix_tokens") else features
     grid = _token_grid(model, places.shape[1])
     return places, grid
 
@@ -264,8 +256,7 @@ def collate(samples: Sequence[tuple[Tensor, int] | UserError]) -> list[Tensor] |
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Path],
-             dist: Distributed) -> None:
+def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Path], dist: Distributed) -> None:
     """Write the maps that are not there yet, this process's share of them."""
     teacher = load_teacher(args, dataset.class_names)
     precision = choose_precision(args, dist.device)
@@ -280,11 +271,19 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
     for folder in {paths[index].parent for index in wanted}:
         make_directory(folder)
     images = TeacherImages(dataset, wanted, teacher.transform)
-    loader = DataLoader(images, args.batch_size, collate_fn=collate, num_workers=args.num_workers,
-                        pin_memory=dist.device.type == "cuda")
-    with (ThreadPoolExecutor(WRITERS) as pool,
-          tqdm(desc="writing maps", total=len(share), initial=len(share) - len(wanted), unit=" maps",
-               disable=not dist.is_main) as bar):
+    loader = DataLoader(
+        images, args.batch_size, collate_fn=collate, num_workers=args.num_workers, pin_memory=dist.device.type == "cuda"
+    )
+    with (
+        ThreadPoolExecutor(WRITERS) as pool,
+        tqdm(
+            desc="writing maps",
+            total=len(share),
+            initial=len(share) - len(wanted),
+            unit=" maps",
+            disable=not dist.is_main,
+        ) as bar,
+    ):
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -353,22 +352,22 @@ def map_paths(dataset: ImageDataset, folder: Path) -> list[Path]:
     for index in range(len(dataset)):
         path = image_map_path(folder, dataset.path(index))
         if path in images:
-            raise UserError(f"{dataset.path(images[path])} and {dataset.path(index)} would share the label "
-                            f"map {path}; rename one of them")
+            raise UserError(
+                f"{dataset.path(images[path])} and {dataset.path(index)} would share the label "
+                f"map {path}; rename one of them"
+            )
         images[path] = index
     return list(images)
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--data-path", metavar="DIR", help="where the data set lies, as in training")
     add("--data-set", default="FOLDER", metavar="NAME", help="as in training (default: %(default)s)")
     add("--classes", type=class_list, metavar="A,B,...", help="only these classes, as in training")
     add("--inat-category", default="name", metavar="RANK", help="what INAT19 classifies, as in training")
-    add("--output-dir", type=Path, required=True, metavar="DIR",
-        help="of the label maps, --token-label-data later")
+    add("--output-dir", type=Path, required=True, metavar="DIR", help="of the label maps, --token-label-data later")
     add("--check", action="store_true", help="write nothing; name missing, damaged, mismatched, stray maps")
     add = parser.add_argument_group("teacher").add_argument
     add("--model-path", type=Path, metavar="CKPT", help="a checkpoint of ours, of the authors' or of timm")
@@ -377,8 +376,13 @@ def build_parser() -> Parser:
     add("--input-size", type=image_size, metavar="PIXELS", help="(default: the teacher's own)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images a step (default: %(default)s)")
-    add("--num-workers", type=COUNT, default=min(10, len(os.sched_getaffinity(0))), metavar="N",
-        help="processes that read; 0: read in this one (default: %(default)s)")
+    add(
+        "--num-workers",
+        type=COUNT,
+        default=min(10, len(os.sched_getaffinity(0))),
+        metavar="N",
+        help="processes that read; 0: read in this one (default: %(default)s)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="(default: %(default)s)")
     parser.set_defaults(dtype="float32")
@@ -399,8 +403,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     validate(args)
     dist = init_distributed(args.device)
-    dataset = build_dataset(args.data_set, args.data_path, train=True, inat_category=args.inat_category,
-                            classes=args.classes)
+    dataset = build_dataset(
+        args.data_set, args.data_path, train=True, inat_category=args.inat_category, classes=args.classes
+    )
     paths = map_paths(dataset, args.output_dir)
     if args.check:
         check(args, paths, len(dataset.class_names))

@@ -58,9 +58,7 @@ def summarise(row: int, promise: Promise, entries: Sequence[Entry]) -> tuple[boo
     figures: dict[str, Entry] = {}
     for entry in entries:
         if "what" in entry:
-            sums = figures.setdefault(
-                entry["what"], {"measured": 0, "total": 0, "worst": None, "seconds": 0.0}
-            )
+            sums = figures.setdefault(entry["what"], {"measured": 0, "total": 0, "worst": None, "seconds": 0.0})
             for name in ("measured", "total", "seconds"):
                 sums[name] += entry[name]
             if entry["worst"] is not None:
@@ -68,13 +66,10 @@ def summarise(row: int, promise: Promise, entries: Sequence[Entry]) -> tuple[boo
     failed = sorted({entry["test"].split("::")[-1] for entry in entries if "failed" in entry})
     tried = sum(sums["total"] for sums in figures.values())
     reached = (
-        not failed
-        and tried >= promise.total
-        and all(sums["measured"] == sums["total"] for sums in figures.values())
+        not failed and tried >= promise.total and all(sums["measured"] == sums["total"] for sums in figures.values())
     )
     shown = [
-        f"{sums['measured']}/{sums['total']}"
-        + (f" (largest {sums['worst']:.2g})" if sums["worst"] is not None else "")
+        f"{sums['measured']}/{sums['total']}" + (f" (largest {sums['worst']:.2g})" if sums["worst"] is not None else "")
         for sums in figures.values()
     ]
     if failed:
@@ -103,14 +98,10 @@ def document(records: Sequence[Entry], command: str, seconds: float, ended: str)
             figures if reached else f"**not reached**: {figures}",
             how,
         )
-        lines.append(
-            "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-        )
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     verdict = (
-        "Every figure is reached."
-        if not missed
-        else f"**Not reached: {', '.join(f'row {row}' for row in missed)}.**"
+        "Every figure is reached." if not missed else f"**Not reached: {', '.join(f'row {row}' for row in missed)}.**"
     )
     return "\n".join(
         [
@@ -138,11 +129,7 @@ def processor() -> str:
     """The processor's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
     names = (
-        [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         if info.exists()
         else []
     )
@@ -150,9 +137,7 @@ def processor() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "reliability.md", help="the table")
     parser.add_argument("--processes", type=int, default=2, help="tests at a time")
     args = parser.parse_args(argv)

@@ -62,8 +62,10 @@ def problems(dataset: ImageDataset, workers: int) -> Iterator[str | None]:
         try:
             yield from pool.map(_problem_in_worker, range(len(dataset)), chunksize=CHUNK)
         except BrokenProcessPool as error:
-            raise UserError("a process died while it read an image, perhaps for want of memory; with "
-                            "--num-workers 0 the last file shown is the one") from error
+            raise UserError(
+                "a process died while it read an image, perhaps for want of memory; with "
+                "--num-workers 0 the last file shown is the one"
+            ) from error
 
 
 def folder_images(folder: Path) -> ImageFiles:
@@ -91,8 +93,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data-path", metavar="DIR", help="where it lies, as in training")
     add("--split", default="all", choices=["all", "train", "val"], help="(default: %(default)s)")
     add("--folder", type=Path, metavar="DIR", help="all images below it, in place of a data set")
-    add("--num-workers", type=COUNT, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="processes; 0: this one alone (default: %(default)s)")
+    add(
+        "--num-workers",
+        type=COUNT,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; 0: this one alone (default: %(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
 

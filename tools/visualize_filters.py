@@ -78,8 +78,7 @@ def orientation_energies(
     """
     bands: dict[nn.Module, Tensor] = {}
     hooks = [
-        mixer.wavelet.register_forward_hook(lambda module, _, out: bands.update({module: out[1]}))
-        for mixer in mixers
+        mixer.wavelet.register_forward_hook(lambda module, _, out: bands.update({module: out[1]})) for mixer in mixers
     ]
     try:
         model(images)
@@ -119,9 +118,7 @@ def layer_name(path: str) -> str:
     parts = path.split(".")
     kinds = {"stages": "stage", "blocks": "block"}
     return "\n".join(
-        f"{kinds[word]} {int(number) + 1}"
-        for word, number in zip(parts, parts[1:], strict=False)
-        if word in kinds
+        f"{kinds[word]} {int(number) + 1}" for word, number in zip(parts, parts[1:], strict=False) if word in kinds
     )
 
 
@@ -256,9 +253,7 @@ def draw_blending(mixers: dict[str, ScatteringMixer], title: str) -> Figure:
     figure, axes = panel_grid(len(mixers), 8)
     figure.suptitle(title, fontsize=FONT + 2)
     for row, (name, mixer) in zip(axes, mixers.items(), strict=True):
-        blend, unit = (
-            (mixer.token_blend, "row") if mixer.mixing == "token" else (mixer.channel_blend, "block")
-        )
+        blend, unit = (mixer.token_blend, "row") if mixer.mixing == "token" else (mixer.channel_blend, "block")
         shown = chosen_channels([4], blend.weight1.shape[1])
         magnitudes = [weight.detach().norm(dim=0)[shown].numpy() for weight in (blend.weight1, blend.weight2)]
         panels = [
@@ -280,12 +275,8 @@ def draw_blending(mixers: dict[str, ScatteringMixer], title: str) -> Figure:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def gate_figures(
-    gates: dict[str, SpectralGate], info: ModelInfo, channels: Sequence[int]
-) -> dict[str, Figure]:
-    responses = {
-        name: torch.fft.fftshift(transfer_functions(gate).abs(), dim=(1, 2)) for name, gate in gates.items()
-    }
+def gate_figures(gates: dict[str, SpectralGate], info: ModelInfo, channels: Sequence[int]) -> dict[str, Figure]:
+    responses = {name: torch.fft.fftshift(transfer_functions(gate).abs(), dim=(1, 2)) for name, gate in gates.items()}
     kernels = {name: torch.fft.fftshift(spatial_kernels(gate), dim=(1, 2)) for name, gate in gates.items()}
     return {
         "gates_magnitude": draw_planes(
@@ -350,9 +341,7 @@ def channel_list(text: str) -> list[int]:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="of training, or the authors'")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the figures go")
     parser.add_argument("--arch", metavar="NAME", help="where the checkpoint does not know it")
@@ -376,9 +365,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="images or folders for the oriented bands (default: scikit-learn's two photographs)",
     )
-    parser.add_argument(
-        "--format", choices=["png", "pdf", "svg"], default="png", help="of the figures (default: png)"
-    )
+    parser.add_argument("--format", choices=["png", "pdf", "svg"], default="png", help="of the figures (default: png)")
     return parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
 
 

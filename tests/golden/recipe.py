@@ -4,6 +4,7 @@ Every tensor is drawn from a stream seeded by its own name, so a whole model's
 weights are rebuilt from a list of names and shapes; only the outputs are stored.
 The names are those of the authors' released checkpoints (see README.md here).
 """
+
 from __future__ import annotations
 
 import json
@@ -25,15 +26,15 @@ def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         value = 1.0 + 0.5 * np.abs(draw)
     elif leaf == "pos_embed" or leaf == "complex_weight":
         value = 0.5 * draw
-    elif leaf == "complex_weight_ll":                  # (C, H, W)
+    elif leaf == "complex_weight_ll":  # (C, H, W)
         value = draw
     elif leaf.startswith("complex_weight_lh_b"):
         value = 0.1 * draw
-    elif leaf.startswith("complex_weight_lh"):         # (2, blocks, size, size)
+    elif leaf.startswith("complex_weight_lh"):  # (2, blocks, size, size)
         value = draw / np.sqrt(shape[-1])
     elif leaf == "bias":
         value = 0.1 * draw
-    elif len(shape) == 1:                              # a norm's weight
+    elif len(shape) == 1:  # a norm's weight
         value = 1.0 + 0.1 * draw
     else:
         value = draw / np.sqrt(np.prod(shape[1:]))

@@ -43,9 +43,7 @@ def order_traces(argv: Sequence[str], images: int, epochs: Sequence[int], report
     traces = {}
     for world in range(1, 5):
         for workers in range(4):
-            args = parse_args(
-                [*argv, "--batch-size", str(images // world), "--num-workers", str(workers)], {}, ""
-            )
+            args = parse_args([*argv, "--batch-size", str(images // world), "--num-workers", str(workers)], {}, "")
             loaders = [build_data(args, Alone(rank, world)).train for rank in range(world)]
             trace = []
             for epoch in epochs:
@@ -71,9 +69,7 @@ def evaluate_sizes(sizes: Sequence[int], batches: Sequence[int], report: str) ->
     transform = build_transform(False, (8, 8), crop_pct=1.0, normalize=False)
     counts = {}
     for size in sizes:
-        dataset = KeyedDataset(
-            ImageArrays("noise", images[:size], labels[:size], list("0123456789")), transform, 0
-        )
+        dataset = KeyedDataset(ImageArrays("noise", images[:size], labels[:size], list("0123456789")), transform, 0)
         for batch in batches:
             loader = EvalLoader(dataset, LoaderSettings(batch, 0, False, dist))
             found = evaluate(model, loader, dist, Precision(dist.device, torch.float64, None))

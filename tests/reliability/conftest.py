@@ -111,9 +111,7 @@ def flags(images: Path) -> list[str]:
 def trained(launcher: Launcher, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run, with a checkpoint kept of each epoch. Not to be changed."""
     directory = tmp_path_factory.mktemp("trained") / "run"
-    launcher.complete(
-        directory, "--data-set", "FOLDER", "--data-path", str(images), "--checkpoint-epochs", "1"
-    )
+    launcher.complete(directory, "--data-set", "FOLDER", "--data-path", str(images), "--checkpoint-epochs", "1")
     return directory
 
 

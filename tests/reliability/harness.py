@@ -216,9 +216,7 @@ class Launcher:
         self.process.stdin.flush()
         started = self._message("started", 60)
         if started is None:
-            raise RuntimeError(
-                "the fork server is gone: " + (self.directory / "server.err").read_text()[-2000:]
-            )
+            raise RuntimeError("the fork server is gone: " + (self.directory / "server.err").read_text()[-2000:])
         self.codes.setdefault(started["started"], None)
         return Child(started["started"], output, self)
 
@@ -311,9 +309,7 @@ def _chunks(value: Any) -> list[bytes]:
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of log.txt, without what depends on the machine's speed."""
     read = [json.loads(line) for line in (run_dir / "log.txt").read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in read
-    ]
+    return [{key: value for key, value in row.items() if not any(word in key for word in TIMES)} for row in read]
 
 
 def outcome(run_dir: Path) -> dict[str, str]:

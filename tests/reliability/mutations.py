@@ -123,9 +123,7 @@ def spoil_meters(state: State, drawn: random.Random) -> str:
 
 def without_head(state: State) -> State:
     """The tensors that --classifier new needs of a file; the others may be anything."""
-    state["model_ema"] = {
-        name: value for name, value in state["model_ema"].items() if not name.startswith("head")
-    }
+    state["model_ema"] = {name: value for name, value in state["model_ema"].items() if not name.startswith("head")}
     return state
 
 

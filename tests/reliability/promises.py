@@ -20,19 +20,13 @@ PROMISES = {
     3: Promise("the data order does not depend on workers or processes", "same trace; weights <= 1e-10", 16),
     4: Promise("lr, weight decay, EMA and best accuracy continue", "0 differences", 1),
     5: Promise("SIGTERM, SIGINT, SIGUSR1 save and leave", "20/20 saved, exit 143/130/138, 0 hangs", 20),
-    6: Promise(
-        "full disk, read-only directory", "40/40 previous file unchanged, no temporary, one line, exit 3", 40
-    ),
+    6: Promise("full disk, read-only directory", "40/40 previous file unchanged, no temporary, one line, exit 3", 40),
     7: Promise("written means written", "0 violations; 1000/1000 valid reads", 1000),
     8: Promise("damage is noticed", "100 % of 2000 bit flips, 500 truncations, 500 zeroed runs", 3000),
     9: Promise("bad files and flags get one line", "2500/2500: exit 2, file and reason, 0 tracebacks", 2500),
     10: Promise("a hostile checkpoint runs nothing", "0 of 30 or more executed", 30),
-    11: Promise(
-        "evaluation counts every image once", "sizes 1-67 x 1-4 processes x batches 1, 3, 8, 16: equal", 1072
-    ),
-    12: Promise(
-        "a non-finite loss changes nothing", "10/10: 0 parameters changed, all ranks exit 4 in 10 s", 10
-    ),
+    11: Promise("evaluation counts every image once", "sizes 1-67 x 1-4 processes x batches 1, 3, 8, 16: equal", 1072),
+    12: Promise("a non-finite loss changes nothing", "10/10: 0 parameters changed, all ranks exit 4 in 10 s", 10),
     13: Promise("bad images are named, or skipped on request", "0 substitutions", 1),
     14: Promise("a dead worker or rank ends the run", "10/10 non-zero in 10 s, 0 orphans", 10),
     15: Promise("mismatches are told", "20/20 exit 2 with the keys", 20),

@@ -48,9 +48,7 @@ def run_all(launcher: Launcher, tmp_path: Path, cases: list[list[str]]) -> list[
 
 @pytest.mark.promise(9)
 @pytest.mark.parametrize("kind", MUTATED)
-def test_a_spoiled_checkpoint_is_told_in_one_line(
-    launcher, tmp_path, flags, trained, unfinished, images, record, kind
-):
+def test_a_spoiled_checkpoint_is_told_in_one_line(launcher, tmp_path, flags, trained, unfinished, images, record, kind):
     target, source = tmp_path / "spoiled.pth", trained / "checkpoint_last.pth"
     image = str(next(images.rglob("*.png")))
     train = [*TINY, *flags, "--output-dir", str(tmp_path / "run")]
@@ -127,9 +125,7 @@ def test_a_mismatch_is_told_with_its_keys(launcher: Launcher, tmp_path, trained,
     whole = str(last)
     no_ema = edited(last, tmp_path / "no_ema.pth", lambda s: s.pop("model_ema"))
     less = edited(last, tmp_path / "less.pth", lambda s: (s.pop("model_ema"), s["model"].pop("norm.weight")))
-    more = edited(
-        last, tmp_path / "more.pth", lambda s: (s.pop("model_ema"), s["model"].update(extra=torch.zeros(1)))
-    )
+    more = edited(last, tmp_path / "more.pth", lambda s: (s.pop("model_ema"), s["model"].update(extra=torch.zeros(1))))
     other = edited(
         last,
         tmp_path / "other.pth",

@@ -87,10 +87,7 @@ def test_resume_takes_the_newest_that_is_intact(launcher: Launcher, trained, tmp
         for path in spoiled:
             path.write_bytes(next(damage(path.read_bytes(), 1))[1])
         (child,) = launcher.complete(directory, *flags, "--resume", "auto", "--checkpoint-epochs", "1")
-        if (
-            not all(path.name in child.err for path in spoiled)
-            or "checkpoint_0002" not in child.out + child.err
-        ):
+        if not all(path.name in child.err for path in spoiled) or "checkpoint_0002" not in child.out + child.err:
             failures.append(f"{what}: said {child.err!r}")
         if checkpointing.load(directory / "checkpoint_last.pth")["epoch"] != 3:
             failures.append(f"{what}: the run did not finish")
@@ -108,18 +105,12 @@ def test_a_hostile_checkpoint_runs_nothing(launcher: Launcher, tmp_path: Path, r
         paths.append(tmp_path / f"hostile{number}.{'safetensors' if 'safetensors' in name else 'pth'}")
         paths[-1].write_bytes(content)
     # No file here is larger than 8 MB: 512 MiB are plenty to refuse it.
-    child = launcher.start(
-        "children:load_all", paths=[str(path) for path in paths], report=str(report), memory=512
-    )
+    child = launcher.start("children:load_all", paths=[str(path) for path in paths], report=str(report), memory=512)
     assert child.wait(300) == 0, child.err
     failures = []
     harmless = ("escape: a safetensors name with parents",)  # a tensor's name is never a file's
     for (name, _), path, result in zip(cases, paths, json.loads(report.read_text()), strict=True):
-        refused = (
-            result["outcome"] == "refused"
-            and str(path) in result["message"]
-            and "\n" not in result["message"]
-        )
+        refused = result["outcome"] == "refused" and str(path) in result["message"] and "\n" not in result["message"]
         if not refused and name not in harmless:
             failures.append(f"{name}: {result}")
     if marker.exists():

@@ -15,9 +15,7 @@ import checkpointing
 
 @pytest.mark.promise(3)
 @pytest.mark.parametrize("repeated", [False, True], ids=["each once", "repeated"])
-def test_order_and_augmentation_do_not_depend_on_workers_or_processes(
-    launcher, tmp_path, flags, record, repeated
-):
+def test_order_and_augmentation_do_not_depend_on_workers_or_processes(launcher, tmp_path, flags, record, repeated):
     report = tmp_path / "traces.json"
     argv = [
         *TINY,
@@ -36,9 +34,7 @@ def test_order_and_augmentation_do_not_depend_on_workers_or_processes(
     expected = traces["0 1"]
     assert len({image for _, image in expected}) > 0.9 * len(expected), "the augmentation does not vary"
     wrong = [
-        f"workers and processes {name}: other samples or pixels"
-        for name, trace in traces.items()
-        if trace != expected
+        f"workers and processes {name}: other samples or pixels" for name, trace in traces.items() if trace != expected
     ]
     record(
         "numbers of workers and processes with the same samples in the same order, pixel for pixel",
@@ -114,10 +110,6 @@ def test_evaluation_counts_every_image_once(launcher: Launcher, tmp_path: Path, 
                 total += 1
                 got = counts[world][f"{size} {batch}"]
                 if got != expected:
-                    wrong.append(
-                        f"{size} images, {world} processes, batches of {batch}: {got}, not {expected}"
-                    )
+                    wrong.append(f"{size} images, {world} processes, batches of {batch}: {got}, not {expected}")
     assert len({tuple(value) for value in counts[1].values()}) > len(sizes) / 2, "the counts say nothing"
-    record(
-        "sizes, processes and batches with the same whole numbers of right answers and images", total, wrong
-    )
+    record("sizes, processes and batches with the same whole numbers of right answers and images", total, wrong)

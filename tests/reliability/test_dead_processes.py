@@ -44,11 +44,7 @@ def ended_after(children: list[Child], report: Path) -> tuple[list[int], float]:
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_non_finite_loss_changes_nothing(launcher: Launcher, tmp_path, flags, record, part):
     failures = []
-    steps = [
-        (number, step)
-        for number, step in enumerate(spread(2, 13, count(4, 10), "poison"))
-        if number % 2 == part
-    ]
+    steps = [(number, step) for number, step in enumerate(spread(2, 13, count(4, 10), "poison")) if number % 2 == part]
     for number, step in steps:
         directory, report = tmp_path / f"poisoned{number}", tmp_path / f"{number}.time"
         loss, rank = number % 4 < 2, number % 2
@@ -209,13 +205,9 @@ def test_torchrun_restarts_a_job_that_lost_a_rank(launcher: Launcher, tmp_path, 
 
 
 @pytest.mark.promise(14)
-def test_another_number_of_processes_keeps_the_global_batch_or_says_why_not(
-    launcher, tmp_path, flags, record
-):
+def test_another_number_of_processes_keeps_the_global_batch_or_says_why_not(launcher, tmp_path, flags, record):
     stop = ("at", {"event": "updated", "n": 2, "action": "send", "signum": signal.SIGTERM})
-    for child in launcher.train(
-        tmp_path / "run", *flags, "--batch-size", "4", world=2, faults=[stop], faulty_rank=0
-    ):
+    for child in launcher.train(tmp_path / "run", *flags, "--batch-size", "4", world=2, faults=[stop], faulty_rank=0):
         assert child.wait() == 128 + signal.SIGTERM
     before = file_digest(tmp_path / "run" / "checkpoint_last.pth")
     failures = []

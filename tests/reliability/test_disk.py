@@ -15,24 +15,18 @@ from utils import UserError
 OTHER_FILES = ["log.txt", "checkpoint_best", "loss_plot.png", "acc_plot.png", "args.yaml", "events.out"]
 
 
-def refusal(
-    launcher: Launcher, source: Path, directory: Path, flags: list[str], fault: tuple, file: str
-) -> str:
+def refusal(launcher: Launcher, source: Path, directory: Path, flags: list[str], fault: tuple, file: str) -> str:
     """What is wrong with how a resumed run met a disk that refuses ``file``; "" for nothing."""
     copy_run(source, directory)
     before = {path.name: file_digest(path) for path in directory.iterdir() if path.is_file()}
-    (child,) = launcher.train(
-        directory, *flags, "--resume", "auto", "--checkpoint-steps", "1", faults=[fault]
-    )
+    (child,) = launcher.train(directory, *flags, "--resume", "auto", "--checkpoint-steps", "1", faults=[fault])
     code, told = child.wait(), child.err
     changed = [
         name
         for name, old in before.items()
         if file in name and (not (directory / name).exists() or file_digest(directory / name) != old)
     ]
-    appended = [
-        name for name in changed if name.startswith("events.out")
-    ]  # written as it grows, by TensorBoard
+    appended = [name for name in changed if name.startswith("events.out")]  # written as it grows, by TensorBoard
     if code != 3 or not one_line(told) or file not in told:
         return f"exit {code}, said {told[-700:]!r}"
     if set(changed) - set(appended):
@@ -85,9 +79,7 @@ def test_the_kernel_may_refuse_to_write(launcher, tmp_path, flags, unfinished, r
     failures = []
     for limit in sizes:
         fault = ("file_limit", {"size": limit})
-        if wrong := refusal(
-            launcher, unfinished, tmp_path / f"limit{limit}", flags, fault, "checkpoint_last.pth"
-        ):
+        if wrong := refusal(launcher, unfinished, tmp_path / f"limit{limit}", flags, fault, "checkpoint_last.pth"):
             failures.append(f"files of at most {limit} bytes: {wrong}")
     record("limits of the system on a file's size that ended the run in the same way", len(sizes), failures)
 
@@ -96,9 +88,7 @@ def test_the_kernel_may_refuse_to_write(launcher, tmp_path, flags, unfinished, r
 def test_a_read_only_directory_is_told(launcher: Launcher, tmp_path, flags, unfinished, record):
     failures, stopped = [], copy_run(unfinished, tmp_path / "stopped")
     before = {path.name: file_digest(path) for path in stopped.iterdir() if path.is_file()}
-    (child,) = launcher.train(
-        stopped, *flags, "--resume", "auto", faults=[("read_only", {"match": str(stopped)})]
-    )
+    (child,) = launcher.train(stopped, *flags, "--resume", "auto", faults=[("read_only", {"match": str(stopped)})])
     if child.wait() != 3 or not one_line(child.err) or str(stopped) not in child.err:
         failures.append(f"a read-only run directory: exit {child.wait()}, said {child.err[-700:]!r}")
     if before != {path.name: file_digest(path) for path in stopped.iterdir() if path.is_file()}:
@@ -173,9 +163,7 @@ def test_every_file_of_a_run_is_written_in_the_safe_order(launcher: Launcher, tm
     )
     entries = traced(trace)
     renamed = {Path(entry["target"]).name for entry in entries if entry["call"] == "replace"}
-    assert {"log.txt", "loss_plot.png", "acc_plot.png", "args.yaml", "checkpoint_last.pth"} <= renamed, (
-        renamed
-    )
+    assert {"log.txt", "loss_plot.png", "acc_plot.png", "args.yaml", "checkpoint_last.pth"} <= renamed, renamed
     writes = [entry for entry in entries if entry["call"] in ("replace", "open")]
     record(
         "files opened or renamed by a run: temporary, fsync, rename, fsync of the directory",
@@ -207,6 +195,4 @@ def test_a_reader_beside_the_writer_always_finds_a_whole_file(launcher: Launcher
     writer.kill()
     writer.wait()
     assert changes > wanted / 20, "the file hardly changed between the reads"
-    record(
-        f"reads beside a writer, which was killed {killed} times, that found a whole checkpoint", reads, wrong
-    )
+    record(f"reads beside a writer, which was killed {killed} times, that found a whole checkpoint", reads, wrong)

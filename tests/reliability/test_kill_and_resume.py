@@ -37,9 +37,7 @@ def continuous(got: list[dict], expected: list[dict]) -> list[str]:
     """What differs between the updates of two runs, of which the first may have made some twice."""
     wanted = {(entry["kind"], str(entry["key"])): entry for entry in expected}
     wrong = [
-        f"{entry['kind']} {entry['key']}"
-        for entry in got
-        if wanted.get((entry["kind"], str(entry["key"]))) != entry
+        f"{entry['kind']} {entry['key']}" for entry in got if wanted.get((entry["kind"], str(entry["key"]))) != entry
     ]
     missing = wanted.keys() - {(entry["kind"], str(entry["key"])) for entry in got}
     return wrong + [f"never made: {key}" for key in missing]
@@ -47,9 +45,7 @@ def continuous(got: list[dict], expected: list[dict]) -> list[str]:
 
 @pytest.mark.promise(1)
 @pytest.mark.parametrize(("world", "workers"), KILL_POINTS)
-def test_a_killed_run_resumes_to_the_same_result(
-    launcher: Launcher, tmp_path: Path, flags, record, world, workers
-):
+def test_a_killed_run_resumes_to_the_same_result(launcher: Launcher, tmp_path: Path, flags, record, world, workers):
     batch = ["--batch-size", str(8 // world), "--checkpoint-steps", "3", "--resume", "auto"]
     lengths = {}
     for scope in ("run", "save"):
@@ -91,9 +87,7 @@ def test_a_killed_run_resumes_to_the_same_result(
         code = children[victim].wait()
         kill(children)
         killed += code == -signal.SIGKILL
-        launcher.complete(
-            directory, *flags, *batch, world=world, workers=workers, faults=[trace], faulty_rank=victim
-        )
+        launcher.complete(directory, *flags, *batch, world=world, workers=workers, faults=[trace], faulty_rank=victim)
         label = f"{scope} call {n} of {lengths[scope]} on rank {victim} of {world}, {workers} workers"
         if wrong := differences(outcome(directory), expected):
             failures.append(f"{label}: {wrong} differ")
@@ -131,12 +125,7 @@ def test_a_run_resumed_in_an_epoch_reads_no_sample_twice(launcher, tmp_path, fla
         stop_and_go(launcher, tmp_path / f"stopped{step}", flags, step, "trace_reads", trace, workers)
         entries = traced(trace)
         batches = [(entry["epoch"], entry["step"]) for entry in entries if entry["kind"] == "batch"]
-        used = [
-            (entry["epoch"], index)
-            for entry in entries
-            if entry["kind"] == "batch"
-            for index in entry["indices"]
-        ]
+        used = [(entry["epoch"], index) for entry in entries if entry["kind"] == "batch" for index in entry["indices"]]
         total += len(used)
         if batches != [(epoch, step) for epoch in range(3) for step in range(4)]:
             failures.append(f"stopped after update {step}: steps {batches}")
@@ -155,9 +144,7 @@ def test_a_run_resumed_in_an_epoch_reads_no_sample_twice(launcher, tmp_path, fla
 @pytest.mark.promise(4)
 def test_rates_average_and_best_accuracy_continue(launcher, tmp_path, flags, record):
     reference = tmp_path / "reference"
-    launcher.complete(
-        reference, *flags, faults=[("trace_updates", {"path": str(tmp_path / "reference.trace")})]
-    )
+    launcher.complete(reference, *flags, faults=[("trace_updates", {"path": str(tmp_path / "reference.trace")})])
     expected = traced(tmp_path / "reference.trace")
     failures = []
     boundaries = range(1, 13) if FULL else (2, 4, 9)
@@ -167,9 +154,7 @@ def test_rates_average_and_best_accuracy_continue(launcher, tmp_path, flags, rec
         got = traced(trace)
         failures += [f"resumed after update {step}: {what}" for what in continuous(got, expected)]
         if len(got) != len(expected):
-            failures.append(
-                f"resumed after update {step}: {len(got)} instead of {len(expected)} notes of updates"
-            )
+            failures.append(f"resumed after update {step}: {len(got)} instead of {len(expected)} notes of updates")
         failures += [
             f"resumed after update {step}: {name}"
             for name in differences(outcome(tmp_path / f"stopped{step}"), outcome(reference))

@@ -46,9 +46,7 @@ LAYOUTS: dict[str, Callable[[dict], dict]] = {
     "model": lambda weights: {"model": weights},
     "state_dict": lambda weights: {"state_dict": weights},
     "model.state_dict": lambda weights: {"model": {"state_dict": weights}},
-    "DDP's prefix": lambda weights: {
-        "state_dict": {f"module.{name}": value for name, value in weights.items()}
-    },
+    "DDP's prefix": lambda weights: {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
     "an OrderedDict": lambda weights: OrderedDict(model=OrderedDict(weights)),
     "DeiT's training state": lambda weights: {
         "model": weights,

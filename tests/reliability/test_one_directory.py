@@ -24,20 +24,13 @@ def test_a_second_run_is_refused_and_a_dead_one_keeps_nothing(launcher: Launcher
         world, workers = 1 + number % 2, number % 3
         batch = ["--batch-size", str(4 // world), "--checkpoint-steps", "1", "--resume", "auto"]
         pause = ("at", {"event": "training", "n": 2 + number, "action": "pause", "report": str(held)})
-        first = launcher.train(
-            directory, *flags, *batch, world=world, workers=workers, faults=[pause], faulty_rank=0
-        )
+        first = launcher.train(directory, *flags, *batch, world=world, workers=workers, faults=[pause], faulty_rank=0)
         wait_for(held)
         before = {path.name: file_digest(path) for path in directory.glob("*.*")}
         second = launcher.train(directory, *flags, *batch, world=world, workers=workers)
         codes, told = [child.wait() for child in second], "".join(child.err for child in second)
         label = f"{world} processes with {workers} workers"
-        if (
-            codes != [2] * world
-            or not one_line(told)
-            or str(directory) not in told
-            or str(first[0].pid) not in told
-        ):
+        if codes != [2] * world or not one_line(told) or str(directory) not in told or str(first[0].pid) not in told:
             failures.append(f"{label}: the second run: exit {codes}, said {told!r}")
         if before != {path.name: file_digest(path) for path in directory.glob("*.*")}:
             failures.append(f"{label}: the second run changed a file")

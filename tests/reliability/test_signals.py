@@ -49,9 +49,7 @@ def test_a_signal_saves_and_leaves(launcher: Launcher, tmp_path, flags, record, 
         directory = tmp_path / f"stopped{number}"
         label = f"{signal.Signals(signum).name} x {times} to rank {rank} of {world}, {event} {n}"
         send = ("at", {"event": event, "n": n, "action": "send", "signum": signum, "times": times})
-        children = launcher.train(
-            directory, *flags, *batch, world=world, workers=1, faults=[send], faulty_rank=rank
-        )
+        children = launcher.train(directory, *flags, *batch, world=world, workers=1, faults=[send], faulty_rank=rank)
         codes = [child.wait() for child in children]
         told = "".join(child.err for child in children)
         if codes != [128 + signum] * world:

@@ -23,17 +23,10 @@ def bomb() -> bytes:
     """A PNG of a few bytes that claims 60,000 x 60,000 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(bytes(100)))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 def unreadable(good: bytes) -> dict[str, bytes]:
@@ -78,9 +71,7 @@ def spoiled(images: Path, target: Path, split: str, files: dict[str, bytes]) -> 
 
 
 @pytest.mark.promise(13)
-def test_an_unreadable_image_stops_training_and_evaluation_by_name(
-    launcher: Launcher, tmp_path, images, record
-):
+def test_an_unreadable_image_stops_training_and_evaluation_by_name(launcher: Launcher, tmp_path, images, record):
     kinds = unreadable(next(images.rglob("*.png")).read_bytes())
     cases = [(split, name) for name in list(kinds)[: count(3, len(kinds))] for split in ("train", "val")]
     failures = []
@@ -160,12 +151,8 @@ def test_unusual_images_are_read(launcher: Launcher, tmp_path, images, record):
         faults=[("trace_reads", {"path": str(trace)})],
     )
     files = sorted((root / "train").rglob("*.png"))
-    trained = {
-        str(files[index]) for entry in traced(trace) if entry["kind"] == "batch" for index in entry["indices"]
-    }
-    failures = [
-        f"{name}: not trained on" for name, path in zip(kinds, paths, strict=True) if str(path) not in trained
-    ]
+    trained = {str(files[index]) for entry in traced(trace) if entry["kind"] == "batch" for index in entry["indices"]}
+    failures = [f"{name}: not trained on" for name, path in zip(kinds, paths, strict=True) if str(path) not in trained]
     record(
         "unusual but whole images (CMYK, palette, 16 bits, extension, corrupt EXIF, alpha) that were read",
         len(kinds),
