@@ -4,10 +4,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-svt demo-transfer test reliability lint clean
+.PHONY: help demo demo-svt demo-detection demo-detection-svt demo-transfer test reliability lint clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-19s %s\n", $$1, $$2}'
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +25,7 @@ $(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
 define demo
 	$(RUN) $(1) --config $(2) --output-dir $(3) --resume auto
 	$(RUN) infer.py --model-path $(3)/checkpoint_best.pth --data-set DIGITS
-	$(RUN) tools/save_images.py --data-set DIGITS --count 5 --output $(3)/images
+	$(RUN) -m tools.save_images --data-set DIGITS --count 5 --output $(3)/images
 	$(RUN) infer.py --model-path $(3)/checkpoint_best.pth --image $(3)/images
 	@echo; echo "Curves: $(3)/loss_plot.png and $(3)/acc_plot.png; one line an epoch: $(3)/log.txt"
 endef
@@ -35,6 +35,21 @@ demo: $(VENV)/installed  ## train SpectFormer on handwritten digits, evaluate, p
 
 demo-svt: $(VENV)/installed  ## the same with SVT
 	$(call demo,main_svt.py,configs/digits_svt.yaml,runs/digits_svt)
+
+# Train a detector on cells, evaluate it, draw what it finds in a few images: $(1) is the config, $(2) the run directory.
+CELLS = $(wordlist 1,4,$(sort $(wildcard detection/nuclei/val/*.png)))
+define demo_detection
+	$(RUN) main_detection.py --config $(1) --output-dir $(2) --resume auto
+	$(RUN) infer.py --model-path $(2)/checkpoint_best.pth --data-set NUCLEI --report $(2)/report
+	$(RUN) infer.py --model-path $(2)/checkpoint_best.pth --image $(CELLS) --drawings $(2)/drawings
+	@echo; echo "Cells: $(2)/drawings; the worst images: $(2)/report; curves: $(2)/ap_plot.png"
+endef
+
+demo-detection: $(VENV)/installed  ## train a detector on cells in microscope images, evaluate, draw (CPU, minutes)
+	$(call demo_detection,configs/detection/nuclei_spectformer.yaml,runs/nuclei_spectformer)
+
+demo-detection-svt: $(VENV)/installed  ## the same with SVT
+	$(call demo_detection,configs/detection/nuclei_svt.yaml,runs/nuclei_svt)
 
 demo-transfer: $(VENV)/installed  ## pre-train on five digits, transfer to the other five
 	$(RUN) main_spectformer.py --config configs/digits_spectformer.yaml --classes 0,1,2,3,4 \
@@ -50,7 +65,7 @@ test: $(VENV)/installed-tests  ## the whole suite
 	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 reliability: $(VENV)/installed-tests  ## every promise at its full count; writes docs/reliability.md
-	$(RUN) tools/reliability.py --output docs/reliability.md
+	$(RUN) -m tools.reliability --output docs/reliability.md
 
 lint: $(VENV)/installed-tests  ## format and lint of every file
 	$(RUN) -m ruff format --check .

@@ -1,14 +1,15 @@
 """SpectFormer and SVT. Importing this package registers the models with timm (`timm.create_model(name)`)."""
 
-from . import spectformer, spectformer_h, svt
-from .checkpoints import WeightMismatch, checkpoint_filter_fn, load_weights, to_original, to_ours
+from . import spectformer, svt
+from .convert import to_original, to_ours
+from .loading import WeightMismatch, checkpoint_filter_fn, load_weights
 from .pyramid import Pyramid, sample_mix_box
-from .spectformer import SpectFormer
+from .vanilla import Vanilla
 
 __all__ = [
     "ARCHITECTURES",
     "Pyramid",
-    "SpectFormer",
+    "Vanilla",
     "WeightMismatch",
     "checkpoint_filter_fn",
     "load_weights",
@@ -19,7 +20,7 @@ __all__ = [
 ]
 
 # All names this package registers.
-ARCHITECTURES = tuple(name for family in (spectformer, spectformer_h, svt) for name in family.default_cfgs)
+ARCHITECTURES = tuple(name for family in (spectformer, svt) for name in family.default_cfgs)
 
 
 def resolve_arch(name: str) -> str:

@@ -1,11 +1,15 @@
-"""What both families share as timm models: input size, pooling, classifier, gradient checkpointing."""
+"""What both bodies share as timm models: input size, pooling, classifier, gradient checkpointing, registration."""
+
+from collections.abc import Sequence
 
 import torch
 from timm.layers import global_pool_nlc, trunc_normal_
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Grid, to_grid
+from .layers import Grid, GridMixer, to_grid
+from .loading import checkpoint_filter_fn
 
 
 class ImageModel(nn.Module):
@@ -76,11 +80,8 @@ class ImageModel(nn.Module):
         return block(x)
 
     def _check_input(self, x: Tensor) -> None:
-        if not self.dynamic_img_size and tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(
-                f"the model is built for images of {self.img_size[0]}x{self.img_size[1]} pixels, not "
-                f"{x.shape[-2]}x{x.shape[-1]}: use img_size, set_input_size or dynamic_img_size=True"
-            )
+        if not self.dynamic_img_size:
+            check_image_size(x, self.img_size)
 
     def _record_input_size(self, img_size: int | Grid) -> None:
         """Keep the size where timm looks for a model's current input and its construction arguments."""
@@ -89,8 +90,55 @@ class ImageModel(nn.Module):
         self._model_args = dict(getattr(self, "_model_args", {}), img_size=self.img_size)
 
 
+@torch.fx.wrap
+def check_image_size(x: Tensor, img_size: Grid) -> None:
+    """ValueError for images (B, 3, H, W) of another size than the model's."""
+    height, width = x.shape[-2:]
+    if (height, width) != img_size:
+        raise ValueError(
+            f"the model is built for images of {img_size[0]}x{img_size[1]} pixels, not {height}x{width}: "
+            "use img_size, set_input_size or dynamic_img_size=True"
+        )
+
+
 def resize_mixers(blocks: nn.Module, grid_size: Grid) -> None:
     """Give every mixer in `blocks` whose weights depend on the grid those of another one."""
     for block in blocks:
-        if hasattr(block.mixer, "set_grid_size"):
+        if isinstance(block.mixer, GridMixer):
             block.mixer.set_grid_size(grid_size)
+
+
+def model_cfg(first_conv: str, crop_pct: float, source: dict[str, str]) -> dict:
+    """Timm's default configuration of a model; `source` names paper and repository.
+
+    There is no pool size: unpooled features are a sequence of tokens.
+    """
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": crop_pct,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": first_conv,
+        "classifier": "head",
+        "license": "mit",
+        **source,
+    }
+
+
+def build_variant(
+    model: type[ImageModel], name: str, pretrained: bool, out_indices: int | Sequence[int], arguments: dict
+) -> ImageModel:
+    """The registered model `name`. By default `features_only` gives the outputs at `out_indices`."""
+    return build_model_with_cfg(
+        model,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **arguments,
+    )

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from .feed_forward import FeedForward
-
 Grid = tuple[int, int]
 
 
@@ -42,6 +40,26 @@ def resize_grid(grid: Tensor, size: Grid, align_corners: bool) -> Tensor:
     return resize_image(grid.permute(2, 0, 1), size, align_corners).permute(1, 2, 0).contiguous()
 
 
+class GridMixer(nn.Module):
+    """Base of the mixers whose weights depend on the (H, W) of the token grid, `grid_size`.
+
+    Each has a static method `resize_weights(weights, grid)`: its weights by name, those that depend on the grid
+    resampled to another one. It leaves alone what it does not know, for the loading of weights to report.
+    """
+
+    grid_size: Grid
+
+    @torch.no_grad()
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Resample all weights that depend on the grid to another (H, W) for good."""
+        old = dict(self.named_parameters())
+        for name, weight in self.resize_weights(old, grid_size).items():
+            if weight is not old[name]:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, nn.Parameter(weight, old[name].requires_grad))
+        self.grid_size = grid_size
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens of a (B, H, W, C) grid.
 
@@ -50,18 +68,16 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
-        self.num_heads = num_heads
+        self.num_heads = check_heads(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
         qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
-        # Each (B, heads, N, head_dim). Unbound before it is transposed: the backward pass then copies once.
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
-        x = F.scaled_dot_product_attention(query, key, value)
+        # Unbound before they are transposed to (B, heads, N, head_dim): the backward pass then copies once.
+        q, k, v = qkv.unbind(2)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(x.transpose(1, 2).reshape(batch, height, width, dim))
 
 
@@ -70,20 +86,41 @@ class ClassAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
-        self.num_heads = num_heads
+        self.num_heads = check_heads(dim, num_heads)
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
-        query = self.q(x[:, :1]).view(batch, 1, self.num_heads, -1).transpose(1, 2)
-        kv = self.kv(x).view(batch, length, 2, self.num_heads, -1)
-        key, value = (part.transpose(1, 2) for part in kv.unbind(2))
-        x = F.scaled_dot_product_attention(query, key, value)
+        q = self.q(x[:, :1]).view(batch, 1, self.num_heads, -1)
+        k, v = self.kv(x).view(batch, length, 2, self.num_heads, -1).unbind(2)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(x.transpose(1, 2).reshape(batch, 1, dim))
+
+
+def check_heads(dim: int, num_heads: int) -> int:
+    """The number of heads; ValueError if it does not divide the width."""
+    if dim % num_heads:
+        raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
+    return num_heads
+
+
+class FeedForward(nn.Module):
+    """Linear, (depthwise 3x3 convolution over the grid,) GELU, linear: (B, H, W, C) to (B, H, W, C)."""
+
+    def __init__(self, dim: int, hidden_dim: int, depthwise: bool = False):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim) if depthwise else None
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.dwconv is not None:
+            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels_last views: no copies
+        return self.fc2(self.act(x))
 
 
 class Block(nn.Module):
@@ -102,18 +139,25 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class SpectralBlock(Block):
+    """One residual around both: x + mlp(norm2(mixer(norm1(x))))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(self.mixer(self.norm1(x)))))
+
+
 class ClassBlock(nn.Module):
     """Puts the mean token in front of a (B, N, C) sequence and refines it: (B, 1 + N, C).
 
     Both residuals, class attention and MLP, act on the class token alone.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp: nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = ClassAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
+        self.mlp = mlp
 
     def forward(self, tokens: Tensor) -> Tensor:
         sequence = torch.cat((tokens.mean(1, keepdim=True), tokens), 1)
@@ -134,16 +178,23 @@ class PatchEmbed(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolutional stem: images (B, 3, H, W) to a grid (B, ceil(H / 4), ceil(W / 4), dim)."""
+    """Convolutional stem: images (B, 3, H, W) to a grid (B, ceil(H / stride), ceil(W / stride), dim).
 
-    def __init__(self, in_chans: int, width: int, dim: int):
+    A stride of 4 is 2 in the first convolution and 2 in the last; 2 is the first's alone. ValueError for others
+    than 1, 2 and 4.
+    """
+
+    def __init__(self, in_chans: int, width: int, dim: int, stride: int = 4):
         super().__init__()
+        if stride not in (1, 2, 4):
+            raise ValueError(f"the stem's stride is 1, 2 or 4, not {stride!r}")
+        first_stride = min(stride, 2)
         layers: list[nn.Module] = []
-        for source, kernel, stride in ((in_chans, 7, 2), (width, 3, 1), (width, 3, 1)):
-            conv = nn.Conv2d(source, width, kernel, stride, padding=kernel // 2, bias=False)
+        for source, kernel, step in ((in_chans, 7, first_stride), (width, 3, 1), (width, 3, 1)):
+            conv = nn.Conv2d(source, width, kernel, step, padding=kernel // 2, bias=False)
             layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(width, dim, 3, stride=2, padding=1)
+        self.proj = nn.Conv2d(width, dim, 3, stride=stride // first_stride, padding=1)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:

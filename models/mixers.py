@@ -1,43 +1,89 @@
-"""The table of token mixers, (B, H, W, C) to (B, H, W, C). To add one, write its class and an entry.
+"""The token mixers by name, and which of them stands in which block.
 
-An entry builds a mixer from its width, its (height, width) grid and a number of heads, of which it takes what
-it needs, and the options of its own. A mixer whose weights depend on the grid has `set_grid_size(grid)` and
-`resize_weights(weights, grid)`.
+A mixer maps (B, H, W, C) to (B, H, W, C). To add one, write its class and an entry. An entry builds a mixer from
+its width, its (height, width) grid and a number of heads, of which it takes what it needs, and the options of its
+own. One whose weights depend on the grid is a `GridMixer`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from .layers import Attention, Grid
-from .scattering import ScatteringMixer
+from . import cpu
+from .fourier import AFNO, FNet, FourierOperator
+from .layers import Attention, FeedForward, Grid
+from .local import AveragePooling, DepthwiseConv
+from .scattering import MIXINGS, ScatteringMixer
 from .spectral_gate import SpectralGate
 
+# The one place that chooses what is faster on a CPU: without it, and without the folder, all models are the plain ones.
+FeedForward, ScatteringMixer = cpu.FeedForward, cpu.ScatteringMixer  # noqa: F811
 
-def _attention(dim: int, _grid: Grid, num_heads: int) -> nn.Module:
-    return Attention(dim, num_heads)
-
-
-def _spectral(dim: int, grid: Grid, _num_heads: int) -> nn.Module:
-    return SpectralGate(dim, grid)
+Options = Mapping[str, Mapping[str, object]]  # of a mixer's own, by its name in the table
 
 
-def _scattering(dim: int, grid: Grid, _num_heads: int, mixing: str, backend: str = "native") -> nn.Module:
-    return ScatteringMixer(dim, grid, mixing, backend)
+def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int, **options: str) -> nn.Module:
+    return ScatteringMixer(dim, grid, mixing, **options)
 
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {
-    "attention": _attention,
-    "spectral": _spectral,
-    "scattering_channel": partial(_scattering, mixing="channel"),
-    "scattering_channel_token": partial(_scattering, mixing="channel_token"),
-    "scattering_token": partial(_scattering, mixing="token"),
+    "attention": lambda dim, _grid, num_heads: Attention(dim, num_heads),
+    "spectral": lambda dim, grid, _num_heads: SpectralGate(dim, grid),
+    **{f"scattering_{mixing}": partial(_scattering, mixing) for mixing in MIXINGS},
+    "fnet": lambda _dim, _grid, _num_heads, **options: FNet(**options),
+    "fno": lambda dim, _grid, _num_heads: FourierOperator(dim),
+    "afno": lambda dim, _grid, _num_heads, **options: AFNO(dim, **options),
+    "conv": lambda dim, _grid, _num_heads, **options: DepthwiseConv(dim, **options),
+    "pool": lambda _dim, _grid, _num_heads: AveragePooling(),
+    "none": lambda _dim, _grid, _num_heads: nn.Identity(),
 }
 
 
-def build_mixer(name: str, dim: int, grid: Grid, num_heads: int, **options: str) -> nn.Module:
+def build_mixer(name: str, dim: int, grid: Grid, num_heads: int, **options: object) -> nn.Module:
     """The mixer called `name`; ValueError if there is none, TypeError for an option it does not have."""
+    return MIXERS[check_mixer(name)](dim, grid, num_heads, **options)
+
+
+def check_mixer(name: str) -> str:
+    """The name; ValueError if no mixer is called so."""
     if name not in MIXERS:
         raise ValueError(f"no mixer is called {name!r}; there are {', '.join(MIXERS)}")
-    return MIXERS[name](dim, grid, num_heads, **options)
+    return name
+
+
+def check_options(options: Options | None) -> Options:
+    """The options, none for None; ValueError if they are for a mixer that there is not."""
+    for name in options or {}:
+        check_mixer(name)
+    return options or {}
+
+
+def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:
+    """The names of the mixers in `depth` blocks: of a list, or of a text like "spectral*4,attention*8".
+
+    ValueError for anything else, for a name that there is not, and for more or fewer names than blocks.
+    """
+    words = mixers.split(",") if isinstance(mixers, str) else mixers
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f'mixers are a list of names, or a text like "spectral*4,attention*8", not {mixers!r}')
+    counted = [_name_and_count(word) for word in words]
+    blocks = sum(count for _, count in counted)
+    if blocks != depth:
+        raise ValueError(f"mixers {mixers!r} are those of {blocks} blocks, not of {depth}")
+    return [name for name, count in counted for _ in range(count)]
+
+
+def _name_and_count(word: str) -> tuple[str, int]:
+    name, times, count = (part.strip() for part in word.partition("*"))
+    if times and not count.isdecimal():
+        raise ValueError(f"mixers: {word!r} is neither NAME nor NAME*COUNT")
+    return check_mixer(name), int(count) if times else 1
+
+
+def stage_mixers(mixers: str | Sequence[str | Sequence[str]], depths: Sequence[int]) -> list[list[str]]:
+    """`block_mixers` for each stage: of a list, or of a text with a slash between stages, "spectral*3/attention*4"."""
+    stages = mixers.split("/") if isinstance(mixers, str) else mixers
+    if not isinstance(stages, Sequence) or len(stages) != len(depths):
+        raise ValueError(f"mixers are {len(depths)} lists, one a stage, or a text with slashes, not {mixers!r}")
+    return [block_mixers(stage, depth) for stage, depth in zip(stages, depths, strict=True)]

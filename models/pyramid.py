@@ -1,33 +1,20 @@
-"""The four-stage pyramid of SpectFormer-H and SVT-H, strides 4, 8, 16, 32.
+"""The four-stage pyramid body of SpectFormer-H and SVT-H, strides 4, 8, 16, 32.
 
 The two families differ in the mixer of the early blocks (SpectFormer, section 3; SVT, section 3). Stem,
 feed-forward and class block are those of Wave-ViT (https://arxiv.org/abs/2207.04978), MixToken is that of
 token labelling (https://arxiv.org/abs/2104.10858).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from timm.layers import calculate_drop_path_rates
-from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .base import ImageModel, resize_mixers
-from .checkpoints import checkpoint_filter_fn
-from .feed_forward import FeedForward
-from .layers import (
-    Block,
-    ClassBlock,
-    Downsample,
-    Grid,
-    Stem,
-    format_grid,
-    init_conv,
-    init_linear,
-    to_grid,
-)
-from .mixers import build_mixer
+from .base import ImageModel, build_variant, model_cfg, resize_mixers
+from .layers import Block, ClassBlock, Downsample, Grid, Stem, format_grid, init_conv, init_linear, to_grid
+from .mixers import FeedForward, Options, build_mixer, check_options, stage_mixers
 
 HEAD_DIM = 32
 Box = tuple[int, int, int, int] | Tensor
@@ -46,8 +33,10 @@ class Stage(nn.Module):
 class Pyramid(ImageModel):
     """Images (B, in_chans, H, W) to logits (B, num_classes); features are tokens (B, 1 + N, C).
 
-    The class token comes first. `spectral_depths` says how many of each stage's first blocks use `mixer`; the
-    rest are attention. `num_heads` follows from a head's width of 32 unless given.
+    The class token comes first. `spectral_depths` says how many of each stage's first blocks have `mixer`, by
+    default all of stages 1 and 2 "spectral"; the rest have attention. Or `mixers` says what each block has, see
+    `stage_mixers`. `mixer_options` holds arguments of mixers by their name. `num_heads` follows from a head's width
+    of 32 unless given. `stem_stride`, 4, 2 or 1, is the first stage's; each of the others doubles it.
 
     With `token_label`, a second linear, `aux_head`, classifies every token of the last stage. In evaluation
     the logits are then class + 0.5 * maximum over tokens. In training `forward(x, box)` swaps the stem's
@@ -71,13 +60,15 @@ class Pyramid(ImageModel):
         num_classes: int = 1000,
         global_pool: str = "token",
         stem_width: int = 32,
+        stem_stride: int = 4,
         embed_dims: Sequence[int] = (64, 128, 320, 448),
         depths: Sequence[int] = (3, 4, 6, 3),
-        spectral_depths: Sequence[int] = (3, 4, 0, 0),
         num_heads: Sequence[int] | None = None,
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        mixer: str = "spectral",
-        mixer_options: Mapping[str, str] | None = None,
+        spectral_depths: Sequence[int] | None = None,
+        mixer: str | None = None,
+        mixers: str | Sequence[str | Sequence[str]] | None = None,
+        mixer_options: Options | None = None,
         token_label: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -86,31 +77,32 @@ class Pyramid(ImageModel):
         dim = embed_dims[-1]
         super().__init__(num_classes, in_chans, img_size, dim, global_pool, drop_rate, dynamic_img_size)
         num_heads = num_heads or [max(dim // HEAD_DIM, 1) for dim in embed_dims]
-        _check_stages(depths, spectral_depths, embed_dims, num_heads, mlp_ratios)
+        _check_stages(depths, embed_dims, num_heads, mlp_ratios)
+        names, options = _stage_mixers(depths, spectral_depths, mixer, mixers), check_options(mixer_options)
         self.embed_dims = tuple(embed_dims)
         self.token_label = token_label
-        self.stem = Stem(in_chans, stem_width, embed_dims[0])
+        self.stem = Stem(in_chans, stem_width, embed_dims[0], stem_stride)
+        self.stem_stride = stem_stride
         self.stages = nn.ModuleList()
-        grids = stage_grids(self.img_size, len(depths))
+        grids = stage_grids(self.img_size, len(depths), stem_stride)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for i, (dim, grid, heads) in enumerate(zip(embed_dims, grids, num_heads, strict=True)):
             blocks = []
-            for j, rate in enumerate(rates[i]):
-                spectral = j < spectral_depths[i]
-                options = dict(mixer_options or {}) if spectral else {}
-                token_mixer = build_mixer(mixer if spectral else "attention", dim, grid, heads, **options)
+            for name, rate in zip(names[i], rates[i], strict=True):
+                token_mixer = build_mixer(name, dim, grid, heads, **options.get(name, {}))
                 blocks.append(Block(dim, token_mixer, FeedForward(dim, int(dim * mlp_ratios[i]), depthwise=True), rate))
             downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
             last = i == len(depths) - 1  # its norm follows the class block
             norm = nn.Identity() if last else nn.LayerNorm(dim, eps=1e-6)
             self.stages.append(Stage(downsample, blocks, norm))
         self.token_label_size = grids[-1]
-        self.class_block = ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratios[-1])
-        self.norm = nn.LayerNorm(embed_dims[-1], eps=1e-6)
+        self.class_block = ClassBlock(dim, num_heads[-1], FeedForward(dim, int(dim * mlp_ratios[-1])))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = self._classifier()
         self.aux_head = self._classifier() if token_label else None
         self.feature_info = [
-            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, width in enumerate(embed_dims)
+            {"num_chs": width, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
+            for i, width in enumerate(embed_dims)
         ]
         self.apply(init_linear)
         self.apply(init_conv)
@@ -140,7 +132,7 @@ class Pyramid(ImageModel):
 
     def set_input_size(self, img_size: int | Grid) -> None:
         """Resample filters and blending weights to another image size, by the rule of each mixer."""
-        grids = stage_grids(to_grid(img_size), len(self.stages))
+        grids = stage_grids(to_grid(img_size), len(self.stages), self.stem_stride)
         for stage, grid in zip(self.stages, grids, strict=True):
             resize_mixers(stage.blocks, grid)
         self.token_label_size = grids[-1]
@@ -178,14 +170,13 @@ class Pyramid(ImageModel):
     def forward(self, x: Tensor, box: Box | None = None) -> Tensor | tuple[Tensor, Tensor, Box]:
         if self.training and self._labels_tokens:
             return self._forward_mixed(x, box)
-        if box is not None and not self.token_label:
-            raise ValueError("a box to mix tokens in needs a model with token_label=True")
+        check_box(box, self.token_label)
         return self.forward_head(self.forward_features(x))
 
     def _forward_mixed(self, x: Tensor, box: Box | None) -> tuple[Tensor, Tensor, Box]:
         self._check_input(x)
-        grid = stage_grids((x.shape[-2], x.shape[-1]), len(self.stages))[-1]
-        box = sample_mix_box(grid) if box is None else box
+        grid = stage_grids((x.shape[-2], x.shape[-1]), len(self.stages), self.stem_stride)[-1]
+        box = given_or_sampled(box, grid)
         x = swap_box(self.stem(x), box, scale=2 ** (len(self.stages) - 1))
         for stage in self.stages:
             x = self._run_stage(stage, x)
@@ -240,19 +231,50 @@ class Pyramid(ImageModel):
         return take
 
 
-def _check_stages(depths, spectral_depths, embed_dims, num_heads, mlp_ratios) -> None:
-    lengths = {len(depths), len(spectral_depths), len(embed_dims), len(num_heads), len(mlp_ratios)}
-    if lengths != {4}:
-        raise ValueError("depths, spectral_depths, embed_dims, num_heads, mlp_ratios: four numbers each")
-    for spectral, depth in zip(spectral_depths, depths, strict=True):
-        if not 0 <= spectral <= depth:
-            raise ValueError(f"spectral_depths {tuple(spectral_depths)} exceeds depths {tuple(depths)}")
+def _check_stages(*arguments: Sequence[float]) -> None:
+    if {len(stages) for stages in arguments} != {4}:
+        raise ValueError("depths, embed_dims, num_heads, mlp_ratios: four numbers each")
 
 
-def stage_grids(img_size: Grid, stages: int) -> list[Grid]:
+def _stage_mixers(
+    depths: Sequence[int],
+    spectral_depths: Sequence[int] | None,
+    mixer: str | None,
+    mixers: str | Sequence[str | Sequence[str]] | None,
+) -> list[list[str]]:
+    if mixers is not None:
+        if spectral_depths is not None or mixer is not None:
+            raise ValueError("mixers says what each block has: leave out spectral_depths and mixer")
+        return stage_mixers(mixers, depths)
+    spectral_depths = (*depths[:2], 0, 0) if spectral_depths is None else spectral_depths
+    if len(spectral_depths) != len(depths):
+        raise ValueError(f"spectral_depths {tuple(spectral_depths)}: four numbers, as depths")
+    if not all(0 <= spectral <= depth for spectral, depth in zip(spectral_depths, depths, strict=True)):
+        raise ValueError(f"spectral_depths {tuple(spectral_depths)} exceeds depths {tuple(depths)}")
+    return [
+        [mixer or "spectral"] * spectral + ["attention"] * (depth - spectral)
+        for spectral, depth in zip(spectral_depths, depths, strict=True)
+    ]
+
+
+def stage_grids(img_size: Grid, stages: int, stem_stride: int = 4) -> list[Grid]:
     """(rows, columns) of each stage; every halving rounds up, as its padded convolution does."""
     height, width = img_size
-    return [(-(-height // (4 * 2**i)), -(-width // (4 * 2**i))) for i in range(stages)]
+    strides = [stem_stride * 2**i for i in range(stages)]
+    return [(-(-height // stride), -(-width // stride)) for stride in strides]
+
+
+@torch.fx.wrap
+def check_box(box: Box | None, token_label: bool) -> None:
+    """ValueError for a box that the model has no use for."""
+    if box is not None and not token_label:
+        raise ValueError("a box to mix tokens in needs a model with token_label=True")
+
+
+@torch.fx.wrap
+def given_or_sampled(box: Box | None, grid_size: Grid) -> Box:
+    """The box, or if there is none one from `sample_mix_box`."""
+    return sample_mix_box(grid_size) if box is None else box
 
 
 def sample_mix_box(grid_size: Grid) -> Box:
@@ -273,6 +295,7 @@ def sample_mix_box(grid_size: Grid) -> Box:
     )
 
 
+@torch.fx.wrap
 def swap_box(x: Tensor, box: Box, scale: int = 1) -> Tensor:
     """(B, H, W, C) with the tokens inside box * scale exchanged with those of the batch in reverse order."""
     x1, y1, x2, y2 = (scale * side for side in box)
@@ -282,62 +305,24 @@ def swap_box(x: Tensor, box: Box, scale: int = 1) -> Tensor:
     return torch.where(inside[..., None], x.flip(0), x)
 
 
-def pyramid_cfg(**source: str) -> dict:
+def pyramid_cfg(source: dict[str, str]) -> dict:
     """Timm's default configuration of a pyramid; `source` names paper and repository."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": (7, 7),
-        "crop_pct": 0.96,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem.conv.0",
-        "classifier": "head",
-        "license": "mit",
-        **source,
-    }
+    return model_cfg("stem.conv.0", crop_pct=0.96, source=source)
 
 
-_SIZES = {
-    "s": {
-        "stem_width": 32,
-        "embed_dims": (64, 128, 320, 448),
-        "depths": (3, 4, 6, 3),
-        "drop_path_rate": 0.1,
-    },
-    "b": {
-        "stem_width": 64,
-        "embed_dims": (64, 128, 320, 512),
-        "depths": (3, 4, 12, 3),
-        "drop_path_rate": 0.1,
-    },
-    "l": {
-        "stem_width": 64,
-        "embed_dims": (96, 192, 384, 512),
-        "depths": (3, 6, 18, 3),
-        "drop_path_rate": 0.3,
-    },
-}
+def build_pyramid(name: str, pretrained: bool, variant: dict, spectral_stages: int, overrides: dict) -> Pyramid:
+    """The registered model `name`: the arguments of its variant, and those that the caller gives instead.
 
-
-def create_pyramid(variant: str, pretrained: bool, spectral_stages: int, overrides: dict) -> Pyramid:
-    """The pyramid called `variant` (its size is the last letter), its first stages spectral by default."""
-    arguments = {**_SIZES[variant[-1]], **overrides}
-    depths = arguments["depths"]
-    default = [depth if i < spectral_stages else 0 for i, depth in enumerate(depths)]
-    arguments.setdefault("spectral_depths", tuple(default))
+    Unless the caller says otherwise, the blocks of the first `spectral_stages` stages are spectral.
+    """
+    if "embed_dims" in overrides:
+        variant = variant | {"num_heads": None}  # those of the variant fit its own widths
+    arguments = variant | overrides
+    if arguments.get("mixers") is None and arguments.get("spectral_depths") is None:
+        depths = arguments["depths"]
+        arguments["spectral_depths"] = [depth if i < spectral_stages else 0 for i, depth in enumerate(depths)]
     if arguments.get("token_label"):
         # Both heads are replaced when a checkpoint of another number of classes is loaded.
         overlay = {"classifier": ("head", "aux_head"), **(arguments.get("pretrained_cfg_overlay") or {})}
         arguments["pretrained_cfg_overlay"] = overlay
-    return build_model_with_cfg(
-        Pyramid,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **arguments,
-    )
+    return build_variant(Pyramid, name, pretrained, (0, 1, 2, 3), arguments)

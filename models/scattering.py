@@ -1,18 +1,23 @@
 """The scattering mixer of SVT (section 3): wavelet transform, spectral blending, inverse transform."""
 
-from itertools import chain
-
 import torch
 from torch import Tensor, nn
 
-from .layers import Grid, autocast_off, full_precision, resize_grid, resize_image
-from .scattering_cpu import ScatterInSlices
-from .slicing import may_slice
-from .wavelet import DTCWT, WAVELET_BACKENDS, in_order_of_phase, padded_grid
+from .layers import Grid, GridMixer, autocast_off, full_precision, resize_grid, resize_image
+from .resampling import resampled
+from .wavelet import WAVELET_BACKENDS, padded_grid
+
+torch.fx.wrap("full_precision")
 
 CHANNEL_BLOCKS = 4
-# mixing -> what the number of channels must be a multiple of
-MIXINGS = {"channel": CHANNEL_BLOCKS, "channel_token": 2 * CHANNEL_BLOCKS, "token": 1}
+# mixing -> what it is made of, in order
+MIXINGS = {
+    "channel": ("channel_blend",),
+    "channel_token": ("conv", "channel_blend", "token_blend"),
+    "token": ("token_blend",),
+    "token_half": ("conv", "token_blend"),
+    "tensor": ("tensor_blend",),
+}
 
 
 def check_mixing(mixing: str) -> None:
@@ -26,7 +31,9 @@ class EinsteinBlending(nn.Module):
 
     Weights are (2, blocks, size, size), biases (2, blocks, size), real part first. Bands are
     (2, 6, B, h, w, C); `over` says what a block and a place in it are: "channels" (a block of channels, a
-    channel in it) or "tokens" (a row of the grid, a position in the row; the same for every channel).
+    channel in it) or "tokens" (a row of the grid, a position in the row; the same for every channel). Computed
+    in the bands' dtype with autocast off. Blending over tokens, the weights are resampled for bands of another
+    grid.
     """
 
     def __init__(self, blocks: int, size: int, over: str):
@@ -37,59 +44,113 @@ class EinsteinBlending(nn.Module):
         self.bias1 = nn.Parameter(0.02 * torch.randn(2, blocks, size))
         self.bias2 = nn.Parameter(0.02 * torch.randn(2, blocks, size))
 
-    def forward(self, bands: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """`weights`, named as the parameters, stand in for them on another grid."""
-        own = weights or dict(self.named_parameters())
-        own = {name: weight.to(bands.dtype) for name, weight in own.items()}
-        blend = _blend_channels if self.over == "channels" else _blend_tokens
-        return blend(bands, own["weight1"], own["bias1"], own["weight2"], own["bias2"])
-
-    def real_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The layers as `ScatterInSlices` takes them."""
-        return (
-            _real_matrix(self.weight1),
-            _real_bias(self.bias1),
-            _real_matrix(self.weight2),
-            _real_bias(self.bias2),
-        )
+    def forward(self, bands: Tensor) -> Tensor:
+        blend = blend_channels if self.over == "channels" else blend_tokens
+        return blend(bands, self.weight1, self.bias1, self.weight2, self.bias2)
 
 
-def _real_matrix(weight: Tensor) -> Tensor:
+def real_matrix(weight: Tensor) -> Tensor:
     """Complex (2, ..., d, k) as the real (..., 2d, 2k) from real and imaginary parts of d to those of k."""
     real, imaginary = weight
     return torch.cat((torch.cat((real, imaginary), -1), torch.cat((-imaginary, real), -1)), -2)
 
 
-def _real_bias(bias: Tensor) -> Tensor:
+def real_bias(bias: Tensor) -> Tensor:
     """Complex (2, blocks, size) as the real (blocks, 2 * size)."""
     return torch.cat(bias.unbind(), -1)
 
 
-def _blend_channels(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+@torch.fx.wrap
+def blend_channels(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """`EinsteinBlending` over channels."""
     _, blocks, size, _ = weight1.shape
-    x = bands.reshape(2, -1, blocks, size).permute(2, 1, 0, 3).reshape(blocks, -1, 2 * size)
-    x = torch.baddbmm(_real_bias(bias1)[:, None], x, _real_matrix(weight1)).relu()
-    x = torch.baddbmm(_real_bias(bias2)[:, None], x, _real_matrix(weight2))
-    return x.view(blocks, -1, 2, size).permute(2, 1, 0, 3).reshape(bands.shape)
+    weight1, bias1, weight2, bias2 = (weight.to(bands.dtype) for weight in (weight1, bias1, weight2, bias2))
+    with autocast_off(bands):
+        x = bands.reshape(2, -1, blocks, size).permute(2, 1, 0, 3).reshape(blocks, -1, 2 * size)
+        x = torch.baddbmm(real_bias(bias1)[:, None], x, real_matrix(weight1)).relu()
+        x = torch.baddbmm(real_bias(bias2)[:, None], x, real_matrix(weight2))
+        return x.view(blocks, -1, 2, size).permute(2, 1, 0, 3).reshape(bands.shape)
 
 
-def _blend_tokens(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+@torch.fx.wrap
+def blend_tokens(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """`EinsteinBlending` over tokens."""
     _, count, batch, height, width, channels = bands.shape
-    rows = bands.permute(3, 0, 4, 1, 2, 5).reshape(height, 2 * width, -1)
-    rows = torch.baddbmm(_real_bias(bias1)[..., None], _real_matrix(weight1).mT, rows).relu_()
-    rows = torch.baddbmm(_real_bias(bias2)[..., None], _real_matrix(weight2).mT, rows)
-    return rows.view(height, 2, width, count, batch, channels).permute(1, 3, 4, 0, 2, 5)
+    weight1, weight2 = (resize_token_weight(weight, (height, width)).to(bands.dtype) for weight in (weight1, weight2))
+    bias1, bias2 = (resize_token_bias(bias, (height, width)).to(bands.dtype) for bias in (bias1, bias2))
+    with autocast_off(bands):
+        rows = bands.permute(3, 0, 4, 1, 2, 5).reshape(height, 2 * width, -1)
+        rows = torch.baddbmm(real_bias(bias1)[..., None], real_matrix(weight1).mT, rows).relu_()
+        rows = torch.baddbmm(real_bias(bias2)[..., None], real_matrix(weight2).mT, rows)
+        return rows.view(height, 2, width, count, batch, channels).permute(1, 3, 4, 0, 2, 5)
 
 
-class ScatteringMixer(nn.Module):
+def resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
+    """(2, h, w, w), rows, positions summed over and positions produced, to (2, *half, half width).
+
+    Bicubic along each axis; multiplied by old / new width, which keeps the size of the sum.
+    """
+    return weight if weight.shape[1:3] == half else resampled(_resize_token_weight, weight, half)
+
+
+def _resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
+    rows, width = half
+    square = torch.stack([resize_image(part, (width, width), align_corners=False) for part in weight])
+    flat = resize_image(square.flatten(2), (rows, width * width), align_corners=False)
+    return flat.unflatten(2, (width, width)) * (weight.shape[2] / width)
+
+
+def resize_token_bias(bias: Tensor, half: Grid) -> Tensor:
+    """(2, h, w) to (2, *half), bicubic."""
+    return bias if bias.shape[1:] == half else resize_image(bias, half, align_corners=False)
+
+
+class TensorBlending(nn.Module):
+    """Every coefficient of the bands (2, 6, B, h, w, C) times a weight of its own, (2, 6, h, w, C).
+
+    Real part with real weight, imaginary with imaginary. For bands of another grid the weights are resampled.
+    """
+
+    def __init__(self, half: Grid, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(2, 6, *half, channels))
+
+    def forward(self, bands: Tensor) -> Tensor:
+        weight = resize_bands_weight(self.weight, bands.shape[3:5])
+        return bands * weight.to(bands.dtype)[:, :, None]
+
+
+@torch.fx.wrap
+def resize_low_pass(low_pass: Tensor, grid: Grid) -> Tensor:
+    """(H', W', C) for another even grid, bicubic."""
+    return low_pass if low_pass.shape[:2] == grid else resampled(_resize_plane, low_pass, grid)
+
+
+def _resize_plane(plane: Tensor, grid: Grid) -> Tensor:
+    return resize_grid(plane, grid, align_corners=False)
+
+
+@torch.fx.wrap
+def resize_bands_weight(weight: Tensor, half: Grid) -> Tensor:
+    """(2, 6, h, w, C) to (2, 6, *half, C), bicubic."""
+    return weight if weight.shape[2:4] == half else resampled(_resize_bands_weight, weight, half)
+
+
+def _resize_bands_weight(weight: Tensor, half: Grid) -> Tensor:
+    planes = [_resize_plane(plane, half) for plane in weight.flatten(0, 1)]
+    return torch.stack(planes).unflatten(0, (2, 6))
+
+
+class ScatteringMixer(GridMixer):
     """Wavelet transform of the token grid with learned blending of its bands: (B, H, W, C) to (B, H, W, C).
 
-    The low-pass image is multiplied by `low_pass` (H', W', C) (tensor blending; H', W' even), the high-pass
-    bands go through Einstein blending. mixing: "channel"; "token"; or "channel_token", where the first half
-    of the channels takes a depthwise 3x3 convolution, the other half scattering with channel blending and
-    then token blending, and the two are interleaved channel by channel. Computed in float32 with autocast
-    off, but for the convolution. ValueError for an unknown mixing or backend, and for channels that make no
-    whole blocks.
+    The low-pass image is multiplied by `low_pass` (H', W', C) (tensor blending; H', W' even). `mixing` says what
+    the high-pass bands go through: "channel" or "token", Einstein blending over channels or over tokens; "tensor",
+    tensor blending as well; "channel_token", both Einstein blendings, or "token_half", the second alone, on half
+    of the channels, while the other half takes a depthwise 3x3 convolution and the two are interleaved channel by
+    channel. Computed in float32 with autocast off, but for the convolution.
+
+    ValueError for an unknown mixing or backend, and for channels that make no whole blocks.
     """
 
     def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel", backend: str = "native"):
@@ -97,107 +158,69 @@ class ScatteringMixer(nn.Module):
         check_mixing(mixing)
         if backend not in WAVELET_BACKENDS:
             raise ValueError(f"the wavelet backend is one of {', '.join(WAVELET_BACKENDS)}, not {backend!r}")
+        parts = MIXINGS[mixing]
+        self.halved = "conv" in parts
+        multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in parts else 1)
+        if dim % multiple:
+            raise ValueError(f"mixing={mixing!r} takes a multiple of {multiple} channels, not {dim}")
         self.grid_size = grid_size
         self.mixing = mixing
-        channels = dim // 2 if mixing == "channel_token" else dim
-        if dim % MIXINGS[mixing]:
-            raise ValueError(f"mixing={mixing!r} takes a multiple of {MIXINGS[mixing]} channels, not {dim}")
+        channels = dim // 2 if self.halved else dim
         height, width = padded_grid(grid_size)
         self.wavelet = WAVELET_BACKENDS[backend](grid_size)
         self.low_pass = nn.Parameter(0.02 * torch.randn(height, width, channels))
-        if mixing != "token":
+        if "channel_blend" in parts:
             self.channel_blend = EinsteinBlending(CHANNEL_BLOCKS, channels // CHANNEL_BLOCKS, "channels")
-        if mixing != "channel":
+        if "token_blend" in parts:
             self.token_blend = EinsteinBlending(height // 2, width // 2, "tokens")
-        if mixing == "channel_token":
+        if "tensor_blend" in parts:
+            self.tensor_blend = TensorBlending((height // 2, width // 2), channels)
+        if self.halved:
             self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mixing != "channel_token":
-            return self._scatter(x)
+        if not self.halved:
+            return self.scatter(x)
         local, spectral = x.chunk(2, -1)
         local = self.conv(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return torch.stack((local, self._scatter(spectral)), -1).flatten(-2)
+        return torch.stack((local, self.scatter(spectral)), -1).flatten(-2)
 
-    def _scatter(self, x: Tensor) -> Tensor:
-        grid = (x.shape[1], x.shape[2])
-        low_pass, token_weights = self._grid_weights(grid)
-        with autocast_off(x):
-            if self._runs_in_slices(x):
-                return self._scatter_in_slices(x)
-            low, high = self.wavelet(full_precision(x))
-            if self.mixing != "token":
-                high = self.channel_blend(high)
-            if self.mixing != "channel":
-                high = self.token_blend(high, token_weights)
-            return self.wavelet.inverse(low * low_pass.to(low.dtype), high, grid).to(x.dtype)
+    def scatter(self, x: Tensor) -> Tensor:
+        """Transform, blending, inverse transform."""
+        low, bands = self.wavelet(full_precision(x))
+        low = low * resize_low_pass(self.low_pass, low.shape[1:3]).to(low.dtype)
+        return self.wavelet.inverse(low, self.blend(bands), x.shape[1:3]).to(x.dtype)
 
-    def _runs_in_slices(self, x: Tensor) -> bool:
-        """Where that may be, for channel blending on the grid of construction."""
-        return (
-            self.mixing == "channel"
-            and isinstance(self.wavelet, DTCWT)
-            and may_slice(x, self.wavelet, self.channel_blend)
-            and x.shape[1:3] == self.grid_size
-            and x.dtype == self.low_pass.dtype
-        )
+    def blend(self, bands: Tensor) -> Tensor:
+        """Blend the bands (2, 6, B, h, w, C)."""
+        for part in MIXINGS[self.mixing]:
+            bands = bands if part == "conv" else self.get_submodule(part)(bands)
+        return bands
 
-    def _scatter_in_slices(self, x: Tensor) -> Tensor:
-        matrices = (self.wavelet.matrices(name, self.grid_size, x) for name in ("analysis", "synthesis"))
-        layers = self.channel_blend.real_layers()
-        # The low-pass image is multiplied by sqrt(2) going in and coming out.
-        low_weight = 2 * in_order_of_phase(self.low_pass)
-        return ScatterInSlices.apply(x, torch.is_grad_enabled(), *chain(*matrices), low_weight, *layers)
-
-    def _grid_weights(self, grid: Grid) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """`low_pass` and, away from the grid of construction, the token blending weights, resampled."""
-        if grid == self.grid_size:
-            return self.low_pass, None
-        weights = self.resize_weights(self._weights_of_grid(), grid)
-        low_pass = weights.pop("low_pass")
-        return low_pass, {name.removeprefix("token_blend."): value for name, value in weights.items()}
-
-    def _weights_of_grid(self) -> dict[str, Tensor]:
-        return {
-            name: weight
-            for name, weight in self.named_parameters()
-            if name == "low_pass" or name.startswith("token_blend.")
-        }
-
-    @torch.no_grad()
     def set_grid_size(self, grid_size: Grid) -> None:
         """Resample all weights that depend on the grid to another (H, W) for good."""
-        old = self._weights_of_grid()
-        for name, weight in self.resize_weights(old, grid_size).items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(self.get_submodule(owner), leaf, nn.Parameter(weight, old[name].requires_grad))
+        super().set_grid_size(grid_size)
         self.wavelet.set_grid_size(grid_size)
-        self.grid_size = grid_size
 
     @staticmethod
     def resize_weights(weights: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
         """Those of the mixer's weights that depend on the grid, for another (H, W). The others pass through.
 
         The authors released no rule for scattering; this is ours, modelled on theirs for position embeddings:
-        bicubic, align_corners=False, along each axis. A token blending sums over the positions of a row: its
-        weights are multiplied by old / new width, which keeps the size of the sum.
+        bicubic, align_corners=False, along each axis.
         """
         height, width = padded_grid(grid)
         half = (height // 2, width // 2)
+        rules = {
+            "low_pass": (3, resize_low_pass, (height, width)),
+            "token_blend.weight1": (4, resize_token_weight, half),
+            "token_blend.weight2": (4, resize_token_weight, half),
+            "token_blend.bias1": (3, resize_token_bias, half),
+            "token_blend.bias2": (3, resize_token_bias, half),
+            "tensor_blend.weight": (5, resize_bands_weight, half),
+        }
         resized = dict(weights)
-        for name, weight in weights.items():
-            if name == "low_pass" and weight.ndim == 3 and weight.shape[:2] != (height, width):
-                resized[name] = resize_grid(weight, (height, width), align_corners=False)
-            elif name.startswith("token_blend.bias") and weight.ndim == 3 and weight.shape[1:] != half:
-                resized[name] = resize_image(weight, half, align_corners=False)
-            elif name.startswith("token_blend.weight") and weight.ndim == 4 and weight.shape[1:3] != half:
-                resized[name] = _resize_token_weight(weight, half)
+        for name, (ndim, resize, size) in rules.items():
+            if name in weights and weights[name].ndim == ndim:
+                resized[name] = resize(weights[name], size)
         return resized
-
-
-def _resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
-    """(2, h, w, w) to (2, *half, half width): rows, positions summed over and positions produced."""
-    rows, width = half
-    square = torch.stack([resize_image(part, (width, width), align_corners=False) for part in weight])
-    flat = resize_image(square.flatten(2), (rows, width * width), align_corners=False)
-    return flat.unflatten(2, (width, width)) * (weight.shape[2] / width)

@@ -52,13 +52,14 @@ def padded_grid(grid: Grid) -> Grid:
 
 
 def _filter_matrix(taps: tuple[float, ...], size: int) -> Tensor:
-    """(size, size) float64 matrix that filters `size` samples extended half-sample symmetrically."""
+    """(size, size) float64 matrix, on the CPU, that filters `size` samples extended half-sample symmetrically."""
     half = len(taps) // 2
-    place = torch.arange(size)[:, None] + torch.arange(-half, half + 1)
+    here = {"device": "cpu"}  # whatever device a model is being built on
+    place = torch.arange(size, **here)[:, None] + torch.arange(-half, half + 1, **here)
     place = place % (2 * size)
     place = torch.where(place < size, place, 2 * size - 1 - place)
-    values = torch.tensor(taps, dtype=torch.float64).expand(size, -1)
-    return torch.zeros(size, size, dtype=torch.float64).scatter_add(1, place, values)
+    values = torch.tensor(taps, dtype=torch.float64, **here).expand(size, -1)
+    return torch.zeros(size, size, dtype=torch.float64, **here).scatter_add(1, place, values)
 
 
 def _even_then_odd(matrix: Tensor) -> Tensor:
@@ -83,70 +84,95 @@ def synthesis_matrix(size: int) -> Tensor:
     return torch.cat([_even_then_odd(_filter_matrix(taps, even).T).T for taps in SYNTHESIS], 1)[:size]
 
 
-MATRICES = {"analysis": analysis_matrix, "synthesis": synthesis_matrix}
-
-
-# Of a grid filtered along both axes, 16 phases: low even, low odd, high even, high odd rows by the same columns.
-# Each of the images lh, hh, hl has four, a b over c d, the pixels of its 2x2 squares, and becomes two bands.
-_IMAGES = (((8, 9, 12, 13), (0, 5)), ((10, 11, 14, 15), (1, 4)), ((2, 3, 6, 7), (2, 3)))
-LOW_PHASES = (0, 1, 4, 5)
-
-Sums = dict[int, tuple[Callable[..., Tensor], int, int]]
-
-
-def _sums() -> tuple[Sums, Sums]:
-    """What to add or subtract for the planes of the bands (6 real, 6 imaginary) and, back, for the phases."""
-    planes: Sums = {}
-    phases: Sums = {}
-    for (a, b, c, d), (one, other) in _IMAGES:
-        planes |= {one: (torch.sub, a, d), 6 + one: (torch.add, b, c)}
-        planes |= {other: (torch.add, a, d), 6 + other: (torch.sub, b, c)}
-        phases |= {a: (torch.add, one, other), d: (torch.sub, other, one)}
-        phases |= {b: (torch.add, 6 + one, 6 + other), c: (torch.sub, 6 + one, 6 + other)}
-    return dict(sorted(planes.items())), dict(sorted(phases.items()))
-
-
-PLANES_OF_PHASES, PHASES_OF_PLANES = _sums()
-
-
 def multiply(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
     """(n, m) matrix times dim 1 or 2, of m entries, of (B, H, W, C): batched products without copies."""
     batch = x.flatten(2) if dim == 1 else x.flatten(0, 1)
-    product = torch.bmm(matrix.expand(len(batch), -1, -1), batch)
+    product = torch.bmm(matrix.expand(batch.shape[0], -1, -1), batch)
     return product.unflatten(2, x.shape[2:]) if dim == 1 else product.unflatten(0, x.shape[:2])
 
 
-def phases_of(filtered: Tensor) -> list[Tensor]:
-    """The 16 phases (B, H/2, W/2, C) of a grid (B, 2H, 2W, C) filtered along both axes, as views."""
+# The pixels a b over c d of all 2x2 squares of an image, (B, H/2, W/2, C) each. Of an image filtered high-pass they
+# make two complex numbers.
+Square = tuple[Tensor, Tensor, Tensor, Tensor]
+Complex = tuple[Tensor, Tensor]  # real and imaginary part
+
+
+def images_of(filtered: Tensor) -> tuple[Square, Square, Square, Square]:
+    """The images ll, lh, hl, hh in a grid (B, 2H, 2W, C) filtered along both axes, as views.
+
+    The first letter says how the height was filtered, low-pass or high-pass, the second how the width was. Along
+    each axis lie the even low-pass samples, the odd ones, the even high-pass samples and the odd ones.
+    """
     rows = filtered.unflatten(1, (4, -1)).unbind(1)
-    return [phase for row in rows for phase in row.unflatten(2, (4, -1)).unbind(2)]
+    low_even, low_odd, high_even, high_odd = (row.unflatten(2, (4, -1)).unbind(2) for row in rows)
+    return (
+        (*low_even[:2], *low_odd[:2]),
+        (*low_even[2:], *low_odd[2:]),
+        (*high_even[:2], *high_odd[:2]),
+        (*high_even[2:], *high_odd[2:]),
+    )
 
 
-def phases_of_image(image: Tensor) -> list[Tensor]:
-    """The upper left, upper right, lower left, lower right pixels of all 2x2 squares, as views."""
-    return [phase for row in image.unflatten(1, (-1, 2)).unbind(2) for phase in row.unflatten(2, (-1, 2)).unbind(3)]
+def _filtered(ll: Square, lh: Square, hl: Square, hh: Square) -> Tensor:
+    """The grid in which `images_of` finds these images."""
+    rows = [(*one[i : i + 2], *other[i : i + 2]) for one, other in ((ll, lh), (hl, hh)) for i in (0, 2)]
+    return torch.cat([torch.cat(row, 2) for row in rows], 1)
 
 
-def in_order_of_phase(image: Tensor) -> Tensor:
-    """(H, W, C) with its even rows before its odd ones, and its even columns before its odd ones."""
-    return image.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).permute(1, 0, 3, 2, 4).reshape(image.shape)
+def _complex_pair(square: Square) -> tuple[Complex, Complex]:
+    a, b, c, d = square
+    return (a - d, b + c), (a + d, b - c)
+
+
+def _square(first: Complex, second: Complex) -> Square:
+    """The transpose of `_complex_pair`."""
+    (real1, imaginary1), (real2, imaginary2) = first, second
+    return real1 + real2, imaginary1 + imaginary2, imaginary1 - imaginary2, real2 - real1
 
 
 def _to_bands(filtered: Tensor) -> tuple[Tensor, Tensor]:
     """A grid (B, 2H, 2W, C) filtered along both axes as low-pass image and bands (2, 6, B, H/2, W/2, C)."""
-    phases = phases_of(filtered)
-    a, b, c, d = (phases[i] for i in LOW_PHASES)
+    (a, b, c, d), lh, hl, hh = images_of(filtered)
     low = torch.stack((torch.stack((a, b), 3), torch.stack((c, d), 3)), 2).flatten(3, 4).flatten(1, 2)
-    planes = [operation(phases[i], phases[j]) for operation, i, j in PLANES_OF_PHASES.values()]
-    return math.sqrt(2) * low, torch.stack(planes).unflatten(0, (2, 6))
+    (at15, at165), (at45, at135), (at75, at105) = map(_complex_pair, (hl, hh, lh))
+    real, imaginary = zip(at15, at45, at75, at105, at135, at165, strict=True)
+    return math.sqrt(2) * low, torch.stack(real + imaginary).unflatten(0, (2, 6))
 
 
 def _from_bands(low: Tensor, bands: Tensor) -> Tensor:
     """The transpose of `_to_bands`, which undoes it up to a factor of 2."""
+    rows = (math.sqrt(2) * low).unflatten(1, (-1, 2)).unbind(2)
+    ll = tuple(pixels for row in rows for pixels in row.unflatten(2, (-1, 2)).unbind(3))
     planes = bands.flatten(0, 1).unbind()
-    phases = dict(zip(LOW_PHASES, phases_of_image(math.sqrt(2) * low), strict=True))
-    phases |= {k: operation(planes[i], planes[j]) for k, (operation, i, j) in PHASES_OF_PLANES.items()}
-    return torch.cat([torch.cat([phases[4 * row + i] for i in range(4)], 2) for row in range(4)], 1)
+    at15, at45, at75, at105, at135, at165 = zip(planes[:6], planes[6:], strict=True)
+    return _filtered(ll, _square(at75, at105), _square(at15, at165), _square(at45, at135))
+
+
+def fitting(matrix: Tensor, build: Callable[[int], Tensor], size: int, like: Tensor) -> Tensor:
+    """The matrix, if it is for a signal of `size` samples in the dtype of `like`, else one that is."""
+    return matrix if min(matrix.shape) == size and matrix.dtype == like.dtype else build(size).to(like)
+
+
+@torch.fx.wrap
+def analyse(x: Tensor, matrix_height: Tensor, matrix_width: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, W, C) to low-pass image and bands, see `DTCWT`."""
+    with autocast_off(x):
+        signal = full_precision(x)
+        height = fitting(matrix_height, analysis_matrix, x.shape[1], signal)
+        width = fitting(matrix_width, analysis_matrix, x.shape[2], signal)
+        low, bands = _to_bands(multiply(height, multiply(width, signal, 2), 1))
+        return low.to(x.dtype), bands.to(x.dtype)
+
+
+@torch.fx.wrap
+def synthesise(low: Tensor, bands: Tensor, grid: Grid, matrix_height: Tensor, matrix_width: Tensor) -> Tensor:
+    """Low-pass image and bands to (B, H, W, C), see `DTCWT.inverse`."""
+    with autocast_off(low):
+        image = full_precision(low)
+        height = fitting(matrix_height, synthesis_matrix, grid[0], image)
+        width = fitting(matrix_width, synthesis_matrix, grid[1], image)
+        filtered = _from_bands(image, full_precision(bands))
+        return multiply(width, multiply(height, filtered, 1), 2).to(low.dtype)
 
 
 class DTCWT(nn.Module):
@@ -160,46 +186,34 @@ class DTCWT(nn.Module):
 
     def __init__(self, grid_size: Grid):
         super().__init__()
-        self._set_matrices(grid_size)
-
-    def _set_matrices(self, grid_size: Grid, device: torch.device | None = None) -> None:
-        self.grid_size = grid_size
-        for axis, size in enumerate(grid_size):
-            for name, build in MATRICES.items():
-                matrix = build(size).to(device, torch.float32)
-                self.register_buffer(f"{name}{axis}", matrix, persistent=False)
+        for name in ("analysis_height", "analysis_width", "synthesis_height", "synthesis_width"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self.set_grid_size(grid_size)
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Prepare the matrices of another (H, W)."""
-        self._set_matrices(grid_size, self.analysis0.device)
+        self.grid_size = grid_size
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the matrices where they are: timm's hook for what loads a model that was built on meta."""
+        device, (height, width) = self.analysis_height.device, self.grid_size
+        self.analysis_height = analysis_matrix(height).to(device, torch.float32)
+        self.analysis_width = analysis_matrix(width).to(device, torch.float32)
+        self.synthesis_height = synthesis_matrix(height).to(device, torch.float32)
+        self.synthesis_width = synthesis_matrix(width).to(device, torch.float32)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        # A cast to half precision, or materialising from the meta device, must not change the filters.
-        self._set_matrices(self.grid_size, self.analysis0.device)
+        self.init_non_persistent_buffers()  # which a cast to half precision, or `to_empty`, must not change
         return self
 
-    def matrices(self, name: str, grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Those that filter the columns and the rows of a grid, in the dtype of `like`."""
-        if grid == self.grid_size and like.dtype == torch.float32:
-            return getattr(self, f"{name}0"), getattr(self, f"{name}1")
-        rows, columns = (MATRICES[name](size).to(like) for size in grid)
-        return rows, columns
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast_off(x):
-            signal = full_precision(x)
-            rows, columns = self.matrices("analysis", (x.shape[1], x.shape[2]), signal)
-            low, bands = _to_bands(multiply(rows, multiply(columns, signal, 2), 1))
-            return low.to(x.dtype), bands.to(x.dtype)
+        return analyse(x, self.analysis_height, self.analysis_width)
 
     def inverse(self, low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
         """The (B, H, W, C) signal of a low-pass image and its bands; `grid` = (H, W), which may be odd."""
-        with autocast_off(low):
-            image = full_precision(low)
-            rows, columns = self.matrices("synthesis", grid, image)
-            filtered = _from_bands(image, full_precision(bands))
-            return multiply(columns, multiply(rows, filtered, 1), 2).to(low.dtype)
+        return synthesise(low, bands, grid, self.synthesis_height, self.synthesis_width)
 
 
 @lru_cache

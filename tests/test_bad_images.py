@@ -1,8 +1,10 @@
 """Unreadable images: named and refused, or skipped and counted on request; odd ones decoded right."""
 
+import gc
 import io
 import json
 import multiprocessing
+import os
 import signal
 import struct
 import subprocess
@@ -16,9 +18,12 @@ import pytest
 from PIL import Image
 from test_datasets import arguments, make_tree
 
-from datasets import BadImage, build_data, read_image
+from datasets import build_data
+from inputs.images import BadImage, read_image
+from runtime.processes import Distributed
 from tools import verify_dataset
-from utils import Distributed, UserError
+from training.console import skipped_files
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +77,17 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
     for path in (tmp_path / "gone.jpg", tmp_path):
         with pytest.raises(BadImage, match=str(path)):
             read_image(str(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_does_not_block(tmp_path, kind):
+    path = tmp_path / "image.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(BadImage, match=f"{path}: cannot be read as an image: .*not a regular file"):
+        read_image(str(path))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +189,7 @@ def test_skipping_is_deterministic_counted_and_never_gives_a_label_of_another_im
     assert all(index not in bad and target == dataset.labels[index] for index, target, _ in expected)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and all(line.startswith(f"skipped: {damaged}/train/") for line in told)
-    assert data.skipped(Distributed()).startswith("2 unreadable images were skipped")
+    assert skipped_files(data.train, Distributed()).startswith("2 unreadable images were skipped")
     assert set(data.train.skipped) == {dataset.path(index) for index in bad}
 
     in_workers = loaders(damaged, skip_bad_images=True, num_workers=2)
@@ -205,10 +221,51 @@ def test_evaluation_never_skips(damaged, workers):
         list(data.val)
 
 
+@pytest.mark.parametrize("size", [(12_000, 1), (1, 12_000)])
+def test_an_elongated_image_is_evaluated_in_bounded_memory(tmp_path, size):
+    pixels = tmp_path / "image.png"
+    Image.effect_noise(size, 100).convert("RGB").save(pixels)
+    used = subprocess.run(
+        [sys.executable, "-c", ELONGATED.format(root=str(ROOT), path=str(pixels))], capture_output=True, check=True
+    )
+    assert int(used.stdout) < 500 * 2**20
+
+
+ELONGATED = """
+import resource, sys; sys.path.insert(0, {root!r})
+from inputs.images import read_image
+from inputs.transforms import build_transform
+
+image, transform = read_image({path!r}), build_transform(False, 128, normalize=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert transform(image).shape == (3, 128, 128)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_an_image_that_cannot_even_be_resized_in_parts_is_refused_by_name(damaged):
+    path = damaged / "val" / "dog" / "0.png"
+    Image.new("RGB", (500_000, 1)).save(path)
+    with pytest.raises(BadImage, match=f"{path}: 500000x1 pixels are too elongated to be resized to 18000000x36"):
+        list(loaders(damaged, input_size=(36, 36), eval_crop_pct=1.0).val)
+
+
+def test_training_skips_an_image_too_elongated_for_a_gentle_crop(tmp_path):
+    make_tree(tmp_path, images=3)
+    path = tmp_path / "train" / "cat" / "1.png"
+    Image.new("RGB", (1_200_000, 1)).save(path)
+    with pytest.raises(BadImage, match=f"{path}: 1200000x1 pixels are too elongated"):
+        list(loaders(tmp_path).train.epoch(0))
+    data = loaders(tmp_path, skip_bad_images=True)
+    list(data.train.epoch(0))
+    assert data.train.skipped.keys() == {str(path)}
+
+
 # ---------------------------------------------------------------------------------------------------- workers
 
 
 def start_workers(folder):
+    gc.collect()  # loaders of other tests, which the traceback of their error keeps alive
     data = loaders(folder, num_workers=2)
     batches = data.train.epoch(0)
     return data, batches, [process.pid for process in multiprocessing.active_children()]
@@ -232,22 +289,50 @@ def test_workers_leave_signals_to_the_main_process(tmp_path):
     assert not workers[0].is_alive()
 
 
-ORPHANS = """
+MAIN = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import multiprocessing, time
+import multiprocessing, os, signal, subprocess, time
 from pathlib import Path
+if not {tells_sender}:
+    del signal.sigtimedwait  # as on macOS
 from test_bad_images import loaders
 data = loaders(Path({folder!r}), num_workers=2)
 batches = data.train.epoch(0)
-next(batches)
-print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+received = [next(batches), next(batches)]
+workers = multiprocessing.active_children()
+"""
+SIGNALLED = """
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda *_: None)
+    subprocess.run(["kill", f"-{number.value}", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
+time.sleep(0.2)
+received += list(batches)
+print(len(received), [worker.is_alive() for worker in workers], flush=True)
+workers[0].terminate()
+workers[0].join(10)
+print(workers[0].is_alive(), flush=True)
+"""
+ORPHANS = """
+print(*(worker.pid for worker in workers), flush=True)
 time.sleep(60)
 """
 
 
-def test_workers_end_with_a_killed_main_process(tmp_path):
-    script = ORPHANS.format(root=str(ROOT), folder=str(make_tree(tmp_path, images=12)))
-    main = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+def start_main(tmp_path, then: str, tells_sender: bool) -> subprocess.Popen:
+    folder = make_tree(tmp_path, images=12)
+    script = MAIN.format(root=str(ROOT), folder=str(folder), tells_sender=tells_sender) + then
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize("tells_sender", [True, False])
+def test_what_is_sent_to_the_whole_job_is_left_to_the_main_process(tmp_path, tells_sender):
+    told, _ = start_main(tmp_path, SIGNALLED, tells_sender).communicate(timeout=120)
+    assert told.splitlines() == ["4 [True, True]", "False"]
+
+
+@pytest.mark.parametrize("tells_sender", [True, False])
+def test_workers_end_with_a_killed_main_process(tmp_path, tells_sender):
+    main = start_main(tmp_path, ORPHANS, tells_sender)
     workers = [int(pid) for pid in main.stdout.readline().split()]
     assert len(workers) == 2
     main.kill()
@@ -295,7 +380,7 @@ def test_the_tool_looks_through_any_folder(damaged, capsys):
 
 
 def test_the_tool_as_a_command_exits_2_at_mistakes(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "verify_dataset.py"), "--data-path", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "tools.verify_dataset", "--data-path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import benchmark
+from tools.benchmark import __main__ as benchmark
+from tools.benchmark.contenders import Contender
+from tools.benchmark.memory import peak_memory
+from tools.benchmark.settings import Settings
+from tools.benchmark.stopwatch import speed_ratio
 from utils import UserError
 
 TINY = ["--img-size", "32", "--batch-size", "2", "--threads", "1"]
@@ -36,8 +40,8 @@ def test_models_are_measured_side_by_side(tmp_path, capsys):
 
 
 def test_peak_memory_counts_weights_gradients_and_optimiser_state():
-    contender = benchmark.Contender.parse("spectformer_ti", benchmark.Settings(batch_size=1, img_size=32))
-    assert benchmark.peak_memory(contender, True, 1) > 4 * 8.888 * 4 / 1.05  # four copies of the parameters
+    contender = Contender.parse("spectformer_ti", Settings(batch_size=1, img_size=32))
+    assert peak_memory(contender, True, 1) > 4 * 8.888 * 4 / 1.05  # four copies of the parameters
 
 
 def test_layers_are_measured_against_plain_ones(tmp_path, capsys):
@@ -67,7 +71,7 @@ def test_unknown_contender_is_named(label):
 
 def test_ratio_is_the_median_of_the_rounds_ratios():
     seconds = {"a": [1.0, 10.0, 1.0], "b": [2.0, 30.0, 2.0]}
-    assert benchmark.speed_ratio(seconds, "a", "b") == 2
+    assert speed_ratio(seconds, "a", "b") == 2
 
 
 def test_suite_is_run_in_processes_of_its_own_into_one_report(tmp_path, monkeypatch, capfd):
@@ -75,7 +79,7 @@ def test_suite_is_run_in_processes_of_its_own_into_one_report(tmp_path, monkeypa
     monkeypatch.setitem(benchmark.SUITES, "cpu", runs)
     benchmark.main(["--suite", "cpu", "--json", str(tmp_path / "out.json")])
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [run["command"] for run in written["runs"]] == [f"tools/benchmark.py {words}" for words in runs]
+    assert [run["command"] for run in written["runs"]] == [f"python -m tools.benchmark {words}" for words in runs]
     assert [sorted(run["ratios"]) for run in written["runs"]] == [["inference"], ["training"]]
     assert written["machine"]["threads"] and all(words in capfd.readouterr().out for words in runs[:1])
 

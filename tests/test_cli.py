@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import detection.flags
 import main_spectformer
 import main_svt
 import main_transfer
-from cli import build_parser, parse_args
+from training.classification_flags import FLAGS
+from training.options import build_parser, parse_args
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +19,7 @@ MAINS = (main_spectformer, main_svt, main_transfer)
 
 
 def parse(*words, main=main_spectformer):
-    return parse_args(words, main.DEFAULTS, "test")
+    return parse_args(FLAGS, words, main.RECIPE)
 
 
 def config(tmp_path, text):
@@ -109,8 +111,6 @@ def test_published_commands_parse_verbatim():
         "1",
         "--warmup-epochs",
         "5",
-        "--finetune",
-        "CKPT",
         main=main_transfer,
     )
     assert (args.data_set, args.classifier, args.lr) == ("CARS", "new", 1e-4)
@@ -127,8 +127,6 @@ def test_published_commands_parse_verbatim():
         "5e-6",
         "--epochs",
         "30",
-        "--finetune",
-        "CKPT",
     )
     assert (args.input_size, args.finetune_mode) == ((384, 384), "eval")
 
@@ -140,14 +138,16 @@ def test_underscores_and_hyphens_are_the_same_flag():
 
 
 def test_the_strongest_layer_wins(tmp_path):
-    """Parser < main < token labels < config < command line."""
+    """Parser < file < command line; what a flag implies is as strong as the place where it stands."""
     assert parse(main=main_svt).repeated_aug
     labels = ("--token-label", "--token-label-data", "maps")
     assert not parse(*labels, main=main_svt).repeated_aug
     path = config(tmp_path, "repeated-aug: true\nlr: 5e-3\nepochs: 7\n")
     args = parse(*labels, path, "--epochs", "9", main=main_svt)
-    assert (args.repeated_aug, args.lr, args.epochs) == (True, 5e-3, 9)
-    assert parse(path, "--no-repeated-aug", *labels, main=main_svt).repeated_aug is False
+    assert (args.repeated_aug, args.lr, args.epochs, args.reprob) == (False, 5e-3, 9, 0)
+    assert parse(path, "--repeated-aug", *labels, main=main_svt).repeated_aug
+    path = config(tmp_path, "repeated-aug: true\ntoken-label: true\ntoken-label-data: maps\n")
+    assert parse(path).repeated_aug and parse(path).mixup == 0
 
 
 def test_model_kwargs_of_the_command_line_change_single_ones_of_the_config(tmp_path):
@@ -234,19 +234,37 @@ def test_a_mistake_in_a_config_names_file_and_key(tmp_path, text, expected):
     assert "config.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_says_paper_accuracy_and_command_and_holds_only_deltas(path):
     text = path.read_text()
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    assert f"--config {path.relative_to(ROOT)}" in head
-    assert re.search(r"top-1|accuracy", head)
-    main = {main.__name__: main for main in MAINS}[re.search(r"(main_\w+)\.py --config", head).group(1)]
-    plain, configured = vars(parse(main=main)), vars(parse("--config", str(path), main=main))
+    assert re.search(rf"main_\w+\.py --config {path.relative_to(ROOT)}", head)
+    assert "https://arxiv.org/abs/" in head
+    assert re.search(r"top-1|accuracy|AP", head)
+    flags = detection.flags.FLAGS if path.parent.name == "detection" else FLAGS
+    plain, configured = vars(parse_args(flags, [])), vars(parse_args(flags, ["--config", str(path)]))
     keys = {key.replace("-", "_") for key in yaml.safe_load(text)}
-    assert {key for key in keys if configured[key] == plain[key]} <= {"arch"}
+    assert {key for key in keys if configured[key] == plain[key]} <= {"arch", "detector", "data_set"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.parent.name != "detection"], ids=lambda path: path.stem
+)
+def test_a_config_says_all_whichever_main_runs_it(path):
+    assert len({repr(parse("--config", str(path), main=main)) for main in MAINS}) == 1
+
+
+def test_the_evaluation_crop_is_the_models_own_whichever_main_runs_it():
+    for main in MAINS:
+        assert parse("--arch", "svt_h_s", main=main).eval_crop_pct == 0.96
+        assert parse("--arch", "spectformer_xs", main=main).eval_crop_pct == 0.875
+        assert parse("--arch", "svt_h_s", "--eval-crop-pct", "0.9", main=main).eval_crop_pct == 0.9
 
 
 @pytest.mark.parametrize("main", MAINS)
 def test_help_fits_eighty_columns(main):
-    text = build_parser(main.DEFAULTS, main.__doc__).format_help()
+    text = build_parser(FLAGS, main.RECIPE, main.__doc__).format_help()
     assert max(map(len, text.splitlines())) <= 80

@@ -4,8 +4,9 @@ import argparse
 import io
 import itertools
 import json
+import os
 import pickle
-import sys
+import shutil
 import tarfile
 
 import numpy as np
@@ -14,12 +15,17 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
-from timm.data import auto_augment
+from timm.data import auto_augment, create_transform
 from torchvision import datasets as vision
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
-from datasets import build_data, build_dataset, build_eval, build_transform, image_size
-from utils import Distributed, UserError, seeded
+from datasets import build_data, build_eval
+from inputs import resize
+from inputs.catalogue import build_dataset
+from inputs.transforms import build_transform, image_size
+from runtime.processes import Distributed
+from utils import UserError, seeded
 
 DEFAULTS = {
     "data_set": "DIGITS",
@@ -161,6 +167,62 @@ def test_an_empty_class_is_named(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir()
     with pytest.raises(UserError, match="no images in the folder of class ant"):
+        build_dataset("FOLDER", tmp_path, True)
+
+
+def test_images_come_in_torchvisions_order_also_through_links(tmp_path):
+    make_tree(tmp_path, ("ant", "bee"), images=3)
+    save_image(tmp_path / "train" / "ant" / "nest" / "deep" / "0.png", 20)
+    save_image(tmp_path / "train" / "ant" / "b.JPG", 21)
+    save_image(tmp_path / "elsewhere" / "7.png", 22)
+    (tmp_path / "train" / "ant" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "bee" / "again.png").symlink_to("0.png")
+    found = build_dataset("FOLDER", tmp_path, True)
+    expected = ImageFolder(str(tmp_path / "train")).samples
+    assert [(found.path(i), int(found.labels[i])) for i in range(len(found))] == expected
+    assert len(expected) == 3 + 3 + 4
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "../bee", "../bee/nest", "nest", "nest/deep"])
+def test_links_to_folders_that_are_there_already_give_no_image_twice(tmp_path, target):
+    make_tree(tmp_path, ("ant", "bee"))
+    for name in ("ant", "bee"):
+        save_image(tmp_path / "train" / name / "nest" / "deep" / "9.png", 9)
+    expected = samples(build_dataset("FOLDER", tmp_path, True))
+    for name in ("ant", "bee"):
+        (tmp_path / "train" / name / "0 link").symlink_to(target)
+        (tmp_path / "train" / name / "nest" / "link").symlink_to(tmp_path / "train" / "bee")
+    assert samples(build_dataset("FOLDER", tmp_path, True)) == expected
+
+
+def test_links_into_a_ring_outside_are_followed_once(tmp_path):
+    make_tree(tmp_path, ("ant", "bee"), images=1)
+    for name in ("x", "y"):
+        save_image(tmp_path / name / f"{name}.png", 20)
+    (tmp_path / "x" / "y").symlink_to(tmp_path / "y")
+    (tmp_path / "y" / "x").symlink_to(tmp_path / "x")
+    for name in ("x", "y"):
+        (tmp_path / "train" / "ant" / name).symlink_to(tmp_path / name)
+    found = build_dataset("FOLDER", tmp_path, True)
+    assert [found.path(i).rpartition("/")[2] for i in range(len(found))] == ["0.png", "x.png", "y.png", "0.png"]
+
+
+def test_a_class_that_is_a_link_to_all_of_them_is_named(tmp_path):
+    make_tree(tmp_path, splits=("train",))
+    (tmp_path / "train" / "ant").symlink_to(".")
+    with pytest.raises(UserError, match="no images in the folder of class ant"):
+        build_dataset("FOLDER", tmp_path, True)
+
+
+def test_file_names_that_are_not_unicode_are_read_and_class_names_refused(tmp_path):
+    make_tree(tmp_path)
+    odd = os.path.join(os.fsencode(tmp_path), b"train", b"cat", b"\xff\xfe.png")
+    shutil.copyfile(tmp_path / "train" / "cat" / "0.png", odd)
+    found = build_dataset("FOLDER", tmp_path, True)
+    assert [(os.fsencode(found.path(2)), samples(found)[2])] == [(odd, (0, 0))]
+    for split in ("train", "val"):
+        os.rename(tmp_path / split / "dog", os.path.join(os.fsencode(tmp_path), split.encode(), b"d\xf6g"))
+    with pytest.raises(UserError, match=r"the class name 'd\\udcf6g' is not UTF-8; rename it"):
         build_dataset("FOLDER", tmp_path, True)
 
 
@@ -314,6 +376,9 @@ class Hostile:
         pickle.dumps(7),
         pickle.dumps([]),
         pickle.dumps([("1.jpg", 5)]),
+        pickle.dumps({"train": [("1.jpg", 1), ("2.jpg", 1.7)], "test": []}),
+        pickle.dumps({"train": [("1.jpg", 1), ("2.jpg", "1_0")], "test": []}),
+        pickle.dumps({"train": [("1.jpg", 1), ("2.jpg", 3_000_000_000)], "test": []}),
     ],
 )
 def test_the_cars_pickle_executes_nothing_and_is_refused_by_name(tmp_path, monkeypatch, content):
@@ -388,9 +453,10 @@ def test_mistakes_with_inaturalist_are_named(tmp_path):
         build_dataset("INAT19", tmp_path, True, inat_category="species")
     with pytest.raises(UserError, match="train2018.json"):
         build_dataset("INAT", tmp_path, True)
-    (tmp_path / "val2019.json").write_text('{"images": [')
-    with pytest.raises(UserError, match="val2019.json: not readable as JSON"):
-        build_dataset("INAT19", tmp_path, False)
+    for damaged in ('{"images": [', "[" * 100_000):
+        (tmp_path / "val2019.json").write_text(damaged)
+        with pytest.raises(UserError, match="val2019.json: not readable as JSON"):
+            build_dataset("INAT19", tmp_path, False)
 
 
 # ---------------------------------------------------------------------------------------------------- sharded
@@ -402,7 +468,7 @@ def write_shard(path, entries) -> None:
         for key, number, label, in_json in entries:
             image = io.BytesIO()
             Image.new("RGB", (12, 10), colour(number)).save(image, "png")
-            text = json.dumps({"label": label}) if in_json else str(label)
+            text = f'{{"label": {label}}}' if in_json else str(label)
             for suffix, content in (("png", image.getvalue()), ("json" if in_json else "cls", text.encode())):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(content)
@@ -426,64 +492,41 @@ def test_tar_shards_are_read_by_position(tmp_path, listed):
     assert train.path(1) == f"{tmp_path}/birds-train-0000.tar/a/2.png"
 
 
+@pytest.mark.parametrize("in_json", [False, True])
+@pytest.mark.parametrize("label", ["1_0", "1.7", "-1", "3000000000", "9" * 400, "", "one", "true", "[0]", "\u0661"])
+def test_a_shards_label_that_is_no_class_number_is_named(tmp_path, label, in_json):
+    write_shard(tmp_path / "train-0.tar", [("a/1", 1, 0, in_json), ("a/2", 2, label, in_json)])
+    with pytest.raises(UserError, match=f"{tmp_path}/train-0.tar: not a readable shard: a/2: no label: ") as caught:
+        build_dataset("wds/", tmp_path, True)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_shards_member_whose_name_is_not_unicode_is_read(tmp_path):
+    write_shard(tmp_path / "train-0.tar", [("a/\udcff", 3, 0, False)])
+    found = build_dataset("wds/", tmp_path, True)
+    assert samples(found) == [(3, 0)]
+    assert os.fsencode(found.path(0)).endswith(b"train-0.tar/a/\xff.png")
+
+
+@pytest.mark.parametrize("name", ["**[", "/etc", "**x"])
+def test_a_name_of_shards_that_is_no_pattern_is_told_in_one_line(tmp_path, name):
+    with pytest.raises(UserError, match="--data-set wds/") as caught:
+        build_dataset(f"wds/{name}", tmp_path, True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_in_the_place_of_a_shard_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "train-0.tar")
+    with pytest.raises(UserError, match="train-0.tar: not a readable shard: .*not a regular file"):
+        build_dataset("wds/", tmp_path, True)
+
+
 def test_missing_and_damaged_shards_are_named(tmp_path):
     with pytest.raises(UserError, match=r"expected shards birds-train\*.tar"):
         build_dataset("wds/birds", tmp_path, True)
     (tmp_path / "train-0.tar").write_bytes(b"no shard" * 100)
     with pytest.raises(UserError, match="train-0.tar: not a readable shard"):
         build_dataset("wds/", tmp_path, True)
-
-
-HUGGING_FACE = """
-class Image:
-    def __init__(self, decode):
-        self.decode = decode
-
-class Labels:
-    names = ["cat", "dog"]
-
-class Info:
-    features = {"label": Labels()}
-    splits = None
-
-class Table(list):
-    info = Info()
-    def cast_column(self, name, feature):
-        return self
-    def __getitem__(self, key):
-        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
-
-def load_dataset(name, split, cache_dir):
-    if split != "train" and split != "validation":
-        raise ValueError(f"Unknown split {split!r}")
-    folder = f"{cache_dir}/{split}"
-    return Table({"image": {"path": f"{folder}/{i}.png"}, "label": i % 2} for i in range(3))
-"""
-
-
-def test_hugging_face_data_sets_beside_a_module_of_the_same_name(tmp_path, monkeypatch):
-    for split, first in (("train", 0), ("validation", 3)):
-        for i in range(3):
-            save_image(tmp_path / split / f"{i}.png", first + i)
-    (tmp_path / "site" / "datasets").mkdir(parents=True)
-    (tmp_path / "site" / "datasets" / "__init__.py").write_text(HUGGING_FACE)
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setitem(sys.modules, "datasets", sys.modules["datasets"])
-    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
-    train, val = (build_dataset("hfds/pets", tmp_path, split) for split in (True, False))
-    assert samples(train) == [(0, 0), (1, 1), (2, 0)] and samples(val) == [(3, 0), (4, 1), (5, 0)]
-    assert train.class_names == ("cat", "dog")
-    assert train.path(1) == "hfds/pets/train[1]"
-    assert sys.modules["datasets"].load_dataset
-    from datasets import build_data as still_ours
-
-    assert still_ours is build_data
-
-
-def test_without_hugging_faces_package_the_message_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name, path: None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        build_dataset("hfds/pets", tmp_path, True)
 
 
 # ------------------------------------------------------------------------------------------------- transforms
@@ -503,6 +546,34 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(size, crop_pct
         ]
     )
     assert torch.equal(build_transform(False, size, crop_pct=crop_pct, normalize=False)(photo()), expected(photo()))
+
+
+def test_an_image_size_is_one_number_or_two_or_text():
+    for size in (224, (224,), [224, 224], "224", "224x224", "224X224"):
+        assert image_size(size) == (224, 224)
+    assert image_size((192, 256)) == image_size("192x256") == (192, 256)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, -1, True, 10_000, (), (1, 2, 3), (1.5, 2), "", "x", "1x2x3", "-4", "4.0", "1_0", "\u0664", "99999", None],
+)
+def test_what_is_no_image_size_is_told(size):
+    with pytest.raises(UserError, match="no image size: pixels .224. or HEIGHTxWIDTH"):
+        image_size(size)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 64), (64, 40)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos"])
+def test_what_is_cropped_in_parts_is_what_is_cropped_from_the_whole(monkeypatch, size, interpolation):
+    options = {"interpolation": interpolation, "crop_pct": 0.9, "normalize": False}
+    whole, parts = create_transform(size, **options), build_transform(False, size, **options)
+    rng = np.random.RandomState(0)
+    for short, ratio in itertools.product((1, 2, 3, 7, 19), (9, 31)):
+        for shape in ((short, short * ratio + 1), (short * ratio + 2, short)):
+            image = Image.fromarray(rng.randint(0, 256, (*shape, 3), dtype=np.uint8))
+            monkeypatch.setattr(resize, "MAX_PIXELS", 9000)  # about four lines of the largest
+            assert torch.equal(parts(image), whole(image)), shape
 
 
 @pytest.mark.parametrize("train", [True, False])

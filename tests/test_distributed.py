@@ -47,6 +47,7 @@ def launch(module, processes, *flags):
         words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+    assert "Grad strides do not match" not in done.stderr  # of depthwise weights, whose memory is the same
     return done.stdout
 
 

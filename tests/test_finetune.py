@@ -6,8 +6,14 @@ from tiny_runs import DIGITS, TINY, TINY_SVT, last, train
 
 import engine
 import main_transfer
-from cli import parse_args
-from utils import Distributed, UserError
+from runtime.processes import Distributed
+from training.classification import Classification, full_model_kwargs
+from training.classification_flags import FLAGS
+from training.model import create_model, freeze_layers, layers_of
+from training.optimizer import build_optimizer, build_scheduler
+from training.options import parse_args
+from training.trainer import set_mode
+from utils import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +24,9 @@ def no_curves(monkeypatch):
 
 EPOCH = ["--epochs", "1", "--mixup", "0", "--cutmix", "0"]
 STILL = [*EPOCH, "--lr", "0", "--min-lr", "0", "--warmup-lr", "0", "--weight-decay", "0"]
+
+
+SMALL = [*DIGITS, "--arch", "spectformer-ti"]  # without the arguments that make TINY of it
 
 
 def transfer(directory, *flags, model=TINY):
@@ -58,8 +67,8 @@ def test_transfer_always_begins_with_a_new_classifier(tmp_path, pretrained):
 
 
 def test_transfer_from_a_token_label_model_drops_both_heads(tmp_path):
-    args = parse_args(TINY_SVT, {}, "test")
-    labelled = engine.create_model(args.arch, 5, args.input_size, args.model_kwargs | {"token_label": True})
+    args = parse_args(FLAGS, TINY_SVT)
+    labelled = create_model(args.arch, 5, args.input_size, args.model_kwargs | {"token_label": True})
     torch.save({"model": labelled.state_dict()}, tmp_path / "labelled.pth")
     transfer(tmp_path / "run", *STILL, "--freeze-bn", "--finetune", str(tmp_path / "labelled.pth"), model=TINY_SVT)
     assert changed(
@@ -90,11 +99,13 @@ def test_another_input_size_is_resized_to(tmp_path, pretrained):
 
 
 def modes(flags, model=TINY_SVT):
-    args = parse_args([*model, *flags], {}, "test")
-    kwargs = {"drop_path_rate": 0.1} | engine.full_model_kwargs(args)
-    net = engine.create_model(args.arch, 2, args.input_size, kwargs)
-    engine.freeze_layers(net, args.freeze_at)
-    engine.set_mode(net, args)
+    args = parse_args(FLAGS, [*model, *flags])
+    kwargs = {"drop_path_rate": 0.1} | full_model_kwargs(args)
+    net = create_model(args.arch, 2, args.input_size, kwargs)
+    freeze_layers(net, args.freeze_at)
+    task = Classification.__new__(Classification)  # of which only the flags matter here
+    task.args = args
+    set_mode(task, net, args)
     return net
 
 
@@ -102,16 +113,16 @@ def training(net, kind):
     return {module.training for module in net.modules() if type(module).__name__ == kind}
 
 
-def test_fine_tuning_keeps_the_model_in_evaluation_mode_unless_asked():
-    assert training(modes(["--finetune", "x"]), "BatchNorm2d") == {False}
-    assert training(modes(["--finetune", "x"]), "DropPath") == {False}
-    assert training(modes(["--finetune", "x", "--finetune-mode", "train"]), "BatchNorm2d") == {True}
+def test_fine_tuning_keeps_the_model_in_evaluation_mode_unless_asked(pretrained):
+    assert training(modes(["--finetune", str(pretrained)]), "BatchNorm2d") == {False}
+    assert training(modes(["--finetune", str(pretrained)]), "DropPath") == {False}
+    assert training(modes(["--finetune", str(pretrained), "--finetune-mode", "train"]), "BatchNorm2d") == {True}
     assert training(modes([]), "BatchNorm2d") == {True}
 
 
-def test_token_labels_can_be_fine_tuned_on_in_evaluation_mode():
+def test_token_labels_can_be_fine_tuned_on_in_evaluation_mode(pretrained):
     """Only the root is in training mode: it returns what the token-label loss needs."""
-    net = modes(["--finetune", "x", "--token-label", "--token-label-data", "maps"])
+    net = modes(["--finetune", str(pretrained), "--token-label", "--token-label-data", "maps"])
     assert training(net, "BatchNorm2d") == training(net, "DropPath") == {False}
     outputs = net(torch.zeros(2, 3, 32, 32), box=(0, 0, 1, 1))
     assert [tuple(logits.shape) for logits in outputs[:2]] == [(2, 2), (2, 1, 2)]
@@ -142,13 +153,13 @@ def test_more_layers_than_there_are_cannot_be_frozen():
 
 @pytest.mark.parametrize("model", [TINY, TINY_SVT])
 def test_the_rate_falls_by_a_factor_a_layer_from_the_head_to_the_stem(model):
-    args = parse_args([*model, "--layer-decay", "0.5", "--unscale-lr", "--lr", "1"], {}, "test")
-    net = engine.create_model(args.arch, 2, args.input_size, args.model_kwargs)
-    optimizer = engine.build_optimizer(args, net, Distributed())
-    engine.build_scheduler(args, optimizer).step(0)
+    args = parse_args(FLAGS, [*model, "--layer-decay", "0.5", "--unscale-lr", "--lr", "1"])
+    net = create_model(args.arch, 2, args.input_size, args.model_kwargs)
+    optimizer = build_optimizer(args, net, Distributed())
+    build_scheduler(args, optimizer, updates_per_epoch=4).step(0)
     names = {weight: name for name, weight in net.named_parameters()}
     rates = {names[weight]: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
-    layers = engine.layers_of(net)
+    layers = layers_of(net)
     assert len(rates) == len(names)
     for number, (_, members) in enumerate(sorted(layers.items())):
         expected = max(rates.values()) * 0.5 ** (len(layers) - 1 - number)
@@ -162,3 +173,22 @@ def test_resuming_a_fine_tuning_does_not_need_its_first_weights(tmp_path, pretra
     transfer(tmp_path / "run", "--epochs", "1", *flags)
     copy.unlink()
     assert len(transfer(tmp_path / "run", "--epochs", "2", *flags, "--resume", "auto")) == 2
+
+
+def test_the_checkpoint_says_which_model_is_fine_tuned(tmp_path, pretrained):
+    """Name and arguments; what the command line says of them goes before."""
+    transfer(tmp_path / "all", *STILL, "--finetune", str(pretrained), model=DIGITS)
+    state = last(tmp_path / "all")
+    assert (state["arch"], state["model_kwargs"]["embed_dim"]) == ("spectformer_ti", 32)
+    assert changed(weights(pretrained), state["model"]) == {"head.weight", "head.bias"}
+    with pytest.raises(UserError, match="missing: blocks.2"):
+        transfer(tmp_path / "deep", *STILL, "--finetune", str(pretrained), "--model-kwargs", "depth=3", model=SMALL)
+    with pytest.raises(UserError, match="of another shape"):
+        transfer(tmp_path / "other", *STILL, "--finetune", str(pretrained), "--arch", "spectformer-xs", model=DIGITS)
+
+
+@pytest.mark.parametrize("arch", ["spectformer_ti", "resnet18"])
+def test_token_labels_need_a_model_that_labels_tokens(tmp_path, arch):
+    flags = ["--arch", arch, "--token-label", "--token-label-data", str(tmp_path)]
+    with pytest.raises(UserError, match=f"--token-label: {arch} labels no tokens; spectformer_h_"):
+        train(tmp_path / "run", *flags, model=DIGITS)

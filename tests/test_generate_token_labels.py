@@ -6,9 +6,10 @@ from PIL import Image
 from torch import nn
 
 import models
-import token_labels
-from engine import Precision
-from tools import generate_token_labels as tool
+from inputs.label_maps import MAP_SHAPE, read_label_map
+from tools.generate_token_labels.__main__ import main
+from tools.generate_token_labels.places import label_maps, position_logits
+from training.precision import Precision
 from utils import UserError
 
 CLASSES = ("ant", "bee", "cat")
@@ -52,7 +53,7 @@ def run(folder):
 
     def call(*flags, model=True):
         source = ["--model-path", str(folder / "teacher.pth")] if model else []
-        tool.main(
+        main(
             [
                 "--data-path",
                 str(folder / "data"),
@@ -97,7 +98,7 @@ def test_places_classified_alone_average_to_the_models_logits(name, options):
     model = timm.create_model(name, num_classes=7, **options).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        logits = tool.position_logits(model, images)
+        logits = position_logits(model, images)
         torch.testing.assert_close(logits.mean((2, 3)), model(images), atol=1e-4, rtol=1e-4)
     assert logits.shape[:2] == (2, 7) and logits.shape[2] > 1
 
@@ -108,7 +109,7 @@ def test_prefix_tokens_are_not_places():
     with torch.no_grad():
         tokens = model.forward_features(images)[:, 2:]
         expected = (model.head(tokens) + model.head_dist(tokens)) / 2
-        torch.testing.assert_close(tool.position_logits(model, images).flatten(2).mT, expected)
+        torch.testing.assert_close(position_logits(model, images).flatten(2).mT, expected)
 
 
 def test_a_pyramid_says_what_its_token_classifier_says():
@@ -125,7 +126,7 @@ def test_a_pyramid_says_what_its_token_classifier_says():
     with torch.no_grad():
         tokens = model.forward_features(images)[:, 1:]
         expected = model.aux_head(tokens)
-        torch.testing.assert_close(tool.position_logits(model, images).flatten(2).mT, expected)
+        torch.testing.assert_close(position_logits(model, images).flatten(2).mT, expected)
 
 
 def test_a_head_that_needs_the_whole_map_is_refused():
@@ -133,7 +134,7 @@ def test_a_head_that_needs_the_whole_map_is_refused():
     whole = nn.Conv2d(model.num_features, 7, 3)
     model.forward_head = lambda features: whole(features).flatten(1)
     with pytest.raises(UserError, match="ResNet cannot classify place by place"), torch.no_grad():
-        tool.position_logits(model, torch.randn(1, 3, 96, 96))
+        position_logits(model, torch.randn(1, 3, 96, 96))
 
 
 class Painter(nn.Module):
@@ -154,8 +155,8 @@ def test_maps_lie_like_the_image():
     images = torch.zeros(1, 3, 288, 288)
     images[:, 0, :, 144:] = 1  # red on the right
     images[:, 1, 144:] = 1  # green below
-    (label_map,) = tool.label_maps(Painter(), images, PRECISION)
-    assert label_map.shape == token_labels.MAP_SHAPE and label_map.dtype == torch.float16
+    (label_map,) = label_maps(Painter(), images, PRECISION)
+    assert label_map.shape == MAP_SHAPE and label_map.dtype == torch.float16
     quarters = label_map[1, 0].unflatten(0, (2, 9)).unflatten(2, (2, 9))
     for number, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         assert (quarters[row, :, column] == number).all()
@@ -175,8 +176,8 @@ def test_every_training_image_gets_the_teachers_map(folder, run, capsys):
     pixels = timm.data.create_transform(
         96, crop_pct=1.0, crop_mode="squash", interpolation=cfg.interpolation, mean=cfg.mean, std=cfg.std
     )(image)
-    (expected,) = tool.label_maps(run.teacher, pixels[None], PRECISION)
-    found = token_labels.read_label_map(folder / "maps" / "bee" / "bee_2.pt", len(CLASSES))
+    (expected,) = label_maps(run.teacher, pixels[None], PRECISION)
+    found = read_label_map(folder / "maps" / "bee" / "bee_2.pt", len(CLASSES))
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
     run("--check", model=False)
     assert "12 label maps" in capsys.readouterr().out.splitlines()[-1]
@@ -185,14 +186,14 @@ def test_every_training_image_gets_the_teachers_map(folder, run, capsys):
 def test_a_second_call_writes_only_what_is_missing_or_damaged(folder, run):
     run()
     files = map_files(folder)
-    before = {file: (file.stat().st_ino, token_labels.read_label_map(file)) for file in files}
+    before = {file: (file.stat().st_ino, read_label_map(file)) for file in files}
     files[1].unlink()
     files[7].write_bytes(files[7].read_bytes()[:300])
     run()
     again = {file for file in files if file.stat().st_ino != before[file][0]}
     assert {files[7]} <= again <= {files[1], files[7]}  # a freed inode may come back
     for file in files:
-        assert torch.equal(token_labels.read_label_map(file), before[file][1])
+        assert torch.equal(read_label_map(file), before[file][1])
     assert not [file for file in (folder / "maps").rglob("*") if file.name.endswith(".tmp")]
 
 
@@ -221,7 +222,7 @@ def test_check_names_every_bad_map(folder, run, capsys):
     files[0].unlink()
     files[1].write_bytes(b"")
     torch.save(torch.zeros(2, 5, 14, 14), files[2])
-    label_map = token_labels.read_label_map(files[3])
+    label_map = read_label_map(files[3])
     label_map[1, 4] = 3
     torch.save(label_map, files[3])
     torch.save(label_map, folder / "maps" / "bee" / "stray.pt")

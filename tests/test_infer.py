@@ -1,12 +1,14 @@
 """infer.py: a model from its checkpoint alone, evaluation, prediction, reports, explanations."""
 
 import csv
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,46 +16,20 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import nn
 
-import checkpointing
 import infer
 import models
+from datasets import build_eval
+from inference import explanations, prediction, recognise, reports
+from inference.from_checkpoint import build_from_checkpoint
+from inputs.transforms import build_transform
+from runtime.processes import Distributed
 from tests.golden import recipe
-from utils import UserError
+from tests.untrained import PYRAMID, VANILLA, save
+from utils import MachineError, UserError
 
 GOLDEN = Path(__file__).parent / "golden"
-PYRAMID = {
-    "stem_width": 8,
-    "embed_dims": (16, 16, 32, 32),
-    "depths": (1, 1, 1, 1),
-    "num_heads": (1, 1, 1, 1),
-    "mlp_ratios": (1, 1, 1, 1),
-}
-VANILLA = {"embed_dim": 32, "depth": 2, "alpha": 1, "num_heads": 2}
-DIGITS = tuple("0123456789")
-
-
-def save(path, arch="spectformer_ti", kwargs=VANILLA, classes=DIGITS, input_size=(32, 32), instead=None, **more):
-    """A checkpoint as training leaves it, of an untrained model; returns the model.
-
-    more: further keys; instead: keys that replace those of the model.
-    """
-    torch.manual_seed(0)
-    model = timm.create_model(arch, num_classes=len(classes), img_size=input_size, **kwargs).eval()
-    state = {
-        "model": model.state_dict(),
-        "arch": arch,
-        "model_kwargs": kwargs,
-        "num_classes": len(classes),
-        "class_names": list(classes),
-        "input_size": list(input_size),
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25],
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-    }
-    checkpointing.save(path, state | more | (instead or {}))
-    return model
 
 
 def run(*words):
@@ -100,27 +76,32 @@ def test_bare_weights_of_the_authors_show_their_model(variant, arch, arguments):
     with torch.device("meta"):
         ours = models.to_ours({name: torch.empty(shape) for name, shape in names.items()})
     shapes = {name: tuple(value.shape) for name, value in ours.items()}
-    assert infer._recognise(shapes) == ((arch,), arguments)
-    assert infer._native_size(shapes) == (224, 224)
+    assert recognise.recognise(shapes) == ((arch,), arguments)
+    assert recognise.native_size(shapes) == (224, 224)
 
 
 @pytest.mark.parametrize(
     ("arch", "size"),
-    [("spectformer_ti", (224, 160)), ("spectformer_h_s", (384, 384)), ("svt_h_s", (96, 224))],
+    [
+        ("spectformer_ti", (224, 160)),
+        ("spectformer_h_s", (384, 384)),
+        ("svt_h_s", (96, 224)),
+        ("svt_vanilla_ti", (256, 192)),
+    ],
 )
 def test_bare_weights_of_another_resolution_show_it(arch, size):
     with torch.device("meta"):
         model = timm.create_model(arch, img_size=size)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert infer._recognise(shapes)[0] == (arch,)
-    assert infer._native_size(shapes) == size
+    assert recognise.recognise(shapes)[0] == (arch,)
+    assert recognise.native_size(shapes) == size
 
 
 def test_a_bare_file_gives_the_golden_logits(tmp_path):
     path = tmp_path / "authors.pth"
     weights = {f"module.{name}": value for name, value in bare("spectformer_ti").items()}
     torch.save({"model": {"state_dict": weights}}, path)
-    model, info = infer.build_from_checkpoint(path)
+    model, info = build_from_checkpoint(path)
     golden = np.load(GOLDEN / "spectformer_ti.npz")["logits"]
     images = torch.from_numpy(recipe.images(len(golden), 224, 224))
     with torch.no_grad():
@@ -132,7 +113,7 @@ def test_a_bare_file_gives_the_golden_logits(tmp_path):
 def test_our_checkpoint_tells_model_classes_and_preprocessing(tmp_path):
     kwargs = PYRAMID | {"mixing": "token", "token_label": True}
     saved = save(tmp_path / "a.pth", "svt_h_s", kwargs, ("cat", "dog"), (64, 96))
-    model, info = infer.build_from_checkpoint(tmp_path / "a.pth", "svt-s")
+    model, info = build_from_checkpoint(tmp_path / "a.pth", "svt-s")
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         assert torch.equal(model(image), saved(image))
@@ -142,7 +123,7 @@ def test_our_checkpoint_tells_model_classes_and_preprocessing(tmp_path):
 
 def test_another_input_size_resizes_the_weights(tmp_path):
     save(tmp_path / "a.pth")
-    model, info = infer.build_from_checkpoint(tmp_path / "a.pth", input_size=(64, 48))
+    model, info = build_from_checkpoint(tmp_path / "a.pth", input_size=(64, 48))
     assert info.input_size == (64, 48) and model.pos_embed.shape[1] == 12
     with torch.no_grad():
         assert model(torch.randn(1, 3, 64, 48)).shape == (1, 10)
@@ -153,19 +134,19 @@ def test_the_averaged_weights_are_used_where_there_are_any(tmp_path):
     averaged = {name: value + 1 for name, value in trained.items()}
     save(tmp_path / "a.pth", model=trained, model_ema=averaged)
     for flag, expected in ((None, averaged), (True, averaged), (False, trained)):
-        model, info = infer.build_from_checkpoint(tmp_path / "a.pth", ema=flag)
+        model, info = build_from_checkpoint(tmp_path / "a.pth", ema=flag)
         assert torch.equal(model.norm.bias, expected["norm.bias"])
         assert info.ema == (expected is averaged)
     save(tmp_path / "b.pth")
     with pytest.raises(UserError, match="no-ema"):
-        infer.build_from_checkpoint(tmp_path / "b.pth", ema=True)
+        build_from_checkpoint(tmp_path / "b.pth", ema=True)
 
 
 def test_a_model_of_timms_is_evaluated_too(tmp_path):
     torch.manual_seed(0)
     peer = timm.create_model("resnet10t", num_classes=7)
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
-    model, info = infer.build_from_checkpoint(tmp_path / "peer.pth", "resnet10t", input_size=(64, 64))
+    model, info = build_from_checkpoint(tmp_path / "peer.pth", "resnet10t", input_size=(64, 64))
     assert info.num_classes == 7
     with torch.no_grad():
         assert torch.equal(model(torch.ones(1, 3, 64, 64)), peer.eval()(torch.ones(1, 3, 64, 64)))
@@ -175,25 +156,25 @@ def test_a_model_of_timms_is_evaluated_too(tmp_path):
 def test_an_arch_that_contradicts_the_checkpoint_is_refused(tmp_path, arch):
     save(tmp_path / "ours.pth")
     with pytest.raises(UserError, match=f"it holds spectformer_ti, not --arch {arch}"):
-        infer.build_from_checkpoint(tmp_path / "ours.pth", arch)
+        build_from_checkpoint(tmp_path / "ours.pth", arch)
 
 
 def test_an_arch_that_contradicts_bare_weights_is_refused(tmp_path):
     model = timm.create_model("spectformer_ti", num_classes=2, img_size=32)
     torch.save(models.to_original(model.state_dict()), tmp_path / "bare.pth")
     with pytest.raises(UserError, match="it holds spectformer_ti, not --arch deit_tiny"):
-        infer.build_from_checkpoint(tmp_path / "bare.pth", "deit_tiny")
+        build_from_checkpoint(tmp_path / "bare.pth", "deit_tiny")
     torch.save(timm.create_model("resnet10t", num_classes=2).state_dict(), tmp_path / "peer.pth")
     with pytest.raises(UserError, match="it holds other weights, not --arch svt-s"):
-        infer.build_from_checkpoint(tmp_path / "peer.pth", "svt-s")
+        build_from_checkpoint(tmp_path / "peer.pth", "svt-s")
 
 
 def test_bare_weights_of_an_own_size_need_to_be_told_their_arguments(tmp_path):
     model = timm.create_model("spectformer_ti", num_classes=2, img_size=32, **VANILLA).eval()
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     with pytest.raises(UserError, match="--arch .*--model-kwargs"):
-        infer.build_from_checkpoint(tmp_path / "bare.pth")
-    again, _ = infer.build_from_checkpoint(tmp_path / "bare.pth", "spectformer_ti", model_kwargs=VANILLA)
+        build_from_checkpoint(tmp_path / "bare.pth")
+    again, _ = build_from_checkpoint(tmp_path / "bare.pth", "spectformer_ti", model_kwargs=VANILLA)
     with torch.no_grad():
         assert torch.equal(again(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
 
@@ -213,7 +194,7 @@ def test_bare_weights_of_an_own_size_need_to_be_told_their_arguments(tmp_path):
 def test_a_checkpoint_that_contradicts_itself_is_refused_by_name(tmp_path, damage, named):
     save(tmp_path / "a.pth", instead=damage)
     with pytest.raises(UserError, match=named) as caught:
-        infer.build_from_checkpoint(tmp_path / "a.pth")
+        build_from_checkpoint(tmp_path / "a.pth")
     assert "\n" not in str(caught.value)
 
 
@@ -236,12 +217,12 @@ def test_evaluation_writes_what_it_prints(tmp_path, capsys):
         assert picture.width > 500
 
     # The digits are all of one model: a fresh loop over them, without any of infer's code, agrees.
-    dataset = infer.build_eval(
+    dataset = build_eval(
         infer.settle(
             infer.build_parser().parse_args(["--model-path", "x", "--num-workers", "0"]),
-            infer.build_from_checkpoint(tmp_path / "a.pth")[1],
+            build_from_checkpoint(tmp_path / "a.pth")[1],
         ),
-        infer.Distributed(),
+        Distributed(),
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
         interpolation="bilinear",
@@ -319,7 +300,7 @@ def test_prediction_lists_as_many_classes_as_there_are(tmp_path, capsys):
     assert {entry["class"] for entry in first} == {"temple", "plant", "other"}
     assert sum(entry["probability"] for entry in first) == pytest.approx(1, abs=1e-5)
 
-    transform = infer.build_transform(
+    transform = build_transform(
         False, (32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, interpolation="bilinear"
     )
     with torch.no_grad(), Image.open(folder / "china.jpg") as image:
@@ -375,6 +356,89 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, words, named
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("part", ["0", "1e-300", "1.5", "nan"])
+def test_a_crop_that_leaves_nothing_is_refused_not_ignored(tmp_path, part):
+    save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
+    with pytest.raises(UserError, match="--eval-crop-pct"):
+        run("--model-path", tmp_path / "a.pth", "--eval-crop-pct", part)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "named"),
+    [
+        (["--output", "nowhere/results.json"], UserError, "nowhere"),
+        (["--output", "a.pth/results.json"], UserError, "a.pth"),
+        (["--output", "/proc/results.json"], MachineError, "/proc"),
+        (["--report", "a.pth"], UserError, "a.pth"),
+        (["--report", "/proc/self"], MachineError, "/proc/self"),
+        (["--image", "good.png", "--output", "/proc/results.json"], MachineError, "/proc"),
+        (["--image", "good.png", "--explain", "/proc/self"], MachineError, "/proc/self"),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch, words, error, named):
+    monkeypatch.chdir(tmp_path)
+    save("a.pth", args={"data_set": "DIGITS"})
+    Image.new("RGB", (40, 40)).save("good.png")
+    monkeypatch.setattr(nn.Module, "__call__", lambda *args, **kwargs: pytest.fail("the model was run"))
+    with pytest.raises(error, match=named):
+        run("--model-path", "a.pth", *words)
+
+
+def test_names_reach_the_terminal_without_their_escape_sequences(tmp_path, capsys):
+    folder = tmp_path / "\x1b[2J"
+    folder.mkdir()
+    place = os.fsencode(folder) + b"/caf\xe9\n.png"
+    with open(place, "wb") as file:
+        Image.new("RGB", (40, 40)).save(file, "png")
+    save(tmp_path / "a.pth", classes=("\x1b]0;title\x07", "\ud800", "\u202etxt"))
+    run("--model-path", tmp_path / "a.pth", "--image", os.fsdecode(place), "--explain", "--output", tmp_path / "o.json")
+    printed = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in printed) and printed.count("\n") == 5
+    assert "\\x1b[2J/caf\\udce9\\n.png" in printed and "\\x1b]0;title\\x07" in printed
+    assert json.loads((tmp_path / "o.json").read_text())["predictions"][0]["image"] == os.fsdecode(place)
+
+
+def test_names_in_tables_are_no_formulas(tmp_path):
+    names = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "plain = 1"]
+    reports.write_report(tmp_path, np.array([range(7), [1, 0, 2, 3, 4, 5, 6]]), names, "=a model")
+    for file in ("confusion_matrix.csv", "per_class.csv"):
+        with (tmp_path / file).open(newline="") as opened:
+            cells = [cell for row in csv.reader(opened) for cell in row]
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+        assert {"'=1+1", "'-1", "\\t=1", "\\r=1", "plain = 1"} <= set(cells)
+
+
+def test_results_are_written_though_nobody_listens(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=full, flush=full))
+    run("--model-path", tmp_path / "a.pth", "--report", tmp_path / "report")
+    assert (tmp_path / "a_digits.json").exists() and (tmp_path / "report" / "per_class.csv").exists()
+
+
+def test_the_true_class_is_told_where_the_images_folder_is_a_class(tmp_path, capsys):
+    save(tmp_path / "a.pth", classes=("cat", "dog"))
+    for folder in ("dog", "holiday"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / folder / f"{folder}.png")
+    images = [tmp_path / "dog", tmp_path / "holiday"]
+    run("--model-path", tmp_path / "a.pth", "--image", *images, "--output", tmp_path / "out.json")
+    known, unknown = json.loads((tmp_path / "out.json").read_text())["predictions"]
+    assert known["true"] == {"index": 1, "class": "dog"} and "true" not in unknown
+    assert [
+        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("    ") and "%" not in line
+    ] == [["true", "dog"]]
+    assert prediction.summary(known).endswith("true dog") and "true" not in prediction.summary(unknown)
+
+
+def test_a_wordnet_id_that_is_not_of_imagenet_is_told_as_it_is(tmp_path):
+    save(tmp_path / "a.pth", classes=("n01440764", "n99999999"))
+    _, info = build_from_checkpoint(tmp_path / "a.pth")
+    assert [info.class_name(i) for i in range(2)] == ["n01440764 tench", "n99999999"]
+
+
 @pytest.mark.parametrize("size", [(56, 56), (32, 64)])
 def test_the_explanation_marks_where_the_evidence_is(size):
     torch.manual_seed(0)
@@ -386,13 +450,13 @@ def test_the_explanation_marks_where_the_evidence_is(size):
         place = images[:, :, height // 2 :, : width // 2].mean((1, 2, 3))
         return torch.stack([-place, place, torch.zeros_like(place)], 1)
 
-    heat = infer.class_evidence(lower_left_is_bright, image, 1, batch_size=7)
+    heat = explanations.class_evidence(lower_left_is_bright, image, 1, batch_size=7)
     rows, columns = heat.shape
     inside = heat[rows // 2 :, : columns // 2]
     assert heat.max() == 1 and inside.max() == 1 and heat.min() >= 0
     assert inside.sum() > 0.7 * heat.sum()
-    assert heat[: rows // 2 - infer.HIDDEN + 1].eq(0).all()  # no square that touches these rows hides anything
-    assert infer.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()  # all of it is against
+    assert heat[: rows // 2 - explanations.HIDDEN + 1].eq(0).all()  # no square that touches these rows hides anything
+    assert explanations.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()  # all of it is against
 
 
 @pytest.mark.parametrize(
@@ -411,9 +475,9 @@ def test_class_activation_is_where_the_tokens_classifier_says_the_class(name, op
     tokens = torch.zeros(1, prefix + rows * columns, model.num_features)
     tokens[0, prefix + columns + 2] = 9 * direction / direction.norm()  # second row, third column
     monkeypatch.setattr(model, "forward_features", lambda images: tokens)
-    heat = infer.class_activation(model, torch.zeros(1, 3, 64, 96), 1)
+    heat = explanations.class_activation(model, torch.zeros(1, 3, 64, 96), 1)
     assert heat.shape == (rows, columns) and heat.argmax() == columns + 2 and heat.max() == 1
-    assert heat.sum() < 1.2 and heat.min() == 0 and infer.class_activation(model, tokens, 0).max() <= 1
+    assert heat.sum() < 1.2 and heat.min() == 0 and explanations.class_activation(model, tokens, 0).max() <= 1
 
 
 def test_overlays_are_written_and_replace_no_image(tmp_path):
@@ -441,7 +505,7 @@ def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
     true = rng.integers(classes, size=classes * 30)
     predicted = np.where(rng.random(true.size) < 0.7, true, rng.integers(classes, size=true.size))
     true[true == 1] = 0  # a class without images
-    infer.write_report(tmp_path, np.stack([true, predicted]), [f"class {i}" for i in range(classes)])
+    reports.write_report(tmp_path, np.stack([true, predicted]), [f"class {i}" for i in range(classes)], "a model")
     last = list(csv.DictReader((tmp_path / "per_class.csv").open()))[-1]
     assert last["class"] == "class 1" and last["accuracy"] == "nan"
     with Image.open(tmp_path / "confusion_matrix.png") as picture:

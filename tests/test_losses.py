@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from losses import DistillationLoss, TokenLabelCrossEntropy, build_loss
-from token_labels import dense_targets
+from inputs.label_map_crop import dense_targets
+from training.losses import DistillationLoss, TokenLabelCrossEntropy, build_loss
 from utils import UserError
 
 GOLDEN = {

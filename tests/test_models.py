@@ -1,13 +1,13 @@
 import pytest
 import timm
 import torch
+from small_models import create, images, is_vanilla
 
-from models import ARCHITECTURES, Pyramid, resolve_arch, sample_mix_box
+from models import ARCHITECTURES, Pyramid, resolve_arch, sample_mix_box, to_original
 from models.flops import count_flops, flops_by_kind
 from models.layers import Attention
-from models.mixers import MIXERS, build_mixer
+from models.mixers import MIXERS, ScatteringMixer, build_mixer
 from models.pyramid import stage_grids
-from models.scattering import ScatteringMixer
 from models.spectral_gate import SpectralGate
 
 TINY = {
@@ -25,7 +25,7 @@ NARROW = {"embed_dims": (16, 16, 16, 16), "stem_width": 8, "num_heads": (1, 1, 1
 
 def narrow(name, **arguments):
     """A model of the full depth and little width."""
-    widths = NARROW if "_h_" in name or name.startswith("svt") else {"embed_dim": 64}
+    widths = {"embed_dim": 64} if is_vanilla(name) else NARROW
     return timm.create_model(name, **widths | {"img_size": 32} | arguments)
 
 
@@ -81,6 +81,10 @@ def test_aliases_are_the_same_models():
         ("spectformer_ti", 1.8, ("layers", "attention", "spectral")),
         ("spectformer_xs", 4.0, ("layers", "attention", "spectral")),
         ("spectformer_b", 11.5, ("layers", "attention", "spectral")),
+        ("svt_vanilla_ti", 1.8, ("layers", "attention")),
+        ("svt_vanilla_xs", 4.0, ("layers", "attention")),
+        ("svt_vanilla_s", 6.6, ("layers", "attention")),
+        ("svt_vanilla_b", 11.5, ("layers", "attention")),
         ("spectformer_h_s", 3.9, ("layers", "spectral")),
         ("spectformer_h_l", 12.7, ("layers", "spectral")),
     ],
@@ -141,7 +145,7 @@ def test_every_mixer_keeps_the_grid_and_its_dtype(name, grid):
     assert (mixed.float() - mixer(x)).abs().max() <= 0.02 * max(mixer(x).abs().max(), 0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "attention"])
+@pytest.mark.parametrize("name", ["spectral", *(name for name in MIXERS if name.startswith("scattering"))])
 def test_spectral_mixers_take_another_grid_as_if_resized_to_it(name):
     torch.manual_seed(0)
     mixer = build_mixer(name, 16, (8, 6), 2)
@@ -160,12 +164,68 @@ def test_spectral_gate_is_untouched_by_autocast():
     assert gate(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("stem_stride", [4, 2, 1])
 @pytest.mark.parametrize("size", [(224, 224), (225, 97), (33, 250), (32, 48)])
-def test_stage_grids_are_those_of_the_convolutions(size):
-    model = timm.create_model("spectformer_h_s", **TINY | {"img_size": size})
+def test_stage_grids_are_those_of_the_convolutions(size, stem_stride):
+    if stem_stride < 4:
+        size = (size[0] // 4, size[1] // 4)
+    model = timm.create_model("spectformer_h_s", **TINY | {"img_size": size, "stem_stride": stem_stride})
     shapes = [tuple(f.shape[2:]) for f in model.forward_intermediates(torch.zeros(2, 3, *size))[1]]
-    assert shapes == stage_grids(size, 4)
+    assert shapes == stage_grids(size, 4, stem_stride)
     assert model.token_label_size == shapes[-1]
+
+
+@pytest.mark.parametrize(("stem_stride", "strides"), [(4, (2, 2)), (2, (2, 1)), (1, (1, 1))])
+def test_the_stems_stride_is_its_first_and_last_convolutions(stem_stride, strides):
+    model = create("svt_h_s", stem_stride=stem_stride, img_size=32)
+    assert (model.stem.conv[0].stride[0], model.stem.proj.stride[0]) == strides
+    info = create("svt_h_s", stem_stride=stem_stride, img_size=32, features_only=True)
+    assert info.feature_info.reduction() == [stem_stride * 2**i for i in range(4)]
+    assert [32 // f.shape[2] for f in info(images(32, 32))] == info.feature_info.reduction()
+    assert create("svt_h_s", img_size=64).state_dict().keys() == model.state_dict().keys()
+
+
+def test_patches_may_have_another_size():
+    model = create("spectformer_xs", patch_size=4, img_size=32)
+    assert model.grid_size == (8, 8) and model.patch_embed.proj.kernel_size == model.patch_embed.proj.stride == (4, 4)
+    assert {info["reduction"] for info in model.feature_info} == {4}
+    assert model(images(32, 32)).shape == (2, 10)
+    assert [f.shape[2] for f in create("spectformer_xs", patch_size=8, features_only=True)(images())] == [8, 8, 8]
+
+
+FINE_GRIDS = {
+    "spectformer_xs": {"patch_size": 4},
+    "svt_vanilla_xs": {"patch_size": 4},
+    "spectformer_h_s": {"stem_stride": 2},
+    "svt_h_s": {"stem_stride": 1, "mixing": "token"},
+}
+
+
+@pytest.mark.parametrize(("name", "fine"), FINE_GRIDS.items())
+def test_models_of_fine_grids_are_resized_and_loaded_as_others(name, fine, tmp_path):
+    model = create(name, img_size=32, dynamic_img_size=True, **fine).eval()
+    torch.save({"model": to_original(model.state_dict())}, tmp_path / "authors.pth")
+    overlay = {"file": str(tmp_path / "authors.pth"), "num_classes": 10}
+    larger = create(name, img_size=(40, 24), pretrained=True, pretrained_cfg_overlay=overlay, **fine).eval()
+    x = images(40, 24)
+    assert torch.allclose(larger(x), model(x), atol=1e-5)
+    model.set_input_size((40, 24))
+    for weights in (model.state_dict().items(), larger.state_dict().items()):
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in weights)
+
+
+def test_the_mixed_box_is_eight_times_as_large_on_the_stems_grid_whatever_its_stride():
+    model = create("svt_h_s", token_label=True, stem_stride=2, img_size=(32, 48), drop_path_rate=0.0).train()
+    assert model.token_label_size == (2, 3)
+    seen = []
+    model.stages[0].blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for box in ((0, 0, 0, 0), (1, 0, 3, 1)):
+        logits, token_logits, _ = model(images(32, 48), box)
+    assert logits.shape == (2, 10) and token_logits.shape == (2, 6, 10)
+    changed = (seen[0] != seen[-1]).any(-1)[0]
+    expected = torch.zeros(16, 24, dtype=torch.bool)
+    expected[0:8, 8:24] = True
+    assert torch.equal(changed, expected)
 
 
 def test_weights_start_as_specified():
@@ -274,6 +334,10 @@ def test_boxes_are_within_the_grid_and_cover_half_of_it_less_clipping():
         {"name": "spectformer_ti", "alpha": 13},
         {"name": "spectformer_ti", "num_heads": 6},
         {"name": "spectformer_ti", "img_size": 15},
+        {"name": "spectformer_ti", "patch_size": 0},
+        {"name": "spectformer_ti", "patch_size": 4, "img_size": 3},
+        {"name": "svt_s", "stem_stride": 3},
+        {"name": "svt_s", "stem_stride": 8},
         {"name": "spectformer_ti", "img_size": (224, 224, 3)},
         {"name": "spectformer_ti", "global_pool": "token"},
         {"name": "svt_s", "mixing": "tokens"},

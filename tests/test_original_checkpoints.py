@@ -120,6 +120,7 @@ SMALL = {
 SMALL_VANILLA = {"img_size": 64, "num_classes": 10, "embed_dim": 64, "depth": 5}
 FAMILIES = {
     "vanilla": ("spectformer_ti", SMALL_VANILLA),
+    "svt_vanilla": ("svt_vanilla_ti", SMALL_VANILLA),
     "spectformer_h": ("spectformer_h_s", SMALL | LABELS),
     "svt": ("svt_s", SMALL | LABELS | {"mixing": "channel_token"}),
 }
@@ -231,8 +232,9 @@ def test_loading_at_another_resolution_is_set_input_size(family):
         assert torch.equal(target.state_dict()[name], value), name
 
 
-def test_a_grid_of_the_same_number_of_patches_but_another_shape_is_resampled():
-    wide, tall = small("vanilla", img_size=(64, 144)), small("vanilla", img_size=(96, 96))
+@pytest.mark.parametrize("family", ["vanilla", "svt_vanilla"])
+def test_a_grid_of_the_same_number_of_patches_but_another_shape_is_resampled(family):
+    wide, tall = small(family, img_size=(64, 144)), small(family, img_size=(96, 96))
     load_weights(tall, wide.state_dict())
     assert not torch.equal(tall.pos_embed, wide.pos_embed)
     wide.set_input_size(96)
@@ -269,8 +271,9 @@ def test_timm_adapts_classes_channels_and_resolution(family, tmp_path):
     torch.save({"model": weights}, tmp_path / "weights.pth")
     model = create_pretrained(family, tmp_path / "weights.pth", num_classes=3, in_chans=1, img_size=96)
     assert model(torch.zeros(1, 1, 96, 96)).shape == (1, 3)
-    original = weights["patch_embed.proj.weight" if family == "vanilla" else "patch_embed1.conv.0.weight"]
-    own = model.patch_embed.proj if family == "vanilla" else model.stem.conv[0]
+    vanilla = "vanilla" in family
+    original = weights["patch_embed.proj.weight" if vanilla else "patch_embed1.conv.0.weight"]
+    own = model.patch_embed.proj if vanilla else model.stem.conv[0]
     assert torch.allclose(own.weight, original.sum(1, keepdim=True), atol=1e-6)
 
 

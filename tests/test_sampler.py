@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from datasets import (
-    EvalLoader,
-    ImageArrays,
-    KeyedDataset,
-    KeyedSampler,
-    LoaderSettings,
-    TrainLoader,
-    build_transform,
-    evaluation_batches,
-)
-from utils import Distributed, UserError
+from inputs.image_sets import ImageArrays
+from inputs.labelled_images import KeyedImages
+from inputs.loader import EvalLoader, TrainLoader
+from inputs.sampler import KeyedSampler, evaluation_batches
+from inputs.settings import LoaderSettings
+from inputs.transforms import build_transform
+from runtime.processes import Distributed
+from utils import UserError
 
 GLOBAL_BATCH = 12
 SIZE = 41
@@ -47,7 +44,7 @@ def make_loader(workers=0, rank=0, world=1, dataset=None, repeats=1, reprob=0.0,
     sampler = KeyedSampler(len(dataset), batch, seed, rank, world, repeats=repeats)
     dist = Distributed(rank=rank, world_size=world)
     loader_settings = LoaderSettings(batch, workers, False, dist)
-    return TrainLoader(KeyedDataset(dataset, transform, seed), sampler, loader_settings)
+    return TrainLoader(KeyedImages(dataset, transform, seed), sampler, loader_settings)
 
 
 def digest(image: torch.Tensor) -> str:
@@ -198,7 +195,7 @@ def test_evaluation_takes_every_image_exactly_once():
 
 @pytest.mark.parametrize(("size", "world", "batch"), [(1, 3, 8), (2, 4, 1), (11, 4, 3), (67, 2, 16)])
 def test_evaluation_loaders_say_how_many_rounds_the_ranks_need(size, world, batch):
-    dataset = KeyedDataset(Counted(size), build_transform(False, 36, normalize=False), seed=0)
+    dataset = KeyedImages(Counted(size), build_transform(False, 36, normalize=False), seed=0)
     loaders = [
         EvalLoader(dataset, LoaderSettings(batch, 0, False, Distributed(rank=rank, world_size=world)))
         for rank in range(world)

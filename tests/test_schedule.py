@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli import parse_args
-from engine import build_optimizer, build_scheduler
-from utils import Distributed, UserError
+from runtime.processes import Distributed
+from training.classification_flags import FLAGS
+from training.optimizer import build_optimizer, build_scheduler
+from training.options import parse_args
+from utils import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/lr_schedule.json").read_text())
 
 
 def parse(*words):
-    return parse_args(words, {}, "test")
+    return parse_args(FLAGS, words)
 
 
 def tiny():
@@ -25,7 +27,7 @@ def tiny():
 def test_published_learning_rates_come_out_for_all_epochs():
     args = parse("--epochs", "320", "--batch-size", str(GOLDEN["batch_size_per_gpu"]))
     optimizer = build_optimizer(args, tiny(), Distributed(world_size=GOLDEN["gpus"]))
-    scheduler = build_scheduler(args, optimizer)
+    scheduler = build_scheduler(args, optimizer, updates_per_epoch=4)
     rates = []
     for epoch in range(args.epochs):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -36,7 +38,7 @@ def test_published_learning_rates_come_out_for_all_epochs():
 def test_cooldown_runs_at_the_smallest_rate():
     args = parse("--epochs", "3", "--warmup-epochs", "1", "--cooldown-epochs", "2")
     optimizer = build_optimizer(args, tiny(), Distributed())
-    scheduler = build_scheduler(args, optimizer)
+    scheduler = build_scheduler(args, optimizer, updates_per_epoch=4)
     rates = []
     for epoch in range(args.epochs + args.cooldown_epochs):
         scheduler.step(epoch)

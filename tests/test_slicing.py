@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from small_models import create, images
 from torch import nn
+from torch.nn.utils import prune
 
-from models import feed_forward, scattering, scattering_cpu
-from models.feed_forward import FeedForward
-from models.scattering import ScatteringMixer
+pytest.importorskip("models.cpu", reason="without that folder all layers are the plain ones")
+from models.cpu import FeedForward, ScatteringMixer, feed_forward, private, scattering  # noqa: E402
 
 LAYERS = {
     "feed-forward": lambda: FeedForward(8, 12),
@@ -42,8 +43,8 @@ def values_and_gradients(layer, x):
 @pytest.mark.parametrize("name", LAYERS)
 def test_slices_give_the_plain_formulations_values_and_gradients(name, images, monkeypatch):
     layer, x = build(name)
-    for module in (feed_forward, scattering_cpu):
-        monkeypatch.setattr(module, "images_a_slice", lambda *_: images)
+    for module in (feed_forward, scattering):
+        monkeypatch.setattr(module, "images_per_slice", lambda *_: images)
     sliced = values_and_gradients(layer, x)
     assert sliced[0].grad_fn is None and "InSlices" in type(layer(x.requires_grad_()).grad_fn).__name__
     plainly(monkeypatch)
@@ -117,6 +118,43 @@ def test_transforms_of_functions_still_work(name):
         torch.testing.assert_close(gradient, layer.get_parameter(name).grad)
 
 
+TRANSFORMS = {
+    "gradient for something else": lambda f: torch.func.grad(lambda factor: (f() * factor).sum())(torch.ones(())),
+    "batch of something else": lambda f: torch.vmap(lambda factor: (f() * factor).sum())(torch.ones(3))[0],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_may_stand_inside_a_transform_that_is_not_of_its_tensors(name, transform):
+    layer, x = build(name, torch.float32)
+    torch.testing.assert_close(transform(lambda: layer(x)), layer(x).sum())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batched_and_forward_mode_transforms_of_a_layer_still_work(name):
+    layer, x = build(name)
+    torch.testing.assert_close(torch.vmap(lambda image: layer(image[None])[0])(x), layer(x))
+    _, change = torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(change, (layer(x + 1e-6 * x) - layer(x - 1e-6 * x)) / 2e-6, rtol=1e-4, atol=1e-4)
+
+
+def in_slices(layer, x):
+    return "InSlices" in type(layer(x).grad_fn).__name__
+
+
+def test_models_are_built_of_these_layers():
+    model = create("svt_h_s")
+    slicing = (FeedForward, ScatteringMixer)
+    found = [module for module in model.modules() if isinstance(module, slicing)]
+    assert len(found) == 7  # a feed-forward network in each of five blocks and the class block, one mixer
+    ran = []
+    for module in found:
+        module.register_forward_hook(lambda _module, _inputs, y: ran.append("InSlices" in type(y.grad_fn).__name__))
+    model(images())
+    assert len(ran) == 7 and all(ran)
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -135,3 +173,65 @@ def test_layers_that_somebody_hooked_or_replaced_are_called():
     plain = mixer(x)
     mixer.channel_blend.register_forward_hook(lambda module, args, bands: 0 * bands)
     assert not torch.allclose(mixer(x), plain)
+
+
+HOOKS = {
+    "forward": lambda layer, hook: layer.register_forward_hook(hook),
+    "before forward": lambda layer, hook: layer.register_forward_pre_hook(hook),
+    "backward": lambda layer, hook: layer.register_full_backward_hook(hook),
+    "before backward": lambda layer, hook: layer.register_full_backward_pre_hook(hook),
+    "forward, of all modules": lambda _, hook: nn.modules.module.register_module_forward_hook(hook),
+    "before forward, of all modules": lambda _, hook: nn.modules.module.register_module_forward_pre_hook(hook),
+    "backward, of all modules": lambda _, hook: nn.modules.module.register_module_full_backward_hook(hook),
+    "before backward, of all modules": lambda _, hook: nn.modules.module.register_module_full_backward_pre_hook(hook),
+}
+
+
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+def test_every_kind_of_hook_is_seen_and_its_removal_too(register):
+    layer, x = build("feed-forward")
+    called = []
+    hook = register(layer.fc2, lambda module, *_: called.append(module) and None)
+    try:
+        layer(x).sum().backward()
+    finally:
+        hook.remove()
+    assert layer.fc2 in called
+    assert in_slices(layer, x)
+
+
+def test_a_layer_with_pruned_weights_computes_with_these():
+    layer, x = build("feed-forward")
+    prune.l1_unstructured(layer.fc1, "weight", amount=0.5)
+    before = layer(x)
+    with torch.no_grad():
+        layer.fc1.weight_orig.mul_(2)
+    assert not torch.allclose(layer(x), before)
+
+
+def test_a_convolution_of_another_shape_is_called():
+    layer, x = build("feed-forward with convolution")
+    layer.dwconv = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12).double()
+    h = layer.dwconv(layer.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(layer(x), layer.fc2(layer.act(h)))
+
+
+def test_a_layer_whose_forward_was_replaced_is_called():
+    layer, x = build("feed-forward")
+    layer.fc2.forward = lambda h: 7 * h  # as libraries do that move weights about
+    torch.testing.assert_close(layer(x), 7 * layer.act(layer.fc1(x)))
+
+
+def test_torch_still_has_what_is_taken_from_its_private_parts():
+    """If this fails, inference has lost a fused operation, or hooks are no longer told from none: see `private`."""
+    linear = nn.Linear(2, 2)
+    assert not private.are_hooked((linear,))
+    assert private.can_fuse(torch.empty(1)) == torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_the_fused_operation_is_convolution_and_gelu():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 6, 5, 7), torch.randn(6, 1, 3, 3), torch.randn(6)
+    expected = nn.functional.gelu(nn.functional.conv2d(x, weight, bias, padding=1, groups=6))
+    torch.testing.assert_close(private.convolve_and_activate(x, weight, bias), expected)

@@ -4,33 +4,13 @@ import copy
 import pickle
 
 import pytest
-import timm
 import torch
+from small_models import KINDS, PYRAMID, VANILLA, create, images, is_vanilla
 from timm.models import group_parameters
 from timm.models._input import get_model_input_config
 from timm.optim import create_optimizer_v2
 
 from models import ARCHITECTURES, Pyramid
-
-SMALL = {
-    "stem_width": 8,
-    "embed_dims": (16, 32, 32, 64),
-    "depths": (1, 1, 2, 1),
-    "mlp_ratios": (2, 2, 2, 2),
-}
-SMALL_VANILLA = {"embed_dim": 64, "depth": 5, "mlp_ratio": 2.0}
-# Cheap to build and different in mechanism; the others differ in width and depth.
-KINDS = ("spectformer_xs", "spectformer_h_s", "svt_h_s")
-
-
-def create(name, **arguments):
-    torch.manual_seed(0)
-    small = SMALL_VANILLA if name.count("_") == 1 and name.startswith("spectformer") else SMALL
-    return timm.create_model(name, **{"img_size": 64, "num_classes": 10} | small | arguments)
-
-
-def images(height=64, width=64, channels=3, batch=2):
-    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -48,6 +28,7 @@ def test_default_cfg_describes_the_model(name):
     model = create(name)
     cfg = model.default_cfg
     assert cfg["architecture"] in (name, name.replace("svt_", "svt_h_"))
+    assert cfg["pool_size"] is None  # unpooled features are a sequence
     assert cfg["input_size"] == (3, 224, 224) and cfg["num_classes"] == 1000 and cfg["license"] == "mit"
     assert cfg["crop_pct"] == (0.96 if isinstance(model, Pyramid) else 0.875)
     assert cfg["interpolation"] == "bicubic" and cfg["mean"] == (0.485, 0.456, 0.406)
@@ -65,7 +46,7 @@ def test_both_heads_are_the_classifier_of_a_model_with_token_labels():
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("labels", [False, True])
 def test_classifier_can_be_replaced_and_removed(name, labels):
-    if labels and name == "spectformer_xs":
+    if labels and is_vanilla(name):
         return
     model = create(name, **({"token_label": True} if labels else {})).eval()
     features = model.forward_features(images())
@@ -134,7 +115,7 @@ def test_chosen_intermediates_can_stop_early_and_prune_the_rest(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_features_only(name):
     model = create(name, features_only=True)
-    pyramid = not name.startswith("spectformer_") or "_h_" in name
+    pyramid = not is_vanilla(name)
     assert model.feature_info.reduction() == ([4, 8, 16, 32] if pyramid else [16, 16, 16])
     features = model(images())
     assert [f.shape[1] for f in features] == model.feature_info.channels()
@@ -148,7 +129,7 @@ def test_parameters_are_grouped_by_depth(name):
     model = create(name)
     layer_of = group_parameters(model, model.group_matcher(), reverse=True)
     assert layer_of.keys() == dict(model.named_parameters()).keys()
-    blocks = sum(SMALL["depths"]) if isinstance(model, Pyramid) else SMALL_VANILLA["depth"]
+    blocks = sum(PYRAMID["depths"]) if isinstance(model, Pyramid) else VANILLA["depth"]
     class_block = isinstance(model, Pyramid)
     assert max(layer_of.values()) == blocks + class_block + 1  # the stem is 0, the head last
     assert layer_of["head.weight"] == max(layer_of.values())
@@ -234,7 +215,7 @@ def test_channels_last_and_double_change_no_result(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_models_compile_without_a_graph_break(name):
-    shallow = {"depth": 2, "alpha": 1} if name == "spectformer_xs" else {"depths": (1, 1, 1, 1)}
+    shallow = {"depth": 2, "alpha": 1} if is_vanilla(name) else {"depths": (1, 1, 1, 1)}
     model = create(name, drop_path_rate=0.0, **shallow).train()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, backend="eager")
     for step in (model, compiled):

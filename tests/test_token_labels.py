@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,17 +16,10 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.ops import roi_align
 
-from token_labels import (
-    GEOMETRIC_OPS,
-    MAP_SHAPE,
-    TokenLabelTransform,
-    check_label_maps,
-    dense_targets,
-    encode_label_map,
-    read_label_map,
-    region_logits,
-    token_label_size,
-)
+from inputs.label_map_crop import dense_targets, region_logits
+from inputs.label_map_trace import GEOMETRIC_OPS, TokenLabelTransform
+from inputs.label_maps import MAP_SHAPE, check_label_maps, encode_label_map, read_label_map
+from training.classification import token_label_size
 from utils import UserError, seeded
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "token_labels.npz")
@@ -294,14 +288,39 @@ def with_index(value: float) -> torch.Tensor:
         (with_index(0.5), "class indices"),
         (with_index(10), "names class 10, and there are 10"),
         (Path("x"), "damaged"),
+        (torch.nn.Parameter(small_map()), "it holds a Parameter"),
+        (small_map().requires_grad_(), r"float16 \(with gradients"),
+        (small_map().to("meta"), r"float16 \(torch.strided, meta\)"),
+        (small_map().to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.quantize_per_tensor(small_map().float(), 0.1, 0, torch.qint8), "qint8"),
+        (small_map().bool(), "torch.bool"),
+        (small_map().float() + 0j, "complex64"),
+        (small_map().float().to_sparse(), "sparse_coo"),
+        (torch.nested.nested_tensor(list(small_map().float())), "nested"),
     ],
-    ids=["shape", "list", "dict", "nan", "negative", "fraction", "class", "object"],
+    ids=[
+        *("shape", "list", "dict", "nan", "negative", "fraction", "class", "object", "parameter", "gradients", "meta"),
+        *("float8", "quantised", "bool", "complex", "sparse", "nested"),
+    ],
 )
 def test_what_is_not_a_label_map_is_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "1.pt")
     with pytest.raises(UserError, match=reason) as error:
         read_label_map(tmp_path / "1.pt", num_classes=10)
     assert str(tmp_path / "1.pt") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_maps_of_plain_numbers_are_read_in_their_own_kind(tmp_path, dtype):
+    label_map = small_map().to(dtype)
+    torch.save(label_map, tmp_path / "1.pt")
+    assert read_label_map(tmp_path / "1.pt", 10).dtype == dtype
+
+
+def test_a_pipe_in_the_place_of_a_map_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "1.pt")
+    with pytest.raises(UserError, match="1.pt: this label map cannot be read: not a regular file"):
+        read_label_map(tmp_path / "1.pt")
 
 
 def test_damaged_bytes_are_noticed(tmp_path):

@@ -13,8 +13,13 @@ from torch import nn
 
 import engine
 import main_svt
-from cli import parse_args
-from utils import Distributed, Interrupted, NonFiniteError, UserError
+from runtime.processes import Distributed
+from training import classification
+from training.classification_flags import FLAGS
+from training.model import count_parameters, create_model
+from training.options import parse_args
+from training.resume import with_global_batch
+from utils import Interrupted, NonFiniteError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +38,9 @@ def trained_state(directory):
 
 
 def signal_at(monkeypatch, function, call, signum=signal.SIGTERM):
-    """Send this process a signal during the given call of engine's function."""
-    original, calls = getattr(engine, function), []
+    """Send this process a signal during the given call of a function of the engine's or of classification's."""
+    module = engine if hasattr(engine, function) else classification
+    original, calls = getattr(module, function), []
 
     def watched(*args, **kwargs):
         calls.append(1)
@@ -42,7 +48,7 @@ def signal_at(monkeypatch, function, call, signum=signal.SIGTERM):
             os.kill(os.getpid(), signum)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(engine, function, watched)
+    monkeypatch.setattr(module, function, watched)
     return calls
 
 
@@ -154,7 +160,7 @@ def test_a_non_finite_loss_or_gradient_changes_nothing_and_names_the_samples(tmp
 
 
 def test_an_image_that_makes_its_own_logits_nan_is_the_one_named(tmp_path, monkeypatch):
-    original = engine.as_input
+    original = classification.as_input
 
     def poisoned(images, *args):
         images = original(images, *args).clone()
@@ -162,7 +168,7 @@ def test_an_image_that_makes_its_own_logits_nan_is_the_one_named(tmp_path, monke
             images[5] = math.nan
         return images
 
-    monkeypatch.setattr(engine, "as_input", poisoned)
+    monkeypatch.setattr(classification, "as_input", poisoned)
     with pytest.raises(NonFiniteError) as caught:
         train(tmp_path, "--epochs", "1", "--mixup", "0", "--cutmix", "0")
     assert str(caught.value).count("DIGITS/train[") == 1
@@ -215,10 +221,26 @@ def test_accumulation_checkpointing_and_layout_leave_the_weights_the_same(tmp_pa
         assert largest_difference(plain, last(tmp_path / name)["model"]) <= 1e-10
 
 
-def test_the_average_is_evaluated_and_the_best_goes_by_it(tmp_path):
-    log = train(tmp_path, "--epochs", "2", "--model-ema", "--model-ema-decay", "0.5")
-    assert {"test_acc1_ema", "test_loss_ema"} <= set(log[0])
-    assert last(tmp_path)["best_acc1"] == max(row["test_acc1_ema"] for row in log)
+@pytest.mark.parametrize(("decay", "averaged"), [("0", True), ("0.99996", False)])
+def test_the_best_goes_by_the_weights_or_their_average_whichever_is_better(tmp_path, decay, averaged):
+    """Without decay they are the same; with the default one a short run's average is hardly trained."""
+    flags = ["--epochs", "2", "--mixup", "0", "--cutmix", "0", "--model-ema", "--model-ema-decay", decay]
+    log = train(tmp_path, *flags)
+    better = max(row[name] for row in log for name in ("test_acc1", "test_acc1_ema"))
+    state = last(tmp_path)
+    assert state["best_acc1"] == better and state["averaged"] is averaged
+    assert better > 70  # that the average of a short run has not
+
+
+def test_evaluation_tells_the_weights_and_their_average_apart(tmp_path, capsys):
+    flags = ["--mixup", "0", "--cutmix", "0", "--model-ema"]
+    (row,) = train(tmp_path, "--epochs", "1", *flags)
+    capsys.readouterr()
+    train(tmp_path, "--eval", "--resume", str(tmp_path / "checkpoint_last.pth"))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["test_loss"] != row["test_loss_ema"]
+    for name in ("loss", "loss_ema", "acc1", "acc1_ema"):
+        assert found[name] == pytest.approx(row[f"test_{name}"], rel=1e-6)
 
 
 def test_evaluation_alone_prints_and_writes_nothing(tmp_path, capsys):
@@ -264,6 +286,48 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_kept(tmp_path, one_epoch, fl
     assert (tmp_path / "checkpoint_last.pth").read_bytes() == before
 
 
+def test_resume_takes_a_run_directory_with_the_flags_it_was_started_with(tmp_path, one_epoch, monkeypatch):
+    shutil.copytree(one_epoch, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    main_svt.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1]
+    assert last(tmp_path / "run")["model_kwargs"]["embed_dim"] == 32
+    with pytest.raises(UserError, match="no checkpoint in this directory"):
+        main_svt.main(["--resume", str(tmp_path), "--output-dir", str(tmp_path / "new")])
+
+
+def test_a_runs_own_arguments_are_a_config(tmp_path, one_epoch):
+    log = train(tmp_path, "--config", str(one_epoch / "args.yaml"), model=[])
+    assert timeless(log) == timeless(rows(one_epoch))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--classes", "7,0"], r"its class_names is \['0', '7'\], this run's is \['7', '0'\]"),
+        (["--repeated-aug"], "its repeated_aug is False, this run's is True"),
+    ],
+)
+def test_other_samples_are_not_trained_on_after_a_stop(tmp_path, one_epoch, flags, expected):
+    shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=expected):
+        train(tmp_path, "--epochs", "2", *flags, "--resume", "auto")
+
+
+def test_another_seed_is_refused_in_the_middle_of_an_epoch_alone(tmp_path, one_epoch, monkeypatch):
+    shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_at(patch, "step_loss", 2)
+        train(tmp_path, "--epochs", "2", "--resume", "auto", "--seed", "5")
+    with pytest.raises(UserError, match="its seed is 5, this run's is 6"):
+        train(tmp_path, "--epochs", "2", "--resume", "auto", "--seed", "6")
+
+
+def test_a_model_is_not_evaluated_on_other_classes(one_epoch):
+    checkpoint = str(one_epoch / "checkpoint_last.pth")
+    with pytest.raises(UserError, match="class_names"):
+        train(one_epoch, "--eval", "--resume", checkpoint, "--classes", "7,0")
+
+
 def test_weights_alone_cannot_be_resumed(tmp_path):
     torch.save({"model": {"head.weight": torch.zeros(1)}}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="--finetune begins a new run"):
@@ -273,21 +337,21 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
 @pytest.mark.parametrize(("processes", "expected"), [(1, (8, 4)), (2, (8, 2)), (3, None), (4, (8, 1)), (8, (4, 1))])
 def test_another_number_of_processes_keeps_the_images_of_an_update(processes, expected):
     """From 4 processes of 8: mixup wants even batches, nobody gets a larger one than asked for."""
-    args = parse_args(["--batch-size", "8", "--resume", "file.pth"], {}, "test")
+    args = parse_args(FLAGS, ["--batch-size", "8", "--resume", "file.pth"])
     state = {"args": {"batch_size": 8, "accum_iter": 1}, "world_size": 4}
     dist = Distributed(world_size=processes)
     if expected is None:
         with pytest.raises(UserError, match="these numbers can: 1, 2, 4, 8, 16, 32"):
-            engine.with_global_batch(args, state, dist)
+            with_global_batch(args, state, dist, multiple=2)
     else:
-        args = engine.with_global_batch(args, state, dist)
+        args = with_global_batch(args, state, dist, multiple=2)
         assert (args.batch_size, args.accum_iter) == expected
 
 
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
 def test_any_timm_model_trains(tmp_path, arch):
     (row,) = train(tmp_path, "--epochs", "1", model=[*DIGITS, "--arch", arch])
-    assert row["n_parameters"] == engine.parameters(engine.create_model(arch, 2, (32, 32), {}))
+    assert row["n_parameters"] == count_parameters(create_model(arch, 2, (32, 32), {}))
 
 
 @pytest.mark.parametrize(
@@ -301,13 +365,13 @@ def test_any_timm_model_trains(tmp_path, arch):
 )
 def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected):
     with pytest.raises(UserError, match=expected) as caught:
-        engine.create_model(arch, 10, (32, 32), kwargs)
+        create_model(arch, 10, (32, 32), kwargs)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_teacher_of_timm_distils_from_a_file(tmp_path, kind):
-    teacher = engine.create_model("test_vit", 2, (32, 32), {})
+    teacher = create_model("test_vit", 2, (32, 32), {})
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
     (row,) = train(
         tmp_path / "run",
@@ -332,6 +396,6 @@ def test_svt_trains_from_its_main_with_repeated_augmentation(tmp_path):
 def test_evaluation_counts_hits_among_the_first_one_and_five():
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6, 7]])
     targets = torch.tensor([0, 2, 0])
-    loss, correct1, correct5, images = engine.count(logits, targets).tolist()
+    loss, correct1, correct5, images = classification.count(logits, targets).tolist()
     assert (correct1, correct5, images) == (1, 2, 3)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item() * 3)

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-import checkpointing
 import main_spectformer
+from runtime import checkpoints
 
 # 2 classes, some 290 images: 4 steps of 64 an epoch.
 DIGITS = [
@@ -57,7 +57,7 @@ def timeless(log):
 
 
 def last(directory):
-    return checkpointing.load(directory / "checkpoint_last.pth")
+    return checkpoints.load(directory / "checkpoint_last.pth")
 
 
 def assert_same(a, b):

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Measure every promise of a run at its full count, and write the table of docs/reliability.md.
 
-    tools/reliability.py --output docs/reliability.md
+    python -m tools.reliability --output docs/reliability.md
 
 Runs the tests in tests/reliability with RELIABILITY=full; each appends what it measured to a file, and the
 table is made of that file alone. Exit code 1 if a figure is not reached; the table then says which.
@@ -9,7 +8,6 @@ table is made of that file alone. Exit code 1 if a figure is not reached; the ta
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -23,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "reliability"))
-
-from promises import PROMISES, Promise
-
-from utils import atomic_write, make_directory, run_cli
+from runtime.entry_point import run_cli
+from tests.reliability.promises import PROMISES, Promise
+from tools.command_line import ToolParser
+from tools.machine import processor
+from utils import atomic_write, make_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "reliability"
@@ -107,7 +104,7 @@ def document(records: Sequence[Entry], command: str, seconds: float, ended: str)
         [
             "# What a run promises, and what was measured",
             "",
-            "Written by `tools/reliability.py`; `make reliability` measures and writes it anew. Each figure "
+            "Written by `python -m tools.reliability`; `make reliability` measures and writes it anew. Each figure "
             "comes from a test in `tests/reliability`, which CI runs at a reduced count.",
             "",
             verdict,
@@ -125,19 +122,8 @@ def document(records: Sequence[Entry], command: str, seconds: float, ended: str)
     ), missed
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.machine()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("reliability", __doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "reliability.md", help="the table")
     parser.add_argument("--processes", type=int, default=2, help="tests at a time")
     args = parser.parse_args(argv)
@@ -148,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record.touch()
         ended = run_tests(args.processes, record)
         records = [json.loads(line) for line in record.read_text().splitlines()]
-    command = shlex.join(["python", *(sys.argv if argv is None else ["tools/reliability.py", *argv])])
+    command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
     text, missed = document(records, command, time.monotonic() - began, ended)
     atomic_write(args.output, text)
     if missed:

@@ -1,37 +1,45 @@
-#!/usr/bin/env python
-"""Write a few validation images of a data set as PNG files, e.g. to try `infer.py --image` on them."""
+"""Write a few validation images of a data set as PNG files, each in a folder of its class.
 
-from __future__ import annotations
+python -m tools.save_images --data-set DIGITS --count 5 --output images
+python infer.py --model-path CKPT --image images
+"""
 
-import argparse
 import io
-import sys
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from datasets import build_dataset
-from utils import UserError, atomic_write, run_cli
+from inputs.catalogue import build_dataset
+from runtime.entry_point import run_cli
+from tools.command_line import ToolParser
+from training.arguments import POSITIVE
+from utils import UserError, atomic_write, make_directory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-set", default="DIGITS", help="a name that training takes")
-    parser.add_argument("--data-path", default=None, help="where its files are (DIGITS needs none)")
-    parser.add_argument("--count", type=int, default=5, help="how many, spread evenly over the data set")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write to")
+    parser = ToolParser("save_images", __doc__)
+    add = parser.add_argument
+    add("--data-set", default="DIGITS", metavar="NAME", help="as in training (default: %(default)s)")
+    add("--data-path", metavar="DIR", help="where its files are (DIGITS needs none)")
+    add("--count", type=POSITIVE, default=5, metavar="N", help="how many, spread evenly over the data set")
+    add("--output", type=Path, required=True, metavar="DIR", help="the folder to write to")
     args = parser.parse_args(argv)
 
     dataset = build_dataset(args.data_set, args.data_path, train=False)
-    if not 1 <= args.count <= len(dataset):
+    if args.count > len(dataset):
         raise UserError(f"--count {args.count}: {args.data_set} has {len(dataset)} validation images")
-    args.output.mkdir(parents=True, exist_ok=True)
     for index in range(0, len(dataset) // args.count * args.count, len(dataset) // args.count):
         image, label = dataset.load(index)
+        folder = args.output / folder_name(dataset.class_names[label])
+        make_directory(folder)
         buffer = io.BytesIO()
         image.save(buffer, format="png")
-        atomic_write(args.output / f"{index:05d}_{dataset.class_names[label]}.png", buffer.getvalue())
+        atomic_write(folder / f"{index:05d}.png", buffer.getvalue())
+
+
+def folder_name(class_name: str) -> str:
+    """A class's name as that of a folder in the folder, whatever characters it has."""
+    return re.sub(r"[/\\\0]|^\.*$", "_", class_name)
 
 
 if __name__ == "__main__":

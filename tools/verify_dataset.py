@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Find every image of a data set that cannot be read, ahead of the training that would stop at it.
 
-    tools/verify_dataset.py --data-set IMNET --data-path /path/to/imagenet
-    tools/verify_dataset.py --folder /any/folder --json unreadable.json
+    python -m tools.verify_dataset --data-set IMNET --data-path /path/to/imagenet
+    python -m tools.verify_dataset --folder /any/folder --json unreadable.json
 
 Each image is decoded whole, as training does. Prints a line for each that cannot be, `FILE: reason`.
 Exit codes: 0 all can be read, 1 some cannot, 2 a mistake in the flags or in the data set's layout.
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,14 +18,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from cli import COUNT, Parser, dashed
-from datasets import BadImage, ImageDataset, ImageFiles, build_dataset
-from utils import UserError, atomic_write, run_cli
+from inputs.catalogue import build_dataset
+from inputs.image_sets import ImageDataset, ImageFiles
+from inputs.images import BadImage
+from runtime.entry_point import run_cli
+from tools.command_line import ToolParser
+from tools.machine import cores
+from training.arguments import COUNT
+from utils import UserError, atomic_write
 
 CHUNK = 32  # images that a process takes at a time
 
@@ -87,7 +88,7 @@ def chosen_parts(args: argparse.Namespace) -> dict[str, ImageDataset]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser("verify_dataset", __doc__)
     add = parser.add_argument
     add("--data-set", default="FOLDER", metavar="NAME", help="as in training (default: %(default)s)")
     add("--data-path", metavar="DIR", help="where it lies, as in training")
@@ -96,12 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--num-workers",
         type=COUNT,
-        default=len(os.sched_getaffinity(0)),
+        default=cores(),
         metavar="N",
         help="processes; 0: this one alone (default: %(default)s)",
     )
     add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
-    args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
+    args = parser.parse_args(argv)
 
     checked, unreadable = 0, []
     for name, dataset in chosen_parts(args).items():

@@ -21,13 +21,21 @@ import numpy as np
 import torch
 from harness import digest
 
-import checkpointing
 import engine
-import utils
-from cli import parse_args
-from datasets import EvalLoader, ImageArrays, KeyedDataset, LoaderSettings, build_data, build_transform
-from engine import Precision, evaluate
-from utils import Distributed, close_distributed, init_distributed
+from datasets import build_data
+from inputs.image_sets import ImageArrays
+from inputs.labelled_images import KeyedImages
+from inputs.loader import EvalLoader
+from inputs.settings import LoaderSettings
+from inputs.transforms import build_transform
+from runtime import checkpoints
+from runtime.entry_point import run_cli
+from runtime.processes import Distributed, close_distributed, init_distributed
+from training.classification import evaluate
+from training.classification_flags import FLAGS
+from training.options import parse_args
+from training.precision import Precision
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def order_traces(argv: Sequence[str], images: int, epochs: Sequence[int], report
     traces = {}
     for world in range(1, 5):
         for workers in range(4):
-            args = parse_args([*argv, "--batch-size", str(images // world), "--num-workers", str(workers)], {}, "")
+            args = parse_args(FLAGS, [*argv, "--batch-size", str(images // world), "--num-workers", str(workers)])
             loaders = [build_data(args, Alone(rank, world)).train for rank in range(world)]
             trace = []
             for epoch in epochs:
@@ -60,7 +68,7 @@ def order_traces(argv: Sequence[str], images: int, epochs: Sequence[int], report
 
 
 def evaluate_sizes(sizes: Sequence[int], batches: Sequence[int], report: str) -> None:
-    """{"size batch": [correct1, correct5, images]} of a fixed model, by `engine.evaluate` in this job."""
+    """{"size batch": [correct1, correct5, images]} of a fixed model, by classification's `evaluate` in this job."""
     dist = init_distributed("cpu")
     images = np.random.RandomState(0).randint(0, 256, (max(sizes), 8, 8, 3)).astype(np.uint8)
     labels = np.random.RandomState(1).randint(0, 10, max(sizes))
@@ -69,7 +77,7 @@ def evaluate_sizes(sizes: Sequence[int], batches: Sequence[int], report: str) ->
     transform = build_transform(False, (8, 8), crop_pct=1.0, normalize=False)
     counts = {}
     for size in sizes:
-        dataset = KeyedDataset(ImageArrays("noise", images[:size], labels[:size], list("0123456789")), transform, 0)
+        dataset = KeyedImages(ImageArrays("noise", images[:size], labels[:size], list("0123456789")), transform, 0)
         for batch in batches:
             loader = EvalLoader(dataset, LoaderSettings(batch, 0, False, dist))
             found = evaluate(model, loader, dist, Precision(dist.device, torch.float64, None))
@@ -93,7 +101,7 @@ def run_command(main: str, argv: Sequence[str]) -> dict[str, Any]:
     sys.argv = [f"{main}.py", *argv]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            utils.run_cli(importlib.import_module(main).main)
+            run_cli(importlib.import_module(main).main)
         except SystemExit as leave:
             code = leave.code
         except Accepted:
@@ -121,16 +129,16 @@ def mutated_checkpoints(
 
 
 def load_all(paths: Sequence[str], report: str, memory: int) -> None:
-    """`checkpointing.load` of many files, with ``memory`` MiB to allocate; what came of each."""
+    """`checkpoints.load` of many files, with ``memory`` MiB to allocate; what came of each."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + (memory << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     results = []
     for path in paths:
         try:
-            checkpointing.load(path)
+            checkpoints.load(path)
             results.append({"outcome": "loaded", "message": ""})
-        except utils.UserError as error:
+        except UserError as error:
             results.append({"outcome": "refused", "message": str(error)})
         except BaseException:  # whatever else comes out is the finding
             results.append({"outcome": "crashed", "message": traceback.format_exc()})
@@ -140,4 +148,4 @@ def load_all(paths: Sequence[str], report: str, memory: int) -> None:
 def write_again_and_again(path: str, times: int) -> None:
     """Replace a checkpoint that tells its own number, many times."""
     for number in range(times):
-        checkpointing.save(path, {"model": {"weight": torch.full((64, 64), float(number))}, "epoch": number})
+        checkpoints.save(path, {"model": {"weight": torch.full((64, 64), float(number))}, "epoch": number})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import importlib
 import io
 import json
 import os
@@ -26,20 +27,19 @@ from matplotlib.figure import Figure
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 
-import checkpointing
 import engine
-import main_spectformer
-import rundir
 import utils
+from runtime import checkpoints, run_directory
+from runtime.entry_point import run_cli
 
 
-def train(argv: Sequence[str], faults: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """The child's whole life: set the faults, then what ``python main_spectformer.py argv...`` would do."""
-    sys.argv = ["main_spectformer.py", *argv]
-    rundir.draw_curves = draw_nothing
+def train(main: str, argv: Sequence[str], faults: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """The child's whole life: set the faults, then what ``python MAIN.py argv...`` would do."""
+    sys.argv = [f"{main}.py", *argv]
+    run_directory.draw_curves = draw_nothing
     for name, how in faults:
         FAULTS[name](**how)
-    utils.run_cli(main_spectformer.main)
+    run_cli(importlib.import_module(main).main)
 
 
 def draw_nothing(*_: Any) -> Figure:
@@ -179,13 +179,13 @@ ACTIONS = {
 def kill_anywhere(scope: str, n: int = 0, report: str = "") -> None:
     """SIGKILL this process at the n-th call or return of any Python or C function (0: never).
 
-    ``scope``: "run", or "save" to count only what happens inside `checkpointing.save`, system calls too.
+    ``scope``: "run", or "save" to count only what happens inside `checkpoints.save`, system calls too.
     ``report``: file to which the count of a whole run is written at its end.
     """
     counted = 0
     depth = 0
     process = os.getpid()
-    save = checkpointing.save.__code__
+    save = checkpoints.save.__code__
 
     def profile(frame: FrameType, event: str, arg: Any) -> None:
         nonlocal counted, depth
@@ -268,23 +268,25 @@ def trace_updates(path: str) -> None:
 
 def trace_reads(path: str) -> None:
     """For every sample: that it is read; for every step: the samples that were trained on."""
-    import datasets
+    from inputs.loader import TrainLoader
+    from inputs.sampler import SampleKey
+    from inputs.samples import KeyedSamples
 
     trace = Trace(path)
-    read = datasets.KeyedDataset.__getitem__
-    epoch = datasets.TrainLoader.epoch
+    read = KeyedSamples.__getitem__
+    epoch = TrainLoader.epoch
 
-    def reading(self: datasets.KeyedDataset, key: datasets.SampleKey) -> Any:
+    def reading(self: KeyedSamples, key: SampleKey) -> Any:
         trace(kind="read", epoch=key.epoch, index=key.index, path=self.dataset.path(key.index))
         return read(self, key)
 
-    def stepping(self: datasets.TrainLoader, number: int, start_step: int = 0) -> Any:
+    def stepping(self: TrainLoader, number: int, start_step: int = 0) -> Any:
         for step, batch in enumerate(epoch(self, number, start_step), start_step):
             trace(kind="batch", epoch=number, step=step, indices=batch.indices.tolist())
             yield batch
 
-    datasets.KeyedDataset.__getitem__ = reading
-    datasets.TrainLoader.epoch = stepping
+    KeyedSamples.__getitem__ = reading
+    TrainLoader.epoch = stepping
 
 
 def trace_writes(path: str, below: str) -> None:

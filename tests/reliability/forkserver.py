@@ -37,6 +37,7 @@ PRELOADED = (
     "yaml",
     "PIL.Image",
     "safetensors.torch",
+    "main_detection",
     "main_spectformer",
     "main_svt",
     "main_transfer",

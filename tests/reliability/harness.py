@@ -67,6 +67,53 @@ TINY = [
     "0",
 ]
 
+# The same of a detector, on images of 64 pixels: two epochs of four updates. It finds something from the first on.
+TINY_DETECTION = [
+    "--arch",
+    "spectformer_h_s",
+    "--model-kwargs",
+    "stem_width=8",
+    "embed_dims=(8,16,16,16)",
+    "depths=(1,1,1,1)",
+    "spectral_depths=(1,1,0,0)",
+    "num_heads=(1,1,1,1)",
+    "mlp_ratios=(2,2,2,2)",
+    "--detector-kwargs",
+    "fpn_channels=32",
+    "anchor_sizes=(4,8,16,32,64)",
+    "detections=40",
+    "box_score_thresh=0.0",
+    "rpn_post_nms_top_n_train=50",
+    "rpn_post_nms_top_n_test=20",
+    "box_batch_size_per_image=32",
+    "--input-size",
+    "64",
+    "--min-size",
+    "48,64",
+    "--max-size",
+    "96",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+    "--epochs",
+    "2",
+    "--warmup-updates",
+    "3",
+    "--decay-milestones",
+    "1",
+    "--drop-path",
+    "0.2",
+    "--no-freeze-bn",
+    "--model-ema",
+    "--model-ema-decay",
+    "0.9",
+    "--lr",
+    "1e-3",
+    "--checkpoint-epochs",
+    "0",
+]
+
 
 def count(reduced: int, full: int) -> int:
     """How many cases to try: the full count under RELIABILITY=full."""
@@ -235,11 +282,12 @@ class Launcher:
         faults: Sequence[Sequence] = (),
         faulty_rank: int | None = None,
         base: Sequence[str] = TINY,
+        main: str = "main_spectformer",
         directory: Path | str | None = None,
     ) -> list[Child]:
         """Start a training in ``world`` processes; ``faults`` strike ``faulty_rank`` (None: every rank)."""
         each = [list(faults) if faulty_rank in (None, rank) else [] for rank in range(world)]
-        return self.train_each(run_dir, each, *flags, workers=workers, base=base, directory=directory)
+        return self.train_each(run_dir, each, *flags, workers=workers, base=base, main=main, directory=directory)
 
     def train_each(
         self,
@@ -248,6 +296,7 @@ class Launcher:
         *flags: str,
         workers: int = 0,
         base: Sequence[str] = TINY,
+        main: str = "main_spectformer",
         directory: Path | str | None = None,
     ) -> list[Child]:
         """Start a training of as many processes as there are entries in ``faults``, each with its own."""
@@ -267,7 +316,7 @@ class Launcher:
                     "MASTER_PORT": port,
                 }
             )
-            children.append(self.start("faults:train", directory, launched, argv=argv, faults=own))
+            children.append(self.start("faults:train", directory, launched, main=main, argv=argv, faults=own))
         return children
 
     def complete(self, run_dir: Path, *flags: str, **how: Any) -> list[Child]:
@@ -314,10 +363,10 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def outcome(run_dir: Path) -> dict[str, str]:
     """The digests of all that a run has to reproduce: its last checkpoint part by part, and its log."""
-    import checkpointing
+    from runtime import checkpoints
 
-    state = checkpointing.load(run_dir / "checkpoint_last.pth")
-    parts = {key: digest(value) for key, value in state.items() if key not in ("args", "version")}
+    state = checkpoints.load(run_dir / "checkpoint_last.pth")
+    parts = {key: digest(value) for key, value in state.items() if key not in ("args", "version", "lineage")}
     return parts | {"log": digest(rows(run_dir))}
 
 
@@ -328,9 +377,9 @@ def differences(got: dict[str, str], expected: dict[str, str]) -> list[str]:
 
 def farthest(run_dir: Path, reference: Path) -> float:
     """The largest difference between two runs' weights."""
-    import checkpointing
+    from runtime import checkpoints
 
-    one, other = (checkpointing.load(path / "checkpoint_last.pth")["model"] for path in (run_dir, reference))
+    one, other = (checkpoints.load(path / "checkpoint_last.pth")["model"] for path in (run_dir, reference))
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 

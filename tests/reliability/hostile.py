@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import checkpointing
+from runtime import checkpoints
 
 
 class Call:
@@ -65,9 +65,9 @@ def saved(value: Any, **how: Any) -> bytes:
 
 
 def with_our_digest(value: Any) -> bytes:
-    """What `checkpointing.save` would write of a state that it refuses to write: the digest holds."""
+    """What `checkpoints.save` would write of a state that it refuses to write: the digest holds."""
     buffer = io.BytesIO()
-    archive = checkpointing._Archive(buffer)
+    archive = checkpoints._Archive(buffer)
     torch.save(value, archive)
     archive.finish({"epoch": 1, "step": 0})
     return buffer.getvalue()
@@ -200,6 +200,12 @@ def exhausting() -> Iterator[tuple[str, bytes]]:
         "many bytes by _codecs.encode",
         in_zip(b"\x80\x02c_codecs\nencode\n(" + _text("x" * 1000) + _text("no_such_codec") + b"tR."),
     )
+    yield (
+        "300 kB that a codec takes a minute for",
+        in_zip(b"\x80\x02}" + _text("model") + by_name("_codecs", "encode", "é" * 150_000, "punycode")[2:-1] + b"s."),
+    )
+    yield "15 million empty dicts", in_zip(b"\x80\x02(" + b"}" * 15_000_000 + b"t.")
+    yield "a tensor of 2**62 entries in 4 bytes", saved({"model": {"w": torch.zeros(1).expand(1 << 62)}})
     yield "a storage with a claimed 2**60 elements", claimed(2**60)
     yield "a tensor with a negative size", claimed(-5)
     yield "a safetensors header of 2 GiB", struct.pack("<Q", 2**31) + b"{" * 1000

@@ -12,9 +12,9 @@ from typing import Any
 import hostile
 import torch
 
-import checkpointing
-import main_spectformer
-from cli import build_parser
+from runtime import checkpoints as checkpoint_files
+from training.classification_flags import FLAGS
+from training.options import build_parser
 
 State = dict[str, Any]
 NOT_NUMBERS = ("three", None, [1], {}, float("nan"), True)
@@ -218,7 +218,7 @@ def checkpoints(kind: str, number: int, source: Path, target: Path) -> Iterator[
     """
     drawn = random.Random(f"mutated {kind}")
     content = source.read_bytes()
-    state = None if kind == "bytes" else checkpointing.load(source)
+    state = None if kind == "bytes" else checkpoint_files.load(source)
     table = {"resume": RESUMED, "infer": INFERRED, "finetune": FINETUNED}.get(kind, [])
     for _ in range(number):
         if state is None:
@@ -251,7 +251,7 @@ def command_lines(number: int, folder: Path) -> Iterator[tuple[str, list[str]]]:
     drawn = random.Random("command lines")
     actions = [
         action
-        for action in build_parser(main_spectformer.DEFAULTS, "")._actions
+        for action in build_parser(FLAGS)._actions
         if action.option_strings and action.dest not in ("help", "config")
     ]
     makers = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import TINY, Launcher, count, one_line
 
-import checkpointing
+from runtime import checkpoints
 
 # kind of mutation -> how many in a reduced and in a full run
 MUTATED = {
@@ -61,7 +61,7 @@ def test_a_spoiled_checkpoint_is_told_in_one_line(launcher, tmp_path, flags, tra
         source = unfinished / "checkpoint_last.pth"
     elif kind == "foreign":  # as torch.save writes it: without a digest
         source = tmp_path / "foreign.pth"
-        state = checkpointing.load(trained / "checkpoint_last.pth")
+        state = checkpoints.load(trained / "checkpoint_last.pth")
         torch.save(
             {key: state[key] for key in ("model", "arch", "model_kwargs", "num_classes", "input_size")},
             source,
@@ -113,9 +113,9 @@ def test_a_wrong_flag_or_config_is_told_in_one_line(launcher, tmp_path, images, 
 
 def edited(source: Path, target: Path, edit) -> str:
     """A copy of a checkpoint, changed by ``edit(state)``; its digest holds."""
-    state = checkpointing.load(source)
+    state = checkpoints.load(source)
     edit(state)
-    checkpointing.save(target, state)
+    checkpoints.save(target, state)
     return str(target)
 
 
@@ -133,7 +133,7 @@ def test_a_mismatch_is_told_with_its_keys(launcher: Launcher, tmp_path, trained,
     )
     lean = edited(Path(resumed), tmp_path / "lean.pth", lambda s: s.pop("optimizer"))
     bare = tmp_path / "bare.pth"
-    torch.save(checkpointing.load(last)["model"], bare)
+    torch.save(checkpoints.load(last)["model"], bare)
     half = tmp_path / "half"
     for split in ("train", "val"):
         for label in (0, 1):

@@ -12,7 +12,7 @@ import hostile
 import pytest
 from harness import TINY, Launcher, count, one_line
 
-import checkpointing
+from runtime import checkpoints
 from utils import UserError
 
 
@@ -63,7 +63,7 @@ def test_damage_is_noticed(trained: Path, tmp_path: Path, record, damage, reduce
         total += 1
         path.write_bytes(damaged)
         try:
-            checkpointing.load(path)
+            checkpoints.load(path)
             failures.append(f"{what}: loaded")
         except UserError as error:
             if str(path) not in str(error) or "\n" in str(error):
@@ -89,7 +89,7 @@ def test_resume_takes_the_newest_that_is_intact(launcher: Launcher, trained, tmp
         (child,) = launcher.complete(directory, *flags, "--resume", "auto", "--checkpoint-epochs", "1")
         if not all(path.name in child.err for path in spoiled) or "checkpoint_0002" not in child.out + child.err:
             failures.append(f"{what}: said {child.err!r}")
-        if checkpointing.load(directory / "checkpoint_last.pth")["epoch"] != 3:
+        if checkpoints.load(directory / "checkpoint_last.pth")["epoch"] != 3:
             failures.append(f"{what}: the run did not finish")
     record("runs resumed from the newest intact checkpoint, the damaged ones named", len(kinds), failures)
 
@@ -104,7 +104,7 @@ def test_a_hostile_checkpoint_runs_nothing(launcher: Launcher, tmp_path: Path, r
     for number, (name, content) in enumerate(cases):
         paths.append(tmp_path / f"hostile{number}.{'safetensors' if 'safetensors' in name else 'pth'}")
         paths[-1].write_bytes(content)
-    # No file here is larger than 8 MB: 512 MiB are plenty to refuse it.
+    # No file here is larger than 16 MB: 512 MiB are plenty to refuse it.
     child = launcher.start("children:load_all", paths=[str(path) for path in paths], report=str(report), memory=512)
     assert child.wait(300) == 0, child.err
     failures = []

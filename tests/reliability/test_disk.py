@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import Launcher, copy_run, count, file_digest, one_line, spread, temporaries, traced
 
-import checkpointing
+from runtime import checkpoints
 from utils import UserError
 
 # Beside checkpoint_last.pth, every kind of file that a run writes.
@@ -34,7 +34,7 @@ def refusal(launcher: Launcher, source: Path, directory: Path, flags: list[str],
     if left := temporaries(directory):
         return f"left {left}"
     try:
-        checkpointing.load(directory / "checkpoint_last.pth")
+        checkpoints.load(directory / "checkpoint_last.pth")
     except UserError as error:
         return str(error)
     return ""
@@ -176,7 +176,7 @@ def test_every_file_of_a_run_is_written_in_the_safe_order(launcher: Launcher, tm
 def test_a_reader_beside_the_writer_always_finds_a_whole_file(launcher: Launcher, tmp_path: Path, record):
     path = tmp_path / "checkpoint_last.pth"
     wanted = count(100, 1000)
-    checkpointing.save(path, {"model": {"weight": torch.zeros(1)}, "epoch": 0})
+    checkpoints.save(path, {"model": {"weight": torch.zeros(1)}, "epoch": 0})
     wrong, reads, killed, changes, last = [], 0, 0, 0, None
     writer = launcher.start("children:write_again_and_again", path=str(path), times=10**6)
     # On a busy machine the writer may fall behind: read on until the file changed often enough to tell.
@@ -187,7 +187,7 @@ def test_a_reader_beside_the_writer_always_finds_a_whole_file(launcher: Launcher
             killed += 1
             writer = launcher.start("children:write_again_and_again", path=str(path), times=10**6)
         try:
-            state = checkpointing.load(path)
+            state = checkpoints.load(path)
             changes, last = changes + (state["epoch"] != last), state["epoch"]
         except UserError as error:
             wrong.append(str(error))

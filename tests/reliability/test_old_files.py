@@ -13,11 +13,13 @@ import torch
 from harness import TINY, differences, digest, outcome
 from test_bad_input import run_all
 
-import checkpointing
 import models
-from models.checkpoints import load_weights, to_original
+from models.convert import to_original
+from models.loading import load_weights
+from runtime import checkpoints
 
-FIRST_VERSION = Path(__file__).with_name("first_version.ckpt")
+# Of this project's first version, and of the last one before its code was arranged anew.
+OLD_VERSIONS = [Path(__file__).with_name(f"{name}.ckpt") for name in ("first_version", "before_the_rooms")]
 PYRAMID = {
     "embed_dims": (8, 16, 16, 32),
     "depths": (1, 1, 1, 1),
@@ -86,16 +88,17 @@ def test_the_authors_checkpoints_load_in_every_layout(tmp_path: Path, record, le
                 torch.save(wrap(dict(weights)), path, _use_new_zipfile_serialization=not legacy)
                 for value in loaded.state_dict().values():
                     value.zero_()
-                left = load_weights(loaded, checkpointing.weights(checkpointing.load(path)))
+                left = load_weights(loaded, checkpoints.weights(checkpoints.load(path)))
                 if left or digest(loaded.state_dict()) != digest(model.state_dict()):
                     failures.append(f"{name} as {layout}, {names} names: {left} or values differ")
     record("files in the authors' layouts that loaded bit for bit", total, failures)
 
 
 @pytest.mark.promise(16)
-def test_a_run_of_the_first_version_goes_on(launcher, tmp_path, flags, images, record):
+@pytest.mark.parametrize("version", OLD_VERSIONS, ids=lambda path: path.stem)
+def test_a_run_of_an_old_version_goes_on(launcher, tmp_path, flags, images, record, version):
     """The file was saved after 6 of 12 updates, by `main_spectformer.py` with the flags of `harness.TINY`."""
-    file = str(FIRST_VERSION)
+    file = str(version)
     image = str(next(images.rglob("*.png")))
     base = ["main_spectformer", *TINY, *flags, "--output-dir", str(tmp_path / "run")]
     results = run_all(
@@ -118,10 +121,10 @@ def test_a_run_of_the_first_version_goes_on(launcher, tmp_path, flags, images, r
         launcher.complete(tmp_path / f"run{workers}", *flags, "--resume", file, workers=workers)
     if wrong := differences(outcome(tmp_path / "run0"), outcome(tmp_path / "run2")):
         failures.append(f"{wrong} differ")
-    if checkpointing.load(tmp_path / "run0" / "checkpoint_last.pth")["updates"] != 12:
+    if checkpoints.load(tmp_path / "run0" / "checkpoint_last.pth")["updates"] != 12:
         failures.append("it did not go on from update 6")
     record(
-        "uses of the first version's file (resume, fine-tune, evaluate, predict) that worked",
+        "uses of an old version's file (resume, fine-tune, evaluate, predict) that worked",
         len(results) + 2,
         failures,
     )

@@ -1,0 +1,214 @@
+"""Object detection and instance segmentation as a task of the engine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from detection.backbone import create_classifier, freeze_batch_norms, pyramid_features
+from detection.coco import CocoImages
+from detection.data import Batch, build_data
+from detection.detectors import STRIDES, Detector, build_detector
+from detection.evaluation import Result, evaluate_results, to_results
+from detection.flags import FLAGS
+from inputs.loader import EvalLoader
+from models.resampling import keep_resampled
+from runtime import checkpoints
+from runtime.curves import Panel, Plot
+from runtime.processes import Distributed
+from training.console import report
+from training.evaluation import evaluation_batches
+from training.model import load
+from training.precision import Precision
+from training.resume import check_same
+from training.task import Task
+from training.trainer import Run
+from utils import StopSignals
+
+
+class Detection(Task):
+    """A `Detector` of boxes, and of masks where it is Mask R-CNN; by these it is then ranked."""
+
+    flags = FLAGS
+    ranked_by = "AP"
+    shown = ("AP", "AP50")
+    plots = (
+        Plot("loss_plot.png", (Panel("Loss", {"train_loss": "training"}),)),
+        Plot(
+            "ap_plot.png",
+            (
+                Panel("AP (%)", {"test_box_AP": "boxes", "test_mask_AP": "masks"}),
+                Panel("AP at IoU 0.5 (%)", {"test_box_AP50": "boxes", "test_mask_AP50": "masks"}),
+            ),
+        ),
+    )
+
+    def __init__(self, run: Run):
+        self._run = run
+        self.args = run.args
+        self.kinds = ("box", "mask") if self.args.detector == "mask_rcnn" else ("box",)
+        self.data = build_data(self.args, run.dist, masks="mask" in self.kinds)
+        self.train = self.data.train
+        self.model = build_model(run, self.data.train_set)
+
+    def set_mode(self, model: Detector) -> None:
+        """The heads always train: in evaluation mode a detector has no losses."""
+        training = model.training
+        model.train()
+        model.body.train(training)
+
+    def prepare(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        dtype = self._run.precision.dtype
+        targets = [target | {"boxes": target["boxes"].to(dtype)} for target in batch.targets]
+        return as_inputs(batch.images, self._run.precision), targets
+
+    def loss(self, model: nn.Module, prepared: tuple[list[Tensor], list[dict[str, Any]]]) -> Tensor:
+        losses = model(*prepared).values()
+        return (torch.stack([loss for loss, _ in losses]) * self._weights(parts for _, parts in losses)).sum()
+
+    def _weights(self, parts: Iterable[int]) -> Tensor:
+        """What makes the mean over processes of their means one over all the parts that all of them have."""
+        dist = self._run.dist
+        own = torch.tensor(list(parts), dtype=self._run.precision.dtype, device=dist.device)
+        return own * dist.world_size / dist.sum(own).clamp(min=1)
+
+    @torch.no_grad()
+    def finite_samples(self, model: Detector, batch: Batch) -> list[tuple[int, bool]]:
+        images = as_inputs(batch.images, self._run.precision)
+        finite = [all(bool(grid.isfinite().all()) for grid in model.features(image)) for image in images]
+        return list(zip(batch.indices.tolist(), finite, strict=True))
+
+    def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
+        results = predict(model, self.data.val, self.data.val_set, self._run.dist, self._run.precision, stop)
+        return evaluate(results, self.data.val_set, self.kinds, self._run.dist, model.detections)
+
+    def sample_name(self, index: int) -> str:
+        return self.data.train_set.path(index)
+
+    def identity(self) -> dict[str, Any]:
+        args, data = self.args, self.data.train_set
+        return {
+            "arch": models.resolve_arch(args.arch),
+            "model_kwargs": args.model_kwargs,
+            "detector": args.detector,
+            "heads": args.heads,
+            "detector_kwargs": args.detector_kwargs,
+            "num_classes": len(data.class_names),
+            "input_size": list(args.input_size),
+            "class_names": list(data.class_names),
+            "category_ids": list(data.category_ids),
+        }
+
+    def sample_settings(self) -> dict[str, Any]:
+        return {"data_set": self.args.data_set}
+
+    def record(self) -> dict[str, Any]:
+        return {"min_size": self.args.min_size[-1], "max_size": self.args.max_size}
+
+    def describe(self) -> str:
+        data = self.data.train_set
+        left_out = f", {data.without_area} without area left out" if data.without_area else ""
+        return (
+            f"{self.args.detector} on {self.args.data_set}, {len(data)} images with {data.objects} objects of "
+            f"{len(data.class_names)} categories{left_out}"
+        )
+
+    def describe_score(self, score: float) -> str:
+        return f"{self.kinds[-1]} AP {score:.2f}"
+
+
+def as_inputs(images: list[Tensor], precision: Precision) -> list[Tensor]:
+    """Images of bytes as a detector takes them, values 0 to 1."""
+    return [image.to(precision.dtype) / 255 for image in images]
+
+
+def build_model(run: Run, data: CocoImages) -> Detector:
+    """The detector that the command line asks for, with the weights it begins with, or with --eval --resume's."""
+    args = run.args
+    torch.manual_seed(args.seed)
+    body = create_classifier(args.arch, args.input_size, args.model_kwargs, args.drop_path)
+    if run.checkpoint is None and args.backbone_weights is not None:
+        weights = checkpoints.weights(checkpoints.load(args.backbone_weights), path=args.backbone_weights)
+        load(body, weights, args.backbone_weights, new_head=True)
+        report(run.dist, f"loaded {args.backbone_weights} into the backbone")
+    model = detector_over(body, args, len(data.class_names))
+    model.to(getattr(torch, args.dtype))  # before loading: float64 weights keep their digits
+    if run.checkpoint is not None and args.eval:
+        check_same(run.checkpoint, {"class_names": list(data.class_names)}, args.resume)
+        load(model, checkpoints.weights(run.checkpoint, ema=False), args.resume, new_head=False)
+    elif run.checkpoint is None and args.finetune is not None:
+        load_finetuned(run, model, data.class_names)
+    if args.freeze_bn:
+        freeze_batch_norms(model)
+    return model
+
+
+def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -> Detector:
+    """The detector of some settings over a classification model."""
+    return build_detector(
+        args.detector,
+        pyramid_features(body, args.arch, STRIDES[args.detector]),
+        num_classes,
+        heads=args.heads,
+        min_size=args.min_size[-1],
+        max_size=args.max_size,
+        **args.detector_kwargs,
+    )
+
+
+def load_finetuned(run: Run, model: Detector, class_names: tuple[str, ...]) -> None:
+    """Load --finetune's detector, whose class layers are kept if it is for these very classes."""
+    path = run.args.finetune
+    state = checkpoints.load(path)
+    same = tuple(state.get("class_names") or ()) == class_names
+    keep = run.args.classifier == "auto" and same
+    left = load(model, checkpoints.weights(state, path=path), path, new_head=not keep)
+    report(run.dist, f"loaded {path}; not from it: {', '.join(left) or 'nothing'}")
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: EvalLoader,
+    dataset: CocoImages,
+    dist: Distributed,
+    precision: Precision,
+    stop: StopSignals | None = None,
+) -> list[Result]:
+    """All processes' predictions for the images of a data set, in the order of the images, on every process.
+
+    Raises:
+        Interrupted: between two images, on every process, when one of them was signalled.
+    """
+    model.eval()
+    own: list[tuple[int, list[Result]]] = []
+    with keep_resampled():
+        for batch in evaluation_batches(loader, dist, stop):
+            with precision.autocast():
+                predictions = model(as_inputs(batch.images, precision))
+            for index, prediction in zip(batch.indices.tolist(), predictions, strict=True):
+                own.append((index, to_results(prediction, dataset.entry(index)["id"], dataset.category_ids)))
+    gathered = sorted((found for process in dist.gather_objects(own) for found in process), key=lambda found: found[0])
+    return [result for _, results in gathered for result in results]
+
+
+def evaluate(
+    results: list[Result], dataset: CocoImages, kinds: Iterable[str], dist: Distributed, detections: int
+) -> dict[str, float]:
+    """COCO's numbers, called ``box_AP50`` and the like, computed once and the same on every process.
+
+    AP and AP50 of the last of the kinds are there under these names too.
+    """
+    numbers: dict[str, float] = {}
+    if dist.is_main:
+        truth = dataset.ground_truth()
+        for kind in kinds:
+            found = evaluate_results(truth, results, kind, detections).numbers()
+            numbers |= {f"{kind}_{name}": value for name, value in found.items()}
+            numbers |= {name: found.get(name, 0.0) for name in ("AP", "AP50")}
+    return dist.broadcast_object(numbers)

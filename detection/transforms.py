@@ -1,0 +1,60 @@
+"""How images and their objects are augmented, by `torchvision.transforms.v2`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+
+from detection.coco import Objects
+
+LARGEST_SEED = 2**62
+JITTER = (0.1, 2.0)  # Ghiasi et al. 2021, "Simple Copy-Paste"
+
+
+class TrainTransform:
+    """An image and its objects to what a detector trains on: the image, uint8 (3, H, W), and its target.
+
+    The target holds "boxes" float32 (N, 4), "labels" int64 (N,), "masks" uint8 (N, H, W) where there are some, and
+    "seed", the key of what the detector draws for this image. All randomness is the global generators'.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        size = args.large_scale_jitter
+        self._crops = size > 0
+        if self._crops:
+            scale: list[v2.Transform] = [
+                v2.ScaleJitter((size, size), JITTER, antialias=True),
+                v2.RandomCrop((size, size), pad_if_needed=True),
+            ]
+        else:
+            scale = [v2.RandomShortestSize(list(args.min_size), args.max_size, antialias=True)]
+        flips = [v2.RandomHorizontalFlip(args.hflip), v2.RandomVerticalFlip(args.vflip)]
+        self._transform = v2.Compose([*scale, *flips, v2.SanitizeBoundingBoxes(min_size=1), v2.ToPureTensor()])
+
+    def __call__(self, image: Image.Image, objects: Objects) -> tuple[Tensor, dict[str, Any]]:
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=(image.height, image.width)),
+            "labels": torch.from_numpy(objects.labels),
+        }
+        if objects.masks is not None:
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(objects.masks))
+        pixels, target = self._transform(tv_tensors.Image(v2.functional.pil_to_tensor(image)), target)
+        if self._crops and "masks" in target:
+            target = fit_boxes(target)
+        return pixels, target | {"seed": int(torch.randint(LARGEST_SEED, ()))}
+
+
+def fit_boxes(target: dict[str, Any]) -> dict[str, Any]:
+    """The boxes around what a crop has left of the masks, without the objects of which it has left nothing."""
+    left = target["masks"].flatten(1).any(1)
+    target = {name: value[left] for name, value in target.items()}
+    boxes = masks_to_boxes(target["masks"])
+    boxes[:, 2:] += 1  # from the last pixel to its far edge
+    return target | {"boxes": boxes}

@@ -1,0 +1,1 @@
+"""The room behind `datasets`: data sets, transforms, the order of samples, loaders, label maps."""

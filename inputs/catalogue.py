@@ -1,0 +1,102 @@
+"""The data sets by name, and what each asks of the command line and the augmentation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inputs.digits import digits
+from inputs.folders import class_folders
+from inputs.hugging_face import hugging_face
+from inputs.image_sets import ClassSubset, ImageDataset
+from inputs.inaturalist import inaturalist
+from inputs.request import Request
+from inputs.shards import web_shards
+from inputs.torchvision_sets import cars, cifar, flowers, pets
+from utils import UserError, one_line
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """How a data set is built, and what it needs of the command line and the augmentation."""
+
+    build: Callable[[Request], ImageDataset]
+    downloads: bool = False  # takes --download, if only to say what to do instead
+    needs_path: bool = True  # --data-path has to be given
+    glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
+
+
+DATASETS: dict[str, DatasetSpec] = {
+    "DIGITS": DatasetSpec(digits, needs_path=False, glyphs=True),
+    "CIFAR10": DatasetSpec(cifar, downloads=True),
+    "CIFAR100": DatasetSpec(cifar, downloads=True),
+    "IMNET": DatasetSpec(class_folders),
+    "FOLDER": DatasetSpec(class_folders),
+    "FLOWERS": DatasetSpec(flowers, downloads=True),
+    "CARS": DatasetSpec(cars, downloads=True),
+    "PETS": DatasetSpec(pets, downloads=True),
+    "INAT": DatasetSpec(inaturalist),
+    "INAT19": DatasetSpec(inaturalist),
+    "hfds/": DatasetSpec(hugging_face, downloads=True, needs_path=False),
+    "wds/": DatasetSpec(web_shards),
+}
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """The entry of `DATASETS` for a name as given to --data-set; raises UserError for an unknown one."""
+    key = name.partition("/")[0] + "/" if "/" in name else name
+    if key not in DATASETS:
+        raise UserError(f"--data-set {name}: unknown; choose one of {', '.join(DATASETS)}")
+    return DATASETS[key]
+
+
+def build_dataset(
+    name: str,
+    root: str | os.PathLike | None,
+    train: bool,
+    *,
+    download: bool = False,
+    inat_category: str = "name",
+    classes: Sequence[str] | None = None,
+) -> ImageDataset:
+    """Open a data set.
+
+    Args:
+        name: a key of `DATASETS`, or ``hfds/…`` or ``wds/…``.
+        root: its folder, --data-path; ``DIGITS`` needs none, for ``hfds/…`` it is the cache.
+        train: the training split, else the one to validate on.
+        download: fetch it where that is possible.
+        inat_category: the taxonomic rank that is the class, for INAT and INAT19.
+        classes: keep only these, by name or number, labelled in this order.
+
+    Raises:
+        UserError: unknown name, missing or damaged files, an empty class, classes that differ between splits.
+    """
+    spec = dataset_spec(name)
+    if root is None and spec.needs_path:
+        raise UserError(f"--data-set {name}: --data-path has to say where its files are")
+    if download and not spec.downloads:
+        raise UserError(f"--download: --data-set {name} cannot be downloaded; put its files into --data-path")
+    folder = None if root is None else Path(root)
+    if folder is not None and not folder.is_dir() and not download:
+        raise UserError(f"--data-path {folder}: no such folder")
+    where = f"--data-set {name}" + (f" --data-path {folder}" if folder is not None else "")
+    try:
+        dataset = spec.build(Request(name, folder, train, download, inat_category))
+    except OSError as error:
+        raise UserError(f"{where}: {one_line(error)}") from error
+    if len(dataset) == 0:
+        raise UserError(f"{where}: no images in it")
+    _check_text(dataset.class_names, where)
+    return dataset if classes is None else ClassSubset(dataset, classes)
+
+
+def _check_text(class_names: Sequence[str], where: str) -> None:
+    """Raise UserError for a name that is not Unicode: it goes into logs, results and checkpoints."""
+    for name in class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: the class name {ascii(name)} is not UTF-8; rename it") from error

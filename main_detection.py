@@ -1,0 +1,18 @@
+"""Train a detector over any of our pyramids or timm's, by the recipe of Mask R-CNN 1x."""
+
+from collections.abc import Sequence
+
+import engine
+from detection.task import Detection
+from runtime.entry_point import run_cli
+from training.options import parse_args
+
+RECIPE = "configs/detection/mask_rcnn_1x.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    engine.fit(Detection, parse_args(Detection.flags, argv, RECIPE, __doc__))
+
+
+if __name__ == "__main__":
+    run_cli(main)

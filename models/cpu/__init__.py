@@ -1,0 +1,12 @@
+"""Layers that compute on a CPU what the plain ones do, a few images at a time.
+
+Moving large intermediate results through memory, and asking the system for fresh pages to put them in, costs more
+there than the arithmetic on them. The feed-forward network and the scattering mixer therefore have a second
+formulation, which takes a few images through all of their steps while these are in cache. These classes have the
+parameters of the plain ones, whose formulation they fall back on everywhere else.
+"""
+
+from .feed_forward import FeedForward
+from .scattering import ScatteringMixer
+
+__all__ = ["FeedForward", "ScatteringMixer"]

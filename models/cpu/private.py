@@ -1,0 +1,29 @@
+"""What torch has no public name for. Without any of it the layers here still work, if more slowly."""
+
+import torch
+from torch import Tensor, nn
+
+# The operation by which TorchInductor lets oneDNN convolve and activate in one pass.
+_CONVOLUTION_POINTWISE = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+# Hooks decide what a layer computes (pruning, spectral norm) or who hears of it. They can be set and removed by public
+# functions, but not asked for.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def are_hooked(layers: tuple[nn.Module, ...]) -> bool:
+    """Whether somebody hooked one of the layers, or all modules there are; True where that cannot be told."""
+    return any(getattr(nn.modules.module, name, True) for name in _GLOBAL_HOOKS) or any(
+        getattr(layer, name, True) for layer in layers for name in _HOOKS
+    )
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether `convolve_and_activate` takes x."""
+    return _CONVOLUTION_POINTWISE is not None and torch.backends.mkldnn.is_available() and x.dtype == torch.float32
+
+
+def convolve_and_activate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of a depthwise 3x3 convolution that keeps the grid, of (B, C, H, W) in float32."""
+    ones = [1, 1]  # padding, stride and dilation
+    return _CONVOLUTION_POINTWISE(x, weight, bias, ones, ones, ones, len(weight), "gelu", [], "none")

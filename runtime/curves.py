@@ -1,0 +1,73 @@
+"""Pictures of a run: columns of its log over the epochs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+EMA = "_ema"  # ends the name of a column that tells of the averaged weights what the one without tells
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes with a curve for each column of the log that has values, and a dashed one for its `EMA` twin.
+
+    label: of the vertical axis, with the unit; columns: name in the log -> name in the legend.
+    """
+
+    label: str
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of the run directory: panels one above the other, and a line under them for what to know."""
+
+    file: str
+    panels: tuple[Panel, ...]
+    note: str = ""
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int | None = None) -> Figure:
+    """`plot` of a log's rows, with the best epoch marked."""
+    figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot.panels)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(
+        figure.subplots(len(plot.panels), sharex=True, squeeze=False)[:, 0], plot.panels, strict=True
+    ):
+        _draw_panel(axes, panel, rows, best_epoch)
+    axes.set_xlabel("Epoch")
+    figure.align_ylabels()
+    if len(rows) == 1:
+        axes.set_xticks([rows[0]["epoch"]])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if plot.note:
+        figure.supxlabel(plot.note, fontsize=8, color="0.35")
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, Any]], best_epoch: int | None) -> None:
+    marker = "o" if len(rows) <= 30 else None
+    for number, (column, name) in enumerate(panel.columns.items()):
+        for key, legend, style in ((column, name, "-"), (column + EMA, f"{name}, EMA", "--")):
+            points = [(row["epoch"], row[key]) for row in rows if _is_drawable(row.get(key))]
+            if points:
+                face = "white" if style == "--" else None  # one epoch has no line to be dashed
+                look = {"color": f"C{number}", "marker": marker, "markersize": 3.5, "markerfacecolor": face}
+                axes.plot(*zip(*points, strict=True), style, label=legend, **look)
+    if best_epoch is not None:
+        axes.axvline(best_epoch, color="0.5", linestyle=":", label=f"best: epoch {best_epoch}")
+    axes.set_ylabel(panel.label)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+
+
+def _is_drawable(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,60 @@
+"""What was run: the command, its arguments, the versions and the state of the code."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -> dict[str, Any]:
+    """What args.yaml holds: the command (`argv`, like sys.argv), versions, the code's state, all arguments."""
+    return {
+        "command": shlex.join(["python", *argv]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "processes": processes,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "git": _git_state(),
+        "args": {name: _plain(value) for name, value in sorted(args.items())},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit of this code and whether it was changed since; None without git or a repository."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *command],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,580 @@
+"""Detectors: data, order, losses, evaluation, and infer.py on their checkpoints."""
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from coco_example import write_example
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+import infer
+import main_detection
+from detection.backbone import create_classifier, pyramid_features
+from detection.coco import NUCLEI, decode_mask, open_split
+from detection.detectors import STRIDES, build_detector
+from detection.evaluation import KINDS, evaluate_results, results_of, to_results
+from detection.report import count_mistakes
+from detection.run_lengths import decode_counts
+from detection.sampler import GroupedSampler
+from detection.subsampling import KeyedSubsampler
+from detection.task import Detection
+from detection.transforms import TrainTransform
+from inputs.sampler import KeyedSampler
+from runtime import checkpoints
+from training.optimizer import build_scheduler
+from training.options import parse_args
+from utils import UserError, seeded
+
+SMALL = {
+    "stem_width": 8,
+    "embed_dims": (8, 16, 16, 16),
+    "depths": (1, 1, 1, 1),
+    "spectral_depths": (1, 1, 0, 0),
+    "num_heads": (1, 1, 1, 1),
+    "mlp_ratios": (2, 2, 2, 2),
+}
+OPTIONS = {"fpn_channels": 64, "min_size": 64, "max_size": 96, "anchor_sizes": (8, 16, 32, 64, 128)}
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    return write_example(tmp_path_factory.mktemp("coco") / "cells", scale=4)
+
+
+def small_detector(kind="mask_rcnn", arch="spectformer_h_s", num_classes=3, **options):
+    torch.manual_seed(0)
+    kwargs = SMALL if arch.startswith(("spectformer", "svt")) else {}
+    body = pyramid_features(create_classifier(arch, (64, 64), kwargs, 0.0), arch, STRIDES[kind])
+    return build_detector(kind, body, num_classes, **OPTIONS | options)
+
+
+def example(seed, height=64, width=80, objects=3):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(objects, 2, generator=generator) * torch.tensor([width - 30, height - 30])
+    boxes = torch.cat((corners, corners + 10 + 15 * torch.rand(objects, 2, generator=generator)), 1)
+    masks = torch.zeros(objects, height, width, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    target = {"boxes": boxes, "labels": torch.arange(objects) % 3 + 1, "masks": masks, "seed": seed}
+    return torch.rand(3, height, width, generator=generator), target
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def shifted_results(dataset, seed):
+    """Objects of a data set as predictions that are somewhat off: shifted, cut, of another category, twice."""
+    random, truth, results = np.random.RandomState(seed), dataset.ground_truth(), []
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    for entry in truth["annotations"]:
+        for _ in range(random.randint(0, 4)):
+            mask = np.roll(
+                decode_mask(entry["segmentation"], *sizes[entry["image_id"]]), random.randint(-2, 3, 2), (0, 1)
+            )
+            rows, columns = np.nonzero(mask)
+            prediction = {
+                "boxes": torch.tensor([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]).float(),
+                "labels": torch.tensor([random.randint(1, 4)]) if random.rand() < 0.2 else torch.tensor([1]),
+                "scores": torch.tensor([round(random.rand(), 2)]),
+                "masks": torch.from_numpy(mask)[None, None].float(),
+            }
+            results += to_results(prediction, entry["image_id"], dataset.category_ids)
+    return results
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_twelve_numbers_are_those_of_pycocotools(cells, tmp_path, kind):
+    """With crowds, gaps in the category ids, a category and an image without objects."""
+    dataset = open_split(cells, train=True, masks=True)
+    results = shifted_results(dataset, seed=0)
+    found = evaluate_results(dataset.ground_truth(), results, kind, 100)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(cells / "annotations/instances_train2017.json"))
+        oracle = COCOeval(truth, truth.loadRes(copy.deepcopy(results_of(results, kind))), KINDS[kind])
+        oracle.evaluate()
+        oracle.accumulate()
+        oracle.summarize()
+    np.testing.assert_allclose(found.precision, oracle.eval["precision"], atol=1e-9)
+    np.testing.assert_allclose(found.recall, oracle.eval["recall"], atol=1e-9)
+    expected = [100 * value for value in oracle.stats if value >= 0]
+    np.testing.assert_allclose(list(found.numbers().values()), expected, atol=1e-6)
+    assert len(expected) >= 8 and 0 < found.numbers()["AP"] < 100
+
+
+def test_without_any_prediction_the_numbers_are_zero(cells):
+    numbers = evaluate_results(open_split(cells, train=False, masks=True).ground_truth(), [], "mask", 100).numbers()
+    assert set(numbers.values()) == {0.0}
+
+
+def test_more_detections_than_coco_takes_count_where_they_are_asked_for(cells):
+    dataset = open_split(cells, train=True, masks=True)
+    results = shifted_results(dataset, seed=1)
+    few, many = (evaluate_results(dataset.ground_truth(), results, "box", most).numbers()["AR"] for most in (11, 200))
+    assert many > few
+
+
+def test_mistakes_are_missed_objects_and_wrong_predictions_outside_crowds():
+    objects = [
+        {"category_id": 1, "bbox": [0, 0, 10, 10], "iscrowd": 0},
+        {"category_id": 1, "bbox": [50, 50, 10, 10], "iscrowd": 0},
+        {"category_id": 1, "bbox": [100, 0, 50, 50], "iscrowd": 1},
+    ]
+    results = [
+        {"category_id": 1, "bbox": [1, 0, 10, 10], "score": 0.9},
+        {"category_id": 1, "bbox": [0, 1, 10, 10], "score": 0.8},  # the same object again
+        {"category_id": 1, "bbox": [110, 10, 10, 10], "score": 0.7},  # in the crowd
+        {"category_id": 2, "bbox": [50, 50, 10, 10], "score": 0.6},  # of another category
+    ]
+    assert count_mistakes(objects, results) == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ annotation files
+
+
+def spoil_image(**values):
+    return lambda content: content["images"][1].update(values)
+
+
+def spoil_object(**values):
+    return lambda content: content["annotations"][2].update(values)
+
+
+def twice(kind):
+    return lambda content: content[kind][1].update(id=content[kind][0]["id"])
+
+
+SPOILED = {
+    "missing file": (spoil_image(file_name="no.png"), "image 93: its file .*no.png is missing"),
+    "file outside": (spoil_image(file_name="../train2017/0.png"), "image 93: its file_name"),
+    "no size": (spoil_image(height=None), "image 93: its height and width are None"),
+    "unknown image": (spoil_object(image_id=5), "annotation 3: of image 5"),
+    "unknown category": (spoil_object(category_id=4), "annotation 3: of category 4"),
+    "box outside": (spoil_object(bbox=[60.0, 3.0, 9.0, 4.0]), "annotation 3: its box .* reaches out"),
+    "box of three": (spoil_object(bbox=[1, 2, 3]), "annotation 3: its bbox"),
+    "box of NaN": (spoil_object(bbox=[1, float("nan"), 3, 4]), "annotation 3: its bbox"),
+    "polygon of two points": (spoil_object(segmentation=[[1, 2, 3, 4]]), "annotation 3: a polygon of 2 points"),
+    "odd polygon": (spoil_object(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 3: a polygon of 7 numbers"),
+    "other mask size": (
+        spoil_object(segmentation={"size": [9, 9], "counts": [81]}),
+        "annotation 3: its mask is of size",
+    ),
+    "other mask sum": (
+        spoil_object(segmentation={"size": [64, 64], "counts": [81]}),
+        "annotation 3: its mask is of 81 pixels",
+    ),
+    "damaged mask": (
+        spoil_object(segmentation={"size": [64, 64], "counts": "PPPPP\x01"}),
+        "annotation 3: its mask cannot be read",
+    ),
+    "no mask": (lambda content: content["annotations"][2].pop("segmentation"), "annotation 3: it has no segmentation"),
+    "image twice": (twice("images"), "image 100: its id is there twice"),
+    "annotation twice": (twice("annotations"), "annotation 1: its id is there twice"),
+    "category twice": (twice("categories"), "category 3: its id is there twice"),
+    "text as id": (spoil_object(id="7"), "one annotation: its id"),
+    "no categories": (lambda content: content.update(categories=[]), "no categories"),
+    "no images": (lambda content: content.pop("images"), "no list of images"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_is_wrong_in_an_annotation_file_is_named_with_its_id(cells, tmp_path, case):
+    spoil, message = SPOILED[case]
+    content = json.loads((cells / "annotations/instances_train2017.json").read_text())
+    spoil(content)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    (tmp_path / "train2017").symlink_to(cells / "train2017")
+    with pytest.raises(UserError, match=message) as error:
+        open_split(tmp_path, train=True, masks=True)
+    assert "\n" not in str(error.value) and "instances_train2017.json" in str(error.value)
+
+
+def test_a_file_that_is_cut_short_is_named(cells, tmp_path):
+    text = (cells / "annotations/instances_train2017.json").read_text()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match="instances_train2017.json: not readable as JSON, cut short"):
+        open_split(tmp_path, train=True, masks=True)
+
+
+def test_objects_without_area_are_counted_and_left_out_and_crowds_are_not_trained_on(cells, tmp_path):
+    content = json.loads((cells / "annotations/instances_train2017.json").read_text())
+    entry = next(entry for entry in content["annotations"] if not entry["iscrowd"])
+    entry["bbox"][2] = 0.0
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    (tmp_path / "train2017").symlink_to(cells / "train2017")
+    spoiled, whole = (open_split(root, train=True, masks=True) for root in (tmp_path, cells))
+    assert (spoiled.without_area, whole.without_area) == (1, 0)
+    trained = [sum(len(split.load(i)[1].labels) for i in range(len(split))) for split in (spoiled, whole)]
+    crowds = sum(entry["iscrowd"] for entry in content["annotations"])
+    assert crowds > 0 and trained == [len(content["annotations"]) - crowds - 1, len(content["annotations"]) - crowds]
+    assert len(whole.load(3)[1].labels) == 0  # and an image without objects is there
+
+
+def test_an_image_of_another_size_than_its_entry_is_named(cells, tmp_path):
+    content = json.loads((cells / "annotations/instances_train2017.json").read_text())
+    content["images"][0]["width"] += 8
+    content["annotations"] = []
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    (tmp_path / "train2017").symlink_to(cells / "train2017")
+    with pytest.raises(UserError, match="64x64 pixels, image 100 of .* says 72x64"):
+        open_split(tmp_path, train=True, masks=True).load(0)
+
+
+def test_boxes_and_masks_of_an_object_agree(cells):
+    dataset = open_split(cells, train=True, masks=True)
+    for index in range(len(dataset)):
+        _, objects = dataset.load(index)
+        for box, mask in zip(objects.boxes, objects.masks, strict=True):
+            rows, columns = np.nonzero(mask)
+            np.testing.assert_allclose(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=1)
+
+
+@pytest.mark.parametrize("damage", ["", "0", "PP", "\x00", "~~~~~~~~~~~~~~~~~~~~", "é", "o" * 50])
+def test_damaged_run_lengths_are_refused_or_are_counts(damage):
+    try:
+        assert all(count >= 0 for count in decode_counts(damage))
+    except ValueError as error:
+        assert "run lengths" in str(error)
+
+
+# ----------------------------------------------------------------------------------------------- order, augmentation
+
+GROUPS = np.random.RandomState(0).randint(0, 2, 103).astype(np.uint8)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_updates_are_of_one_shape_but_for_the_last_and_leave_nothing_more_out(epoch):
+    sampler = GroupedSampler(len(GROUPS), 8, seed=3, groups=GROUPS)
+    batches = [[key.index for key in batch] for batch in sampler.epoch(epoch)]
+    mixed = [i for i, batch in enumerate(batches) if len(set(GROUPS[batch])) > 1]
+    assert len(batches) == len(KeyedSampler(len(GROUPS), 8, seed=3)) == 12
+    assert len(mixed) <= 1 and all(i == len(batches) - 1 for i in mixed)
+    used = [index for batch in batches for index in batch]
+    assert len(set(used)) == len(used) == 96
+    assert len({GROUPS[batch[0]] for batch in batches[:5]}) == 2  # and groups take turns
+    assert used != [key.index for batch in sampler.epoch(epoch + 1) for key in batch]
+
+
+@pytest.mark.parametrize(("world", "batch", "accum"), [(1, 4, 2), (2, 4, 1), (4, 1, 2)])
+def test_grouped_updates_are_the_same_for_any_number_of_processes_and_any_start(world, batch, accum):
+    def updates(world, batch, accum, start=0):
+        ranks = [
+            list(GroupedSampler(len(GROUPS), batch, 3, rank, world, accum, groups=GROUPS).epoch(2, start))
+            for rank in range(world)
+        ]
+        steps = [sorted(key.index for batch in step for key in batch) for step in zip(*ranks, strict=True)]
+        return [sorted(sum(steps[i : i + accum], [])) for i in range(0, len(steps), accum)]
+
+    expected = updates(1, 8, 1)
+    assert updates(world, batch, accum) == expected
+    assert updates(world, batch, accum, start=3 * accum) == expected[3:]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--min-size", "40,64", "--vflip", "0.5"], ["--min-size", "64", "--large-scale-jitter", "64"]],
+    ids=["scales", "jitter"],
+)
+def test_augmentation_moves_boxes_masks_and_pixels_together(cells, tmp_path, flags):
+    args = parse_args(Detection.flags, ["--data-path", str(cells), "--max-size", "100", *flags])
+    transform, dataset = TrainTransform(args), open_split(cells, train=True, masks=True)
+    sizes = set()
+    for index in range(len(dataset)):
+        for draw in range(3):
+            with seeded(draw):
+                pixels, target = transform(*dataset.load(index))
+            assert pixels.dtype == torch.uint8 and target["masks"].shape[1:] == pixels.shape[1:]
+            assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+            sizes.add(tuple(pixels.shape))
+            for box, mask in zip(target["boxes"], target["masks"], strict=True):
+                rows, columns = mask.nonzero(as_tuple=True)
+                if len(rows):  # of the smallest, nothing may be left at another scale
+                    seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                    assert (box - seen).abs().max() < 3
+    assert len(sizes) > 1 or "--large-scale-jitter" in flags
+
+
+def test_the_same_key_gives_the_same_sample_and_seed(cells):
+    args = parse_args(Detection.flags, ["--data-path", str(cells), "--min-size", "40,64", "--max-size", "100"])
+    transform, dataset = TrainTransform(args), open_split(cells, train=True, masks=True)
+    samples = []
+    for key in (1, 1, 2):
+        with seeded(key):
+            samples.append(transform(*dataset.load(0)))
+    assert torch.equal(samples[0][0], samples[1][0]) and samples[0][1]["seed"] == samples[1][1]["seed"]
+    assert samples[0][1]["seed"] != samples[2][1]["seed"]
+
+
+# ------------------------------------------------------------------------------------------------------- detectors
+
+
+@pytest.mark.parametrize("heads", ["v2", "classic"])
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [
+        ("mask_rcnn", "spectformer_h_s"),
+        ("mask_rcnn", "svt_h_s"),
+        ("faster_rcnn", "resnet10t"),
+        ("retinanet", "spectformer_h_s"),
+        ("retinanet", "pvt_v2_b0"),
+    ],
+)
+def test_every_parameter_of_every_detector_is_trained(kind, arch, heads):
+    detector = small_detector(kind, arch, heads=heads).train()
+    images, targets = zip(example(1), example(2, 96, 64, objects=1), strict=True)
+    losses = detector(list(images), list(targets))
+    sum(loss for loss, _ in losses.values()).backward()
+    idle = [name for name, weight in detector.named_parameters() if weight.grad is None]
+    assert not idle and all(parts > 0 for _, parts in losses.values())
+    detector.eval()
+    (prediction,) = detector([images[0]])
+    assert prediction["boxes"].shape == (len(prediction["labels"]), 4)
+    if kind == "mask_rcnn":
+        assert prediction["masks"].shape == (len(prediction["labels"]), 1, 64, 80)
+
+
+def test_an_image_without_objects_can_be_trained_on():
+    detector = small_detector().train()
+    image, target = example(1, objects=0)
+    losses = detector([image], [target])
+    sum(loss for loss, _ in losses.values()).backward()
+    assert float(losses["loss_mask"][0].detach()) == 0 and losses["loss_mask"][1] == 0
+    assert all(weight.grad is not None for weight in detector.parameters())
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
+    def masks(labels, seeds):
+        subsampler = KeyedSubsampler(Like())
+        subsampler.seeds = seeds
+        return subsampler(labels), subsampler
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(-1, 2, (400,), generator=generator) for _ in range(2))
+    (together, counted), (alone, _) = masks([first, second], [5, 6]), masks([second], [6])
+    assert torch.equal(together[0][1], alone[0][0]) and torch.equal(together[1][1], alone[1][0])
+    assert counted.drawn == 2 * Like.batch_size_per_image and counted.positives == 2 * 16
+    assert (first[together[0][0].bool()] == 1).all() and (second[together[1][1].bool()] == 0).all()
+    assert not torch.equal(masks([second], [7])[0][0][0], alone[0][0])
+
+
+class Like:
+    batch_size_per_image, positive_fraction = 64, 0.25
+
+
+def test_an_image_is_seen_alike_at_any_place_of_a_batch_of_its_size():
+    detector = small_detector().double().train()
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    pairs = [example(1), example(2)]
+    pairs = [(image.double(), target | {"boxes": target["boxes"].double()}) for image, target in pairs]
+    both = detector(*map(list, zip(*pairs, strict=True)))
+    alone = [detector([image], [target]) for image, target in pairs]
+    for name, (loss, parts) in both.items():
+        weighted = sum(own[name][0] * own[name][1] for own in alone) / parts
+        assert parts == sum(own[name][1] for own in alone)
+        torch.testing.assert_close(
+            loss, weighted, rtol=1e-6, atol=0, check_dtype=False
+        )  # torchvision labels in float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchor_sizes": (8, 16)}, "anchor_sizes are 5"),
+        ({"fpn_channels": 40}, "a multiple of 32"),
+        ({"box_batch_size": 3}, "box_batch_size is unknown"),
+        ({"box_nms_thresh": "much"}, "not a number like 0.5"),
+        ({"rpn_post_nms_top_n_train": 0.5}, "not a number like 2000"),
+    ],
+)
+def test_settings_that_torchvision_would_pass_over_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        small_detector(**options)
+
+
+def test_a_backbone_without_a_pyramid_is_refused():
+    model = create_classifier("spectformer_ti", (64, 64), {"depth": 2, "alpha": 1}, 0.0)
+    with pytest.raises(UserError, match="--arch spectformer_ti: a detector needs .* strides 4, 8, 16, 32"):
+        pyramid_features(model, "spectformer_ti", STRIDES["mask_rcnn"])
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+RUN = [
+    "--arch",
+    "spectformer_h_s",
+    "--model-kwargs",
+    *(f"{name}={value!r}".replace(" ", "") for name, value in SMALL.items()),
+    "--detector-kwargs",
+    "fpn_channels=32",
+    "anchor_sizes=(4,8,16,32,64)",
+    "detections=40",
+    "box_score_thresh=0.0",
+    "rpn_post_nms_top_n_train=50",
+    "rpn_post_nms_top_n_test=40",
+    "--input-size",
+    "64",
+    "--min-size",
+    "64",
+    "--max-size",
+    "96",
+    "--batch-size",
+    "4",
+    "--num-workers",
+    "0",
+    "--lr",
+    "2e-3",
+    "--warmup-updates",
+    "1",
+    "--warmup-lr",
+    "1e-3",
+    "--no-freeze-bn",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(cells, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("detection") / "run"
+    flags = ["--data-path", str(cells), "--epochs", "2", "--decay-milestones", "1"]
+    main_detection.main([*RUN, *flags, "--output-dir", str(directory)])
+    return directory
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
+
+
+def test_a_run_logs_the_numbers_of_boxes_and_masks_and_ranks_by_masks(trained):
+    first, last = rows(trained)
+    assert {"test_box_AP", "test_box_AP50", "test_mask_AP", "test_mask_AR"} <= last.keys()
+    state = checkpoints.load(trained / "checkpoint_last.pth")
+    assert state["AP"] == last["test_AP"] == last["test_mask_AP"] and state["class_names"][2] == "mitosis"
+    assert last["train_loss"] < first["train_loss"]
+
+
+def test_the_rate_warms_up_by_updates_and_falls_after_its_milestone(trained):
+    """In the recipe's way, at each update of 12 epochs of 100: 500 of them linearly, a tenth after 8 and after 11."""
+    args = parse_args(Detection.flags, ["--data-set", "NUCLEI"], main_detection.RECIPE)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.lr)
+    scheduler, rates = build_scheduler(args, optimizer, updates_per_epoch=100), []
+    for update in range(1200):
+        scheduler.step_update(max(update - 1, 0))
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == rates[1] == pytest.approx(0.001 * args.lr)
+    np.testing.assert_allclose(np.diff(rates[1:501]), 0.999 * args.lr / 500, rtol=1e-6)
+    for first, last, rate in ((501, 799, 1), (800, 1099, 0.1), (1100, 1199, 0.01)):
+        np.testing.assert_allclose([rates[first], rates[last]], rate * args.lr)
+    assert [round(row["train_lr"], 9) for row in rows(trained)] == [1e-3, 2e-4]  # the last update's of each epoch
+
+
+def test_infer_evaluates_a_checkpoint_as_training_did(trained, cells, tmp_path, capsys):
+    path = trained / "checkpoint_last.pth"
+    report = tmp_path / "report"
+    flags = ["--data-path", str(cells), "--num-workers", "0", "--device", "cpu", "--min-score", "0.1"]
+    infer.main(["--model-path", str(path), *flags, "--output", str(tmp_path / "r.json"), "--report", str(report)])
+    found, told = json.loads((tmp_path / "r.json").read_text()), rows(trained)[-1]
+    for kind in ("box", "mask"):
+        for name, value in found[kind].items():
+            assert value == told[f"test_{kind}_{name}"]
+        results = json.loads((tmp_path / f"r_{kind}_results.json").read_text())
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(cells / "annotations/instances_val2017.json"))
+            oracle = COCOeval(truth, truth.loadRes(results), KINDS[kind])
+            oracle.evaluate()
+            oracle.accumulate()
+            oracle.summarize()
+        assert 100 * oracle.stats[0] == pytest.approx(found[kind]["AP"], abs=1e-6)
+        assert (report / f"{kind}_by_category.csv").read_text().count("\n") == 4
+        assert (report / f"{kind}_precision_recall.png").stat().st_size > 1000
+    assert len(list(report.glob("worst_*.png"))) > 0
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_infer_draws_what_it_finds(trained, cells, tmp_path, capsys):
+    path, images = trained / "checkpoint_last.pth", cells / "val2017"
+    flags = ["--drawings", str(tmp_path / "drawn"), "--output", str(tmp_path / "o.json"), "--min-score", "0"]
+    infer.main(["--model-path", str(path), "--image", str(images), "--device", "cpu", *flags])
+    assert len(list((tmp_path / "drawn").glob("*_detections.png"))) == 4
+    found = json.loads((tmp_path / "o.json").read_text())["predictions"]
+    assert len(found) == 4 and "cell" in found[0]["objects"][0]["category"]
+    with pytest.raises(UserError, match="--explain is for classifiers"):
+        infer.main(["--model-path", str(path), "--image", str(images), "--explain", "--device", "cpu"])
+
+
+def test_a_detector_goes_on_with_its_own_classes_and_begins_anew_with_others(trained, cells, tmp_path, capsys):
+    path = str(trained / "checkpoint_last.pth")
+    flags = ["--finetune", path, "--epochs", "1"]
+    main_detection.main([*RUN, *flags, "--data-path", str(cells), "--output-dir", str(tmp_path / "same")])
+    assert "not from it: nothing" in capsys.readouterr().out
+    shutil.copytree(cells, tmp_path / "others")
+    for file in (tmp_path / "others/annotations").iterdir():
+        file.write_text(file.read_text().replace("mitosis", "platelet"))
+    flags += ["--data-path", str(tmp_path / "others"), "--output-dir", str(tmp_path / "run")]
+    main_detection.main([*RUN, *flags])
+    told = capsys.readouterr().out
+    assert "not from it: network.roi_heads.box_predictor.cls_score.weight" in told and "rpn" not in told
+    with pytest.raises(UserError, match="no --backbone-weights"):
+        main_detection.main([*RUN, *flags, "--backbone-weights", path])
+
+
+def test_backbone_weights_come_from_a_classifier(cells, tmp_path, capsys):
+    torch.manual_seed(7)
+    classifier = create_classifier("spectformer_h_s", (64, 64), SMALL, 0.0)
+    checkpoints.save(tmp_path / "classifier.pth", {"model": classifier.state_dict()})
+    flags = ["--backbone-weights", str(tmp_path / "classifier.pth"), "--epochs", "1", "--lr", "0", "--warmup-lr", "0"]
+    main_detection.main([*RUN, *flags, "--freeze-bn", "--data-path", str(cells), "--output-dir", str(tmp_path / "run")])
+    weights = checkpoints.load(tmp_path / "run/checkpoint_last.pth")["model"]
+    expected = classifier.state_dict()
+    prefix = "network.backbone.body.model."
+    shared = [name for name in expected if prefix + name in weights]
+    assert len(shared) > 50 and all(torch.equal(weights[prefix + name], expected[name]) for name in shared)
+
+
+def test_the_embedded_cells_are_whole():
+    for train, images in ((True, 114), (False, 32)):
+        cells = open_split(NUCLEI, train, masks=True)
+        assert len(cells) == images and cells.without_area == 0 and cells.class_names == ("nucleus",)
+        image, objects = cells.load(images - 1)
+        assert image.size == (256, 256) and objects.masks.any((1, 2)).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-set", "COCO"], "--data-path has to say"),
+        (["--data-set", "NUCLEI", "--data-path", "/tmp"], "is embedded"),
+        (["--compile"], "--compile: detectors"),
+        (["--min-size", "800", "--max-size", "700"], "--max-size 700 is below"),
+        (["--min-size", "800,600"], "no list of ascending numbers"),
+        (["--warmup-updates", "5", "--no-sched-on-updates"], "needs --sched-on-updates"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_told(flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main_detection.main([*flags, "--output-dir", str(tmp_path), "--device", "cpu"])
+
+
+def test_the_segmentation_example_of_the_docs_runs_on_wide_images():
+    text = (Path(__file__).parent.parent / "docs/detection.md").read_text()
+    names = {"images": torch.rand(2, 3, 64, 96)}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    logits = names["logits"]
+    assert logits.shape == (2, 19, 64, 96)
+    logits.square().mean().backward()
+    grads = [weight.grad for name, weight in names["model"].named_parameters() if "complex_weight" in name]
+    assert len(grads) == 7 and all(grad.abs().max() > 0 for grad in grads)

@@ -1,0 +1,82 @@
+"""What other libraries do with a model: building it on the meta device, quantising it."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from small_models import KINDS, create, images
+from timm.models import save_for_hf
+from timm.models._manipulate import reinit_non_persistent_buffers
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from transformers import TimmWrapperForImageClassification
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_transformers_wrapper_gives_the_same_logits(name, tmp_path):
+    model = create(name).eval()
+    save_for_hf(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_args"]["num_classes"]  # transformers passes it a second time, for timm's own models too
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wrapper = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(wrapper(pixel_values=images()).logits, model(images()))
+
+
+def filled_by_hand(model):
+    """Every tensor replaced by one of no numbers, without the model's knowledge, as transformers does."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point():
+                    filled = torch.full_like(tensor, torch.nan, device="cpu")
+                    tensors[name] = nn.Parameter(filled) if tensors is module._parameters else filled
+                elif tensor is not None:
+                    tensors[name] = torch.zeros_like(tensor, device="cpu")
+    reinit_non_persistent_buffers(model)
+    return model
+
+
+@pytest.mark.parametrize("materialised", [filled_by_hand, lambda model: model.to_empty(device="cpu")])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_built_on_meta_computes_what_its_weights_say(name, materialised):
+    model = create(name).eval()
+    with torch.device("meta"):
+        empty = create(name).eval()
+    loaded = materialised(empty)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(images()), model(images()))
+
+
+def dynamic(model):
+    with warnings.catch_warnings(action="ignore"):  # deprecated, and still much in use
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def int8(config):
+    def quantise(model):
+        quantize_(model, config())
+        return model
+
+    return quantise
+
+
+QUANTISERS = {
+    "torch.ao dynamic": dynamic,
+    "torchao int8 weights": int8(Int8WeightOnlyConfig),
+    "torchao int8 weights and activations": int8(Int8DynamicActivationInt8WeightConfig),
+}
+
+
+@pytest.mark.parametrize("quantise", QUANTISERS.values(), ids=QUANTISERS)
+@pytest.mark.parametrize("name", KINDS)
+def test_quantised_models_are_close_to_themselves(name, quantise):
+    model = create(name).eval()
+    with torch.no_grad():
+        logits = model(images())
+        mlp = next(module for module in model.modules() if hasattr(module, "fc1"))
+        plain = mlp.fc1.weight
+        quantised = quantise(model)(images())
+    assert 0 < (quantised - logits).norm() <= 0.05 * logits.norm()
+    assert mlp.fc1.weight is not plain

@@ -1,0 +1,196 @@
+"""The engine with a task that knows no classes, and what it promises for any task."""
+
+import argparse
+import json
+import os
+import signal
+
+import pytest
+import torch
+from tiny_runs import assert_same
+from torch import nn
+
+import engine
+from runtime.curves import Panel, Plot
+from runtime.processes import Distributed
+from training.agreement import check_same_everywhere
+from training.options import TaskFlags, parse_args
+from training.task import Task
+from utils import Interrupted, UserError
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(engine.RunDirectory, "_draw", lambda *_: None)
+
+
+class Points:
+    """Batches (x, y, indices) of a line with noise, the same for every pass over an epoch."""
+
+    skipped: dict[str, str] = {}
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+
+    def __len__(self):
+        return 4
+
+    def epoch(self, epoch, start_step=0):
+        for step in range(start_step, len(self)):
+            generator = torch.Generator().manual_seed(100 * epoch + step)
+            x = torch.randn(self.args.batch_size, 3, generator=generator)
+            yield x, x @ torch.tensor([[1.0], [-2.0], [0.5]]), torch.arange(len(x))
+
+
+class Regression(Task):
+    """Least squares with noise on the inputs, which is drawn where the engine says."""
+
+    flags = TaskFlags(lambda parser: None, lambda given: {}, lambda args: {}, lambda args: None)
+    ranked_by = "fit"
+    shown = ("fit",)
+    plots = (Plot("fit.png", (Panel("Error", {"train_loss": "training", "test_error": "test"}),)),)
+
+    def __init__(self, run):
+        self.args, self.dist = run.args, run.dist
+        torch.manual_seed(run.args.seed)
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.train = Points(run.args)
+
+    def prepare(self, batch):
+        x, y, _ = batch
+        return x + 0.1 * torch.randn_like(x), y
+
+    def loss(self, model, prepared):
+        return nn.functional.mse_loss(model(prepared[0]), prepared[1])
+
+    def finite_samples(self, model, batch):
+        return [(int(i), bool(row.isfinite().all())) for i, row in zip(batch[2], model(batch[0]), strict=True)]
+
+    def evaluate(self, model, stop):
+        if stop is not None and stop.signum:
+            raise Interrupted(stop.signum)
+        model.eval()
+        x, y, _ = next(self.train.epoch(10**6))
+        with torch.no_grad():
+            error = nn.functional.mse_loss(model(x), y).item()
+        return {"fit": -error, "error": error}
+
+    def sample_name(self, index):
+        return f"point {index}"
+
+    def identity(self):
+        return {"width": 8}
+
+    def sample_settings(self):
+        return {}
+
+    def record(self):
+        return {"about": "a line"}
+
+    def describe(self):
+        return "points on a line"
+
+    def describe_score(self, score):
+        return f"fit {score:.3f}"
+
+
+FLAGS = ["--batch-size", "16", "--epochs", "3", "--warmup-epochs", "0", "--unscale-lr", "--lr", "5e-2", "--model-ema"]
+
+
+def args_of(directory, *flags):
+    words = ["--output-dir", str(directory), "--num-workers", "0", "--device", "cpu", *FLAGS, *flags]
+    return parse_args(Regression.flags, words)
+
+
+def finished(directory):
+    state = torch.load(directory / "checkpoint_last.pth", weights_only=True)
+    clocks = ("seconds", "images_per_second")
+    log = [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name not in clocks} for row in log]
+    return {name: value for name, value in state.items() if name not in ("args", "version", "lineage")}, rows
+
+
+def test_a_task_without_classes_trains_and_is_ranked_by_its_own_score(tmp_path, capsys):
+    engine.fit(Regression, args_of(tmp_path))
+    state, rows = finished(tmp_path)
+    assert rows[-1]["test_error"] < rows[0]["test_error"] / 2
+    best = max(row[name] for row in rows for name in ("test_fit", "test_fit_ema"))
+    assert state["best_fit"] == best and state["about"] == "a line" and not any("acc" in name for name in state)
+    assert f"best fit {best:.3f}" in capsys.readouterr().out
+
+
+def test_a_task_without_classes_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    engine.fit(Regression, args_of(tmp_path / "whole"))
+    original, calls = engine.step_loss, []
+
+    def watched(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(engine, "step_loss", watched)
+        engine.fit(Regression, args_of(tmp_path / "stopped"))
+    engine.fit(Regression, args_of(tmp_path / "stopped", "--resume", "auto"))
+    whole, stopped = finished(tmp_path / "whole"), finished(tmp_path / "stopped")
+    assert_same(whole[0], stopped[0])
+    assert whole[1] == stopped[1]
+
+
+def test_the_gradient_is_clipped_at_the_norm_that_is_asked_for(tmp_path, monkeypatch):
+    """Before the optimiser sees it; the log has the norm as it was."""
+    steps = []
+    torch_step = torch.optim.AdamW.step
+
+    def noted(self, *args, **kwargs):
+        gradients = [weight.grad.flatten() for group in self.param_groups for weight in group["params"]]
+        steps.append(torch.cat(gradients).norm().item())
+        return torch_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    engine.fit(Regression, args_of(tmp_path, "--clip-grad", "0.01", "--epochs", "1"))
+    assert len(steps) == 4 and max(steps) <= 0.01 * (1 + 1e-4)
+    assert finished(tmp_path)[1][0]["grad_norm"] > 0.1
+
+
+def test_the_first_signal_is_answered_at_once(tmp_path, monkeypatch, capfd):
+    original = engine.step_loss
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "finishing this step, then saving" in capfd.readouterr().err
+        return original(*args)
+
+    monkeypatch.setattr(engine, "step_loss", interrupted)
+    with pytest.raises(Interrupted) as caught:
+        engine.fit(Regression, args_of(tmp_path))
+    assert caught.value.exit_code == 130
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [("3", True), ("40", False)])
+def test_a_schedule_that_stays_in_its_warm_up_is_told(tmp_path, monkeypatch, capsys, epochs, warned):
+    def stop(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(engine, "train_one_epoch", stop)
+    with pytest.raises(Interrupted):
+        engine.fit(Regression, args_of(tmp_path, "--epochs", epochs, "--warmup-epochs", "5"))
+    told = capsys.readouterr().out
+    assert ("warning: --epochs 3 with --warmup-epochs 5 gets to an lr of 0.01 at most, not 0.05" in told) is warned
+
+
+class Ranks(Distributed):
+    """A job of two processes, of which the other one says what it is told to."""
+
+    def gather_objects(self, obj):
+        return [obj, self.other(obj)]
+
+
+def test_processes_that_were_started_differently_are_told_by_flag():
+    dist = Ranks()
+    object.__setattr__(dist, "other", lambda own: own | {"lr": "another", "seed": "too"})
+    with pytest.raises(UserError, match="differ in flags: lr, seed;"):
+        check_same_everywhere(dist, "flags", {"lr": 0.1, "seed": 0, "epochs": 3})
+    object.__setattr__(dist, "other", lambda own: own)
+    check_same_everywhere(dist, "flags", {"lr": 0.1, "seed": 0, "epochs": 3})

@@ -1,0 +1,95 @@
+"""The models as a package of their own name, as `pip install .` makes it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+import timm
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "spectformer_svt"
+BUILT = ("pyproject.toml", "README.md", "LICENSE", "models")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built of a copy, so that nothing is left in the working tree."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in BUILT:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    (source / "models" / "weights").mkdir(exist_ok=True)
+    (source / "models" / "weights" / "small.safetensors").write_bytes(b"weights")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(target)]
+    subprocess.run([*pip, *options, str(source)], check=True, capture_output=True, text=True)
+    (built,) = target.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """The Python of an empty environment with the wheel; torch and timm are lent to it by this one."""
+    place = tmp_path_factory.mktemp("environment")
+    venv.create(place, with_pip=False)
+    python = place / "bin" / "python"
+    (site,) = place.glob("lib/python*/site-packages")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(wheel)], check=True, capture_output=True)
+    (site / "borrowed.pth").write_text(f"{Path(timm.__file__).parents[1]}\n")
+    return python
+
+
+def run(python, code, *, cwd, flags=()):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [str(python), *(["-c", code] if code else []), *flags]
+    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_every_source_file_the_type_marker_and_small_weights(wheel):
+    tracked = {path.relative_to(ROOT / "models").as_posix() for path in (ROOT / "models").rglob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name.removeprefix(f"{NAME}/") for name in archive.namelist() if name.startswith(f"{NAME}/")}
+        others = {name.partition("/")[0] for name in archive.namelist()} - {NAME}
+    assert held == tracked | {"py.typed", "weights/small.safetensors"}
+    assert [name.endswith(".dist-info") for name in others] == [True]
+
+
+def test_the_wheel_says_what_it_is_and_needs_torch_and_timm_alone(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+        told = message_from_bytes(archive.read(metadata))
+    assert (told["Name"], told["License-Expression"]) == ("spectformer-svt", "MIT")
+    needed = sorted(line.split(">")[0] for line in told.get_all("Requires-Dist"))
+    assert needed == ["timm", "torch"]
+
+
+def test_installed_it_registers_the_models_beside_another_projects_models(environment, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("mine = True\n")
+    code = f"""
+import sys, torch, timm, {NAME}, models
+assert models.mine
+model = timm.create_model("svt_h_s", num_classes=3, img_size=64).eval()
+assert type(model).__module__.startswith("{NAME}.")
+assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+ours = ("datasets", "engine", "inference", "inputs", "runtime", "training", "utils")
+assert not [name for name in ours if name in sys.modules], sys.modules
+"""
+    run(environment, code, cwd=tmp_path)
+
+
+def test_a_script_of_another_project_is_run_with_the_models_registered(environment, tmp_path):
+    (tmp_path / "neighbour.py").write_text("greeting = 'hello'\n")
+    script = "import sys, timm, neighbour\nprint(__name__, sys.argv[1:], timm.is_model('spectformer_xs'))\n"
+    (tmp_path / "train.py").write_text(script)
+    told = run(environment, None, cwd="/", flags=["-m", NAME, str(tmp_path / "train.py"), "--model", "spectformer_xs"])
+    assert told == "__main__ ['--model', 'spectformer_xs'] True\n"

@@ -1,0 +1,309 @@
+"""A run's directory: one holder, a row an epoch, readable curves, the best checkpoints, one writing rank."""
+
+import argparse
+import io
+import json
+import math
+import pathlib
+import resource
+import time
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from runtime import checkpoints
+from runtime.checkpoints import load, read_label
+from runtime.curves import Panel, Plot
+from runtime.processes import Distributed
+from runtime.run_directory import RunDirectory
+from utils import MachineError, UserError
+
+MAIN = Distributed()
+
+
+PLOTS = (
+    Plot("loss_plot.png", (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),)),
+    Plot("acc_plot.png", (Panel("Top-1 (%)", {"test_acc1": "top-1"}), Panel("Top-5 (%)", {"test_acc5": "top-5"}))),
+)
+
+
+def opened(path, dist=MAIN):
+    return RunDirectory(path, dist, "acc1", PLOTS)
+
+
+def row(epoch, **more):
+    return {
+        "train_lr": 1e-3,
+        "train_loss": 2.3 / (epoch + 1),
+        "test_loss": 2.4 / (epoch + 1),
+        "test_acc1": 50.0,
+        "test_acc5": 90.0,
+        "epoch": epoch,
+        "n_parameters": 1000,
+    } | more
+
+
+def state(epoch):
+    return {"model": {"w": torch.full((3,), float(epoch))}, "epoch": epoch, "step": 0}
+
+
+def logged(path):
+    return [json.loads(line) for line in (path / "log.txt").read_text().splitlines()]
+
+
+def names(path):
+    return {entry.name for entry in path.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------- the place
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    with pytest.raises(MachineError, match=f"^{tmp_path}/run/.lock: cannot be written: "):
+        opened(tmp_path / "run")
+    for path in ("file/run", "file"):
+        with pytest.raises(UserError, match=f"^{tmp_path}/{path}: cannot be a directory"):
+            opened(tmp_path / path)
+
+
+@pytest.mark.parametrize("end", ["at once", "after a file"])
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path, end):
+    with opened(tmp_path / "a" / "run") as run:
+        if end != "at once":
+            run.save_checkpoint("checkpoint_last.pth", state(0))
+    assert names(tmp_path) == (set() if end == "at once" else {"a"})
+    (tmp_path / "there").mkdir()
+    opened(tmp_path / "there").close()
+    assert names(tmp_path / "there") == {".lock"}
+
+
+def test_a_path_that_is_none_is_told():
+    with pytest.raises(UserError, match="null byte"):
+        opened("run\0")
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    (tmp_path / ".checkpoint_last.pth.1-ab.tmp").write_bytes(b"half a file")
+    with opened(tmp_path):
+        assert names(tmp_path) == {".lock"}
+
+
+def test_a_full_disk_keeps_log_and_curves(tmp_path):
+    with opened(tmp_path) as run:
+        run.log_row(row(0))
+        before = (tmp_path / "loss_plot.png").read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            for offset in (0, 100, 20_000):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (offset, hard))
+                with pytest.raises(MachineError, match="cannot be written: File too large"):
+                    run.log_row(row(1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "loss_plot.png").read_bytes() == before
+        assert len(logged(tmp_path)) in (1, 2)
+        assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+
+
+# --------------------------------------------------------------------------------------------------- the log
+def test_a_row_of_an_epoch_appears_once_whatever_was_logged_before(tmp_path):
+    with opened(tmp_path) as run:
+        for epoch in range(4):
+            run.log_row(row(epoch))
+    with opened(tmp_path) as run:  # goes on from a checkpoint of epoch 2
+        run.go_on_from({"epoch": 2, "step": 0})
+        assert [r["epoch"] for r in logged(tmp_path)] == [0, 1]
+        run.log_row(row(2, train_loss=7.0))
+        run.log_row(row(2, train_loss=8.0))
+        run.log_row(row(3))
+    assert [r["epoch"] for r in logged(tmp_path)] == [0, 1, 2, 3]
+    assert [r["train_loss"] for r in logged(tmp_path)][2] == 8.0
+    assert logged(tmp_path)[3] == row(3)
+
+
+def test_rows_that_stand_twice_are_kept_once(tmp_path):
+    """As when a crashed file system or an editor wrote the log: the later one is the epoch's."""
+    lines = [row(0), row(1), row(1, train_loss=5.0), row(0, train_loss=4.0), row(2)]
+    (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with opened(tmp_path) as run:
+        run.go_on_from({"epoch": 2, "step": 0})
+    assert [(r["epoch"], r["train_loss"]) for r in logged(tmp_path)] == [(0, 4.0), (1, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"not a row", "line 2 is not a row"),
+        (b'{"epoch": Infinity}', "line 2 is not a row"),
+        (b'{"epoch": -1}', "line 2 is not a row"),
+        (b'{"epoch": 1.5}', "line 2 is not a row"),
+        (b'{"epoch": true}', "line 2 is not a row"),
+        (b'{"epoch": ' + b"9" * 5000 + b"}", "line 2 is not a row"),
+        (b'{"train_loss": 1}', "line 2 is not a row"),
+        (b'{"epoch": 1, "test_loss": {"a": 1}}', "line 2 is not a row"),
+        (b'{"epoch": 1, "name": "\xff\xfe"}', "line 2 is not a row"),
+        (b"[" * 100_000, "line 2 is not a row"),
+        (b"[1]", "line 2 is not a row"),
+        (None, "it is not a file"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_log_that_is_none_is_named(tmp_path, line, reason):
+    log = tmp_path / "log.txt"
+    if line is None:
+        log.mkdir()
+    else:
+        log.write_bytes(json.dumps(row(0)).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=f"^{log}: .*{reason}.* move"):
+        opened(tmp_path)
+    assert log.is_dir() or line in log.read_bytes()
+    log.rename(tmp_path / "moved")
+    opened(tmp_path).close()  # the refusal has given the lock back
+
+
+def test_a_log_with_what_numbers_can_be_is_read_and_drawn(tmp_path):
+    """As a run writes it: an evaluation in fp16 may overflow."""
+    with opened(tmp_path) as run:
+        run.log_row(row(0, test_loss=math.inf, test_acc1=math.nan, note=None))
+    with opened(tmp_path) as run:
+        run.go_on_from({"epoch": 1, "step": 0})
+        run.log_row(row(1))
+    assert [r["test_loss"] for r in logged(tmp_path)] == [math.inf, 1.2]
+
+
+def test_tensorboard_goes_on_where_the_log_does(tmp_path):
+    for start in (0, 2):  # the first run is killed after epoch 3, the second goes on from epoch 2
+        with opened(tmp_path) as run:
+            run.go_on_from({"epoch": start, "step": 0} if start else None)
+            for epoch in range(start, 4):
+                run.log_row(row(epoch, train_loss=10.0 * start + epoch))
+        time.sleep(1.1)  # the events files are named by the second
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(0, 0), (1, 1), (2, 22), (3, 23)]
+    assert "test/acc1" in events.Tags()["scalars"]
+
+
+# ------------------------------------------------------------------------------------------------ the curves
+def test_curves_of_a_run_are_images_and_keep_no_figure_open(tmp_path):
+    import matplotlib.pyplot
+
+    with opened(tmp_path) as run:
+        run.log_row(row(0))
+        run.log_row(row(1))
+    for name in ("loss_plot.png", "acc_plot.png"):
+        with Image.open(io.BytesIO((tmp_path / name).read_bytes())) as image:
+            assert image.size == (840, 540 if name == "loss_plot.png" else 948) and image.convert("L").getextrema() == (
+                0,
+                255,
+            )
+    assert matplotlib.pyplot.get_fignums() == []
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+def best_files(path):
+    return {found.name: read_label(found)["acc1"] for found in path.glob("checkpoint_best*")}
+
+
+def test_the_best_checkpoint_stays_the_best(tmp_path):
+    with opened(tmp_path) as run:
+        for epoch, acc1 in enumerate([50.0, 60.0, 60.0, 55.0], 1):
+            run.keep_best(state(epoch), acc1)
+    assert best_files(tmp_path) == {"checkpoint_best.pth": 60.0}
+    assert load(tmp_path / "checkpoint_best.pth")["epoch"] == 2
+    with opened(tmp_path) as run:  # goes on from epoch 3, and finds out what the best was
+        run.keep_best(state(4), 59.0)
+        assert best_files(tmp_path) == {"checkpoint_best.pth": 60.0}
+        run.keep_best(state(5), 61.0)
+    assert load(tmp_path / "checkpoint_best.pth")["epoch"] == 5
+
+
+def test_a_best_of_epochs_that_are_trained_again_does_not_count(tmp_path):
+    with opened(tmp_path) as run:
+        run.go_on_from(None)
+        run.keep_best(state(1), 50.0, 2)
+        run.keep_best(state(5), 90.0, 2)
+    with opened(tmp_path) as run:
+        run.go_on_from(load(tmp_path / "checkpoint_best_0000.pth"))
+        run.keep_best(state(2), 40.0, 2)
+        assert best_files(tmp_path) == {
+            "checkpoint_best.pth": 40.0,
+            "checkpoint_best_0000.pth": 50.0,
+            "checkpoint_best_0001.pth": 40.0,
+        }
+    assert best_files(tmp_path / "abandoned_01") == {"checkpoint_best.pth": 90.0, "checkpoint_best_0004.pth": 90.0}
+
+
+def test_checkpoints_are_ranked_by_the_score_that_the_task_names(tmp_path):
+    with RunDirectory(tmp_path, MAIN, "box_ap", ()) as run:
+        run.log_row({"epoch": 0, "test_box_ap": 0.3})
+        run.keep_best(state(1), 0.3)
+        run.keep_best(state(2), 0.2)
+    assert read_label(tmp_path / "checkpoint_best.pth") == {"epoch": 1, "step": 0, "box_ap": 0.3}
+    assert names(tmp_path) == {".lock", "log.txt", "tensorboard", "checkpoint_best.pth"}
+
+
+def test_the_k_best_are_kept(tmp_path):
+    with opened(tmp_path) as run:
+        for epoch, acc1 in enumerate([50.0, 70.0, 60.0, 55.0, 60.0, 80.0], 1):
+            run.keep_best(state(epoch), acc1, 3)
+    assert best_files(tmp_path) == {
+        "checkpoint_best.pth": 80.0,
+        "checkpoint_best_0001.pth": 70.0,
+        "checkpoint_best_0002.pth": 60.0,
+        "checkpoint_best_0005.pth": 80.0,
+    }
+
+
+def test_no_best_is_lost_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    with opened(tmp_path) as run:
+        for epoch, acc1 in enumerate([50.0, 60.0], 1):
+            run.keep_best(state(epoch), acc1, 2)
+        before = best_files(tmp_path)
+        for allowed in range(2):
+            writes = iter([None] * allowed)
+
+            def save(*args, real=checkpoints.save, writes=writes):
+                if next(writes, "full") == "full":
+                    raise MachineError("full")
+                real(*args)
+
+            with monkeypatch.context() as patch, pytest.raises(MachineError):
+                patch.setattr(checkpoints, "save", save)
+                run.keep_best(state(3), 70.0, 2)
+            assert before.items() - best_files(tmp_path).items() <= {("checkpoint_best.pth", 60.0)}
+        run.keep_best(state(3), 70.0, 2)
+    assert best_files(tmp_path) == {
+        "checkpoint_best.pth": 70.0,
+        "checkpoint_best_0001.pth": 60.0,
+        "checkpoint_best_0002.pth": 70.0,
+    }
+
+
+# ------------------------------------------------------------------------------------ arguments, other ranks
+def test_args_yaml_tells_how_to_run_it_again(tmp_path):
+    args = argparse.Namespace(lr=1e-3, path=pathlib.Path("a b"), aa=None, betas=(0.9, 0.99), kw={"d": 4})
+    with opened(tmp_path) as run:
+        run.write_args(args, ["main.py", "--data-path", "a b"])
+    record = yaml.safe_load((tmp_path / "args.yaml").read_text())
+    assert record["command"] == "python main.py --data-path 'a b'"
+    assert record["args"] == {"lr": 1e-3, "path": "a b", "aa": None, "betas": [0.9, 0.99], "kw": {"d": 4}}
+    assert set(record["versions"]) == {"python", "torch", "torchvision", "timm", "numpy"}
+    assert all(record["versions"].values()) and record["processes"] == 1
+    assert record["git"] is None or record["git"].keys() == {"commit", "dirty"}
+
+
+def test_only_the_main_rank_writes(tmp_path):
+    with opened(tmp_path / "run", Distributed(rank=1, world_size=2)) as run:
+        run.write_args({}, [])
+        run.go_on_from(None)
+        run.log_row(row(0))
+        run.save_checkpoint("checkpoint_last.pth", state(0))
+        run.keep_best(state(1), 50.0, 2)
+    assert names(tmp_path) == set()
+    with opened(tmp_path / "run") as run:
+        run.save_checkpoint("checkpoint_last.pth", state(0))
+    assert load(tmp_path / "run" / "checkpoint_last.pth")["epoch"] == 0

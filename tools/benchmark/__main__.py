@@ -1,0 +1,127 @@
+"""Measure models side by side: training step, inference, latency of one image, peak memory.
+
+    python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2 deit_small_patch16_224
+    python -m tools.benchmark --layers                    the mixers and the wavelet transform alone
+    python -m tools.benchmark --loader DIR                the input pipeline against timm's, on DIR/val
+    python -m tools.benchmark --detection svt_h_s resnet50 --batch-size 2    Mask R-CNN over these, at 800x1333
+    python -m tools.benchmark --suite cuda --json FILE    all that docs/performance.md says of a GPU
+
+A contender is any model of timm's registry, ours included, or "plain:NAME", our model in its plain
+formulation (tools/reference.py). Settings of its own may follow, NAME@bfloat16,compile,channels-last, or
+float32, float16, eager, contiguous. The contenders of a run take turns, A B A B ..., so that what else the
+machine does hits all alike; figures are medians over the rounds, a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from runtime.entry_point import run_cli
+from tools import machine
+from tools.command_line import ToolParser
+from training.arguments import COUNT, POSITIVE
+from utils import UserError, atomic_write
+
+from .detection import compare_detectors
+from .layers import LAYER_GRIDS, compare_layers
+from .loader import compare_loaders
+from .models import PARTS, compare_models
+from .settings import DTYPES, Settings
+from .suites import SUITES
+from .tables import LAYER_HEADING, model_table
+
+COMMAND = "python -m tools.benchmark"
+ROOT = Path(__file__).parents[2]
+
+
+def build_parser() -> ToolParser:
+    parser = ToolParser("benchmark", __doc__)
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="[plain:]NAME[@SETTING,...]")
+    add("--layers", action="store_true", help="the mixers and the wavelet transform alone")
+    add("--loader", metavar="DIR", help="our input pipeline against timm's on DIR/val")
+    add("--detection", action="store_true", help="Mask R-CNN over the models")
+    add("--suite", choices=SUITES, help="a set of runs, one after the other")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=DTYPES, default="float32", help="of the arithmetic, not the weights")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--channels-last", action="store_true")
+    add("--batch-size", type=POSITIVE, default=16)
+    add("--img-size", type=POSITIVE, default=224)
+    add("--rounds", type=POSITIVE, default=5)
+    add("--parts", nargs="+", choices=PARTS, default=PARTS[:4], help="what to measure")
+    add("--grids", nargs="+", type=POSITIVE, default=LAYER_GRIDS, help="of --layers")
+    add("--channels", type=POSITIVE, default=64, help="of --layers")
+    add("--workers", type=COUNT, default=2, help="of --loader")
+    add("--threads", type=POSITIVE, default=torch.get_num_threads(), help="of the CPU")
+    add("--json", type=Path, help="write all figures, with machine and versions, to this file")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """One run: its figures, printed and returned."""
+    settings = Settings(args.device, args.dtype, args.compile, args.channels_last, args.batch_size, args.img_size)
+    if args.layers:
+        print(LAYER_HEADING)
+        return compare_layers(args.grids, args.channels, settings, args.rounds)
+    if args.loader:
+        result = compare_loaders(args.loader, settings, args.workers, args.rounds)
+        figures = result["loader"]
+        print("images/s: " + ", ".join(f"{who} {rate:.1f}" for who, rate in figures["images_per_s"].items()))
+        print(f"ours / timm: {figures['ratio']:.2f}")
+        return result
+    if args.detection:
+        result = compare_detectors(args.models, settings, args.rounds)
+    else:
+        result = compare_models(args.models, settings, args.rounds, args.parts)
+    print(model_table(result))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.models, args.layers, args.loader, args.suite))) != 1:
+        parser.error("name models to measure, or one of --layers, --loader and --suite")
+    torch.set_num_threads(args.threads)
+    if args.suite:
+        return run_suite(args.suite, args.json)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here")
+    runs = [{"command": f"{COMMAND} {shlex.join(argv)}", **run(args)}]
+    if args.json:
+        write_report(args.json, {"machine": machine.describe(), "runs": runs})
+
+
+def run_suite(name: str, path: Path | None) -> None:
+    """Every run of a suite, each in a process of its own; SystemExit with the status of one that fails."""
+    runs: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder, "run.json")
+        for words in SUITES[name]:
+            print(f"\n$ {COMMAND} {words}", flush=True)
+            command = [sys.executable, "-m", "tools.benchmark", *shlex.split(words), "--json", str(one)]
+            if status := subprocess.run(command, cwd=ROOT).returncode:
+                raise SystemExit(status)
+            report = json.loads(one.read_text())
+            runs.append({**report["runs"][0], "command": f"{COMMAND} {words}"})
+            if path:
+                write_report(path, {"machine": report["machine"], "runs": runs})
+
+
+def write_report(path: Path, report: dict) -> None:
+    atomic_write(path, json.dumps(report, indent=1).encode())
+
+
+if __name__ == "__main__":
+    run_cli(main)

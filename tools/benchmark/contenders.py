@@ -1,0 +1,104 @@
+"""The models that are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models  # noqa: F401 (registers ours)
+from models import reference
+from utils import UserError
+
+from .settings import DTYPES, Settings
+
+LATENCY_REPEATS = 5
+OWN_SETTINGS = {
+    **{name: {"dtype": name} for name in DTYPES},
+    "compile": {"compile": True},
+    "eager": {"compile": False},
+    "channels-last": {"channels_last": True},
+    "contiguous": {"channels_last": False},
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure and how to run it; `label` is what the user wrote."""
+
+    label: str
+    model: str
+    settings: Settings
+
+    @classmethod
+    def parse(cls, label: str, settings: Settings) -> Contender:
+        """Read [plain:]NAME[@SETTING[,SETTING...]]; UserError for a name or setting that does not exist."""
+        model, _, words = label.partition("@")
+        for word in words.split(",") if words else ():
+            if word not in OWN_SETTINGS:
+                raise UserError(f"{label}: unknown setting {word!r}; there are {', '.join(OWN_SETTINGS)}")
+            settings = replace(settings, **OWN_SETTINGS[word])
+        known = reference.BUILDERS if model.startswith("plain:") else timm.list_models()
+        if model.removeprefix("plain:") not in known:
+            raise UserError(
+                f"{label}: no such model; ours are {', '.join(reference.BUILDERS)}, each also as plain:NAME"
+            )
+        return cls(label, model, settings)
+
+    def build(self) -> nn.Module:
+        """The model with random weights, on its device."""
+        size = {"img_size": self.settings.img_size}
+        if self.model.startswith("plain:"):
+            model = reference.create(self.model.removeprefix("plain:"), **size)
+        else:
+            fixed = timm.get_pretrained_cfg_value(self.model, "fixed_input_size")
+            model = timm.create_model(self.model, **(size if fixed else {}))
+        return model.to(self.settings.device, memory_format=self.settings.memory_format)
+
+
+class Runner:
+    """A contender with all that a training step and an inference need."""
+
+    def __init__(self, contender: Contender):
+        self.contender = contender
+        self.settings = settings = contender.settings
+        self.label = contender.label
+        self.model = contender.build()
+        self.call = torch.compile(self.model) if settings.compile else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.scaler = torch.amp.GradScaler(settings.device, enabled=settings.dtype == "float16")
+        shape = (settings.batch_size, 3, settings.img_size, settings.img_size)
+        images = torch.randn(shape, device=settings.device)
+        self.images = images.contiguous(memory_format=settings.memory_format)
+        self.targets = torch.randint(1000, (settings.batch_size,), device=settings.device)
+
+    def training(self) -> None:
+        """Forward, cross-entropy, backward, AdamW."""
+        with self.settings.autocast():
+            loss = F.cross_entropy(self.call(self.images), self.targets)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def inference(self) -> None:
+        with torch.inference_mode(), self.settings.autocast():
+            self.call(self.images)
+
+    def latency(self) -> None:
+        with torch.inference_mode(), self.settings.autocast():
+            for _ in range(LATENCY_REPEATS):
+                self.call(self.images[:1])
+
+    def task(self, part: str) -> Callable[[], None]:
+        """The method called `part`, which puts the model into the mode it needs."""
+
+        def run() -> None:
+            self.model.train(part == "training")
+            getattr(self, part)()
+
+        return run

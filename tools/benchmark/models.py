@@ -1,0 +1,97 @@
+"""Whole models: training step, inference, latency of one image, peak memory."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor, nn
+
+from models.base import ImageModel
+from models.flops import flops_by_kind
+from models.scattering import ScatteringMixer
+from models.spectral_gate import SpectralGate
+
+from .contenders import LATENCY_REPEATS, Contender, Runner
+from .layers import training_run
+from .memory import peak_memory
+from .settings import Settings
+from .stopwatch import matmul_rate, speed_ratio, take_turns
+
+PARTS = ("training", "inference", "latency", "memory", "graph-breaks", "spectral-share")
+
+
+def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
+    """Measure `parts` of all contenders: figures for each model, and ratios of one model to another."""
+    contenders = [Contender.parse(label, settings) for label in labels]
+    rows: dict[str, dict] = {contender.label: {} for contender in contenders}
+    if "memory" in parts:  # first, while this process is small itself
+        for contender in contenders:
+            for part, training in (("training", True), ("inference", False)):
+                peak = peak_memory(contender, training, torch.get_num_threads())
+                rows[contender.label][f"{part}_peak_mib"] = round(peak, 1)
+    runners = [Runner(contender) for contender in contenders]
+    for runner in runners:
+        rows[runner.label].update(_describe(runner))
+    result: dict = {"settings": asdict(settings), "rounds": rounds, "models": rows, "ratios": {}}
+    # Training last: it leaves memory with the C library that a process which only infers has to ask for.
+    for part in ("inference", "latency", "training"):
+        if part in parts:
+            runs = {runner.label: runner.task(part) for runner in runners}
+            seconds = take_turns(runs, rounds, settings.device)
+            result["ratios"][part] = {a: {b: speed_ratio(seconds, a, b) for b in runs} for a in runs}
+            for runner in runners:
+                rows[runner.label] |= figures(part, seconds[runner.label], settings.batch_size)
+    for runner in runners:
+        row = rows[runner.label]
+        if "training" in parts:
+            macs = 3e9 * row["gmacs"] * row["training_images_per_s"]  # the backward pass is two forward passes
+            row["utilisation"] = macs / matmul_rate(runner.settings)
+        if "training" in parts and "spectral-share" in parts:
+            row["spectral_share"] = spectral_seconds(runner, rounds) / (row["training_ms"] / 1000)
+        if "graph-breaks" in parts:
+            row["graph_breaks"] = torch._dynamo.explain(runner.model)(runner.images).graph_break_count
+    return result
+
+
+def _describe(runner: Runner) -> dict:
+    """Size and arithmetic; a plain model's is that of ours. Useful is all but our models' spectral mixers."""
+    plain = runner.contender.model.startswith("plain:")
+    model = replace(runner.contender, model=runner.contender.model[6:]).build() if plain else runner.model
+    kinds = flops_by_kind(model, runner.settings.img_size)
+    spectral = kinds["spectral"] if isinstance(model, ImageModel) else 0
+    return {
+        "settings": asdict(runner.settings),
+        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "gmacs": sum(kinds.values()) / 1e9,
+        "useful_gmacs": (sum(kinds.values()) - spectral) / 1e9,
+    }
+
+
+def figures(part: str, times: list[float], batch_size: int) -> dict[str, float]:
+    """Median and quartiles in milliseconds, for one image or one batch, and images a second."""
+    scale = 1000 / LATENCY_REPEATS if part == "latency" else 1000
+    quartiles = [scale * t for t in (statistics.quantiles(times, n=4) if len(times) > 1 else times * 3)]
+    median = scale * statistics.median(times)
+    figures = {f"{part}_ms": median, f"{part}_quartiles_ms": [quartiles[0], quartiles[2]]}
+    if part != "latency":
+        figures[f"{part}_images_per_s"] = 1000 * batch_size / median
+    return figures
+
+
+def spectral_seconds(runner: Runner, rounds: int) -> float:
+    """Seconds of a training step that the spectral mixers take, each measured alone on its own input."""
+    inputs: dict[nn.Module, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0].detach()}))
+        for module in runner.model.modules()
+        if isinstance(module, (SpectralGate, ScatteringMixer))
+    ]
+    runner.model.train()
+    with torch.no_grad(), runner.settings.autocast():
+        runner.model(runner.images)
+    for hook in hooks:
+        hook.remove()
+    runs = {str(i): training_run(*item, runner.settings) for i, item in enumerate(inputs.items())}
+    seconds = take_turns(runs, rounds, runner.settings.device)
+    return sum(statistics.median(times) for times in seconds.values())

@@ -1,0 +1,27 @@
+"""The runs that docs/performance.md reports, each a command line for a process of its own."""
+
+from .models import PARTS
+
+PEERS = "pvt_v2_b2 deit_small_patch16_224 swin_tiny_patch4_window7_224"
+ALL_AT_ONCE = f"svt_h_s plain:svt_h_s spectformer_h_s plain:spectformer_h_s spectformer_xs {PEERS}"
+VARIANTS = " ".join(
+    [f"spectformer_{size}" for size in ("ti", "xs", "s", "b")]
+    + [f"{family}_{size}" for family in ("spectformer_h", "svt_h") for size in ("s", "b", "l")]
+)
+FAST_CUDA = "--device cuda --dtype bfloat16 --channels-last --batch-size 256 --rounds 20"
+SUITES = {
+    "cpu": (
+        "svt_h_s plain:svt_h_s pvt_v2_b2 --rounds 7",
+        "spectformer_h_s plain:spectformer_h_s pvt_v2_b2 --rounds 7",
+        "spectformer_xs deit_small_patch16_224 --rounds 7",
+        "--layers --rounds 9",
+        f"{ALL_AT_ONCE} --rounds 5 --parts inference training",
+    ),
+    "cuda": (
+        f"svt_h_s spectformer_h_s spectformer_xs {PEERS} plain:svt_h_s@float16,eager,contiguous"
+        f" {FAST_CUDA} --compile --parts {' '.join(PARTS)}",
+        f"svt_h_s spectformer_h_s spectformer_xs {PEERS} {FAST_CUDA}",
+    ),
+    "cuda-variants": (f"{VARIANTS} {FAST_CUDA} --compile --parts training graph-breaks",),
+    "cuda-layers": (f"--layers {FAST_CUDA}",),
+}

@@ -1,0 +1,1 @@
+"""Checkpoints for other programs: weights, Hugging Face's layout, ONNX, PyTorch's exported programs."""

@@ -1,0 +1,166 @@
+"""A model as a graph that needs none of this code: ONNX, and PyTorch's exported programs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from inference.from_checkpoint import ModelInfo, build_from_checkpoint
+from models.base import ImageModel
+from models.layers import Grid
+from runtime.tensor_files import METADATA_KEYS
+from tools.export.fourier_products import with_fourier_products
+from utils import MachineError, UserError, atomic_write, one_line
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 18  # what TensorRT, CoreML's converters and onnxruntime have had for long
+TOLERANCE = 1e-4  # of a logit
+LARGEST_SIDE = 4096  # pixels, of images of any size
+BATCHES = (1, 3)  # that a graph is checked with; it is made with another
+
+
+def write_onnx(args: argparse.Namespace) -> str:
+    """An ONNX file, once onnxruntime has given torch's logits with it; says how close they are."""
+    _check_suffix(args.path, ".onnx")
+    runtime, onnx = (_package(name) for name in ("onnxruntime", "onnx"))
+    kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
+    model, info = build_from_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
+    if args.dynamic_size and not isinstance(model, ImageModel):
+        raise UserError(f"--dynamic-size: {info.arch} is not one of this project's models")
+    size, sizes = info.input_size, [info.input_size]
+    shape = {0: Dim("batch")}
+    if args.dynamic_size:
+        stride = model.feature_info[-1]["reduction"]
+        rows, columns = (Dim(name, min=2, max=LARGEST_SIDE // stride) for name in ("rows", "columns"))
+        shape |= {2: stride * rows, 3: stride * columns}
+        sizes = [(stride * height, stride * width) for height, width in ((2, 3), (5, 4))]
+        native = tuple(max(side // stride, 2) * stride for side in info.input_size)
+        # Made at a size where weights are resampled, so that this is a part of the graph.
+        size, sizes = (native[0] + stride, native[1] + 2 * stride), [*sizes, native]
+    program = _program(with_fourier_products(model, args.dynamic_size), size, shape)
+    proto = _to_onnx(program, info, onnx)
+    content = proto.SerializeToString()
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    difference = _check(lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model, sizes)
+    atomic_write(args.path, content)
+    return (
+        f"opset {OPSET}, {len(content) / 1e6:.1f} MB, {_described(sizes, args.dynamic_size)}; "
+        f"onnxruntime's logits within {difference:.1e} of torch's"
+    )
+
+
+def _to_onnx(program: ExportedProgram, info: ModelInfo, onnx: ModuleType) -> onnx.ModelProto:
+    """Input `images`, output `logits`; what prediction has to know is in the metadata."""
+    operators = _package("onnxscript").opset18
+
+    def remainder(x, divisor):
+        return operators.Mod(x, operators.CastLike(divisor, x))
+
+    proto = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        external_data=False,
+        verbose=False,
+        # The exporter's own takes a size that is dynamic for a number.
+        custom_translation_table={torch.ops.aten.remainder.Scalar: remainder},
+    ).model_proto
+    onnx.helper.set_model_props(proto, _metadata(info))
+    return proto
+
+
+def write_pt2(args: argparse.Namespace) -> str:
+    """A program of torch.export's or, compiled, of AOTInductor's, once it has given the model's logits."""
+    _check_suffix(args.path, ".pt2")
+    model, info = build_from_checkpoint(args.checkpoint, ema=args.ema)
+    program = _program(model, info.input_size, {0: Dim("batch")})
+    if args.compile:
+        content, run = _compiled(program, info)
+    else:
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files={"model.json": json.dumps(_metadata(info))})
+        content = buffer.getvalue()
+        run = torch.export.load(io.BytesIO(content)).module()
+    sizes = [info.input_size]
+    difference = _check(run, model, sizes)
+    atomic_write(args.path, content)
+    return (
+        f"by torch {torch.__version__}, {len(content) / 1e6:.1f} MB, {_described(sizes, False)}; "
+        f"its logits within {difference:.1e} of the model's"
+    )
+
+
+def _compiled(program: ExportedProgram, info: ModelInfo) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """AOTInductor's package, and what to call."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = aoti_compile_and_package(
+                program,
+                package_path=f"{folder}/model.pt2",
+                inductor_configs={"aot_inductor.metadata": _metadata(info)},
+            )
+        except InvalidCxxCompiler as error:
+            raise UserError("--compile needs a C++ compiler: install g++ or name another by CXX") from error
+        return Path(path).read_bytes(), aoti_load_package(path)
+
+
+def _program(model: nn.Module, size: Grid, shape: dict) -> ExportedProgram:
+    """The model's graph; `shape` says what of the images' is dynamic."""
+    images = torch.zeros(2, 3, *size)
+    return torch.export.export(
+        model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
+    )
+
+
+@torch.no_grad()
+def _check(run: Callable[[Tensor], Tensor], model: nn.Module, sizes: list[Grid]) -> float:
+    """The largest difference of a graph's logits and the model's; raises MachineError where it is too large."""
+    generator = torch.Generator().manual_seed(0)
+    difference = 0.0
+    for size in sizes:
+        for batch in BATCHES:
+            images = torch.randn(batch, 3, *size, generator=generator)
+            difference = max(difference, (run(images) - model(images)).abs().max().item())
+    if not difference <= TOLERANCE:
+        raise MachineError(f"the graph's logits differ from the model's by {difference:.1e}; nothing was written")
+    return difference
+
+
+def _metadata(info: ModelInfo) -> dict[str, str]:
+    """What prediction has to know, as JSON by name."""
+    found = {key: getattr(info, key) for key in METADATA_KEYS}
+    return {key: json.dumps(value) for key, value in found.items() if value is not None}
+
+
+def _described(sizes: list[Grid], dynamic: bool) -> str:
+    checked = ", ".join(f"{height}x{width}" for height, width in sizes)
+    return f"any number of images of any size, checked at {checked}" if dynamic else f"any number of images, {checked}"
+
+
+def _check_suffix(path: Path, suffix: str) -> None:
+    if path.suffix != suffix:
+        raise UserError(f"{path}: name it {suffix}")
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--to onnx needs pip install onnx onnxruntime onnxscript: {one_line(error)}") from error

@@ -1,0 +1,254 @@
+"""Classification as a task: class labels, mixed by mixup and cutmix, token labels, a teacher."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import Tensor, nn
+
+import models
+from datasets import Data, build_data
+from inputs.labelled_images import Batch
+from inputs.loader import EvalLoader
+from models.pyramid import sample_mix_box
+from runtime import checkpoints
+from runtime.curves import Panel, Plot
+from runtime.processes import Distributed
+from training.classification_flags import FLAGS, mixes
+from training.console import report
+from training.evaluation import evaluation_batches
+from training.losses import build_loss
+from training.model import create_model, labels_tokens, load, load_finetuned
+from training.precision import Precision, as_input
+from training.resume import check_same
+from training.task import Task
+from training.trainer import Run
+from utils import StopSignals, UserError
+
+
+class Classification(Task):
+    """A model that gives logits (B, classes) for images (B, 3, H, W)."""
+
+    flags = FLAGS
+    ranked_by = "acc1"
+    shown = ("loss", "acc1")
+    plots = (
+        Plot(
+            "loss_plot.png",
+            (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),),
+            "Mixing images and smoothing labels raise the training loss: it does not compare with that of the test.",
+        ),
+        Plot(
+            "acc_plot.png",
+            (
+                Panel("Top-1 accuracy (%)", {"test_acc1": "top-1"}),
+                Panel("Top-5 accuracy (%)", {"test_acc5": "top-5"}),
+            ),
+        ),
+    )
+
+    def __init__(self, run: Run):
+        self._run = run
+        self.args, self.precision = run.args, run.precision
+        if self.args.token_label and not labels_tokens(self.args.arch):
+            raise UserError(f"--token-label: {self.args.arch} labels no tokens; spectformer_h_* and svt_h_* can")
+        self.data = build_data(self.args, run.dist)
+        self.train = self.data.train
+        self.model = build_model(run, self.data)
+        self._mixup = build_mixup(self.args, self.data)
+        self._criterion = build_criterion(run, self.model, self.data)
+
+    @staticmethod
+    def batch_multiple(args: argparse.Namespace) -> int:
+        """Mixup and cutmix pair the images of a batch."""
+        return 2 if mixes(args) else 1
+
+    def set_mode(self, model: nn.Module) -> None:
+        """Token labels need the root in training mode, and it alone: it then returns what their loss takes."""
+        if self.args.token_label:
+            model.training = True
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Images, targets and MixToken's box, all mixed."""
+        images, targets = self._images(batch), batch.targets
+        if self._mixup is not None:
+            images, targets = self._mixup(images, targets)
+        if not self.args.token_label:
+            return images, targets, {}
+        corners = sample_mix_box(self.model.token_label_size)
+        # A compiled model takes them as data; as numbers it would be compiled anew for every box.
+        return images, targets, {"box": torch.tensor(corners, device=images.device) if self.args.compile else corners}
+
+    def loss(self, model: nn.Module, prepared: tuple[Tensor, Any, dict[str, Any]]) -> Tensor:
+        images, targets, box = prepared
+        return self._criterion(images, model(images, **box), targets)
+
+    def _images(self, batch: Batch) -> Tensor:
+        return as_input(batch.images, self.precision, self.args.channels_last)
+
+    @torch.no_grad()
+    def finite_samples(self, model: nn.Module, batch: Batch) -> list[tuple[int, bool]]:
+        finite = model(self._images(batch)).isfinite().all(dim=1)
+        return list(zip(batch.indices.tolist(), finite.tolist(), strict=True))
+
+    def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
+        return evaluate(model, self.data.val, self._run.dist, self.precision, stop)
+
+    def sample_name(self, index: int) -> str:
+        return self.train.dataset.path(index)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "arch": models.resolve_arch(self.args.arch),
+            "model_kwargs": full_model_kwargs(self.args),
+            "num_classes": self.data.num_classes,
+            "input_size": list(self.args.input_size),
+            "class_names": list(self.data.class_names),
+        }
+
+    def sample_settings(self) -> dict[str, Any]:
+        names = ("data_set", "repeated_aug", "inat_category")
+        return {name: getattr(self.args, name) for name in names}
+
+    def record(self) -> dict[str, Any]:
+        data = self.data
+        return {
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "crop_pct": data.crop_pct,
+            "interpolation": data.interpolation,
+        }
+
+    def describe(self) -> str:
+        height, width = self.args.input_size
+        return (
+            f"{self.args.data_set} at {height}x{width} (evaluation crop {self.data.crop_pct:g}), "
+            f"{self.data.num_classes} classes"
+        )
+
+    def describe_score(self, score: float) -> str:
+        return f"top-1 {score:.2f} %"
+
+
+def full_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """--model-kwargs and the flags that change the model's weights."""
+    return args.model_kwargs | ({"token_label": True} if args.token_label else {})
+
+
+def build_model(run: Run, data: Data) -> nn.Module:
+    """The model of --arch for the data's classes, with --finetune's weights, or with --eval --resume's."""
+    args = run.args
+    torch.manual_seed(args.seed)
+    rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    model = create_model(args.arch, data.num_classes, args.input_size, rates | full_model_kwargs(args))
+    model.to(getattr(torch, args.dtype))  # before loading: float64 weights keep their digits
+    if run.checkpoint is not None and args.eval:
+        if run.checkpoint.get("class_names") is not None:
+            check_same(run.checkpoint, {"class_names": list(data.class_names)}, args.resume)
+        load(model, checkpoints.weights(run.checkpoint, ema=False), args.resume, new_head=False)
+    elif run.checkpoint is None and args.finetune is not None:
+        left = load_finetuned(model, args.finetune, data.class_names, keep_classifier=args.classifier == "auto")
+        if args.eval and left:
+            raise UserError(f"--eval --finetune {args.finetune}: its classes are not this data's")
+        report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(left) or 'nothing'}")
+    return model
+
+
+def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
+    if not mixes(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=data.num_classes,
+    )
+
+
+def build_criterion(run: Run, model: nn.Module, data: Data) -> nn.Module:
+    """The loss, called as ``criterion(images, outputs, targets)``, on the run's device."""
+    args = run.args
+    teacher = None
+    if args.distillation_type != "none":
+        teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, "--teacher-model")
+        weights = checkpoints.weights(checkpoints.load(args.teacher_path), path=args.teacher_path)
+        load(teacher, weights, args.teacher_path, new_head=False)
+    loss = build_loss(
+        num_classes=data.num_classes,
+        smoothing=args.smoothing,
+        soft_targets=mixes(args),
+        token_size=token_label_size(model, args.token_label_size) if args.token_label else None,
+        swapped=args.token_label_crop == "reference",
+        cls_weight=args.cls_weight,
+        dense_weight=args.dense_weight,
+        ground_truth=args.ground_truth,
+        teacher=teacher,
+        distillation=args.distillation_type,
+        alpha=args.distillation_alpha,
+        tau=args.distillation_tau,
+    )
+    return loss.to(run.dist.device, run.precision.dtype)
+
+
+def token_label_size(model: nn.Module, requested: int | None = None) -> tuple[int, int]:
+    """The (height, width) of a model's token labels: the grid of its last stage.
+
+    Args:
+        requested: --token-label-size, if given.
+
+    Raises:
+        UserError: the model has no token-labelling head, or a grid of another size.
+    """
+    if not getattr(model, "token_label", False):
+        raise UserError("--token-label: this model labels no tokens; spectformer_h_* and svt_h_* can")
+    height, width = model.token_label_size
+    if requested is not None and (requested, requested) != (height, width):
+        right = f"it is {height}" if height == width else f"leave it out, the grid is {height}x{width}"
+        raise UserError(f"--token-label-size {requested}: does not fit this model and input size; {right}")
+    return height, width
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: EvalLoader, dist: Distributed, precision: Precision, stop: StopSignals | None = None
+) -> dict[str, float]:
+    """Evaluate every image of all processes' loaders once.
+
+    Returns:
+        loss: mean cross-entropy; acc1, acc5: per cent; correct1, correct5, images: counts.
+
+    Raises:
+        Interrupted: between two batches, on every process, when one of them was signalled.
+    """
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
+    for batch in evaluation_batches(loader, dist, stop):
+        with precision.autocast():
+            logits = model(as_input(batch.images, precision))
+        totals += count(logits.to(precision.dtype), batch.targets)
+    loss, correct1, correct5, images = dist.sum(totals).tolist()
+    return {
+        "loss": loss / images,
+        "acc1": 100 * correct1 / images,
+        "acc5": 100 * correct5 / images,
+        "correct1": int(correct1),
+        "correct5": int(correct5),
+        "images": int(images),
+    }
+
+
+def count(logits: Tensor, targets: Tensor) -> Tensor:
+    """(4,) float64: summed cross-entropy, right in the first 1, right in the first 5, images."""
+    loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    best = logits.topk(min(5, logits.shape[1])).indices
+    hits = best == targets[:, None]
+    return torch.stack(
+        [loss.double(), hits[:, :1].sum().double(), hits.sum().double(), loss.new_full((), len(targets)).double()]
+    )

@@ -1,0 +1,145 @@
+"""What a run tells its user: what is trained, the progress of an epoch, its row of the log, how it ended."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import models
+from runtime.processes import Distributed
+from training.evaluation import BAR
+from training.model import count_parameters
+from training.optimizer import highest_rate, images_per_update
+from training.trainer import Trainer
+from utils import say
+
+
+def report(dist: Distributed, line: str) -> None:
+    """A line for the user, once for the job."""
+    if dist.is_main:
+        say(line)
+
+
+def describe(trainer: Trainer) -> None:
+    """What is about to be trained, in two lines, and a third if the schedule never gets to its peak."""
+    args, dist, precision = trainer.args, trainer.dist, trainer.precision
+    amp = f", autocast {precision.amp}" if precision.amp is not None else ""
+    parameters = f"{count_parameters(trainer.model):,} parameters"
+    report(dist, f"{models.resolve_arch(args.arch)}: {parameters}, {trainer.task.describe()}, {dist.device}{amp}")
+    peak = max(trainer.scheduler.base_values)
+    report(
+        dist,
+        f"{len(trainer.task.train)} steps an epoch, {images_per_update(args, dist)} images an update, "
+        f"lr up to {peak:.3g}; files go to {args.output_dir}",
+    )
+    reached = highest_rate(args, peak, trainer.updates_per_epoch)
+    if reached < 0.5 * peak:
+        report(
+            dist,
+            f"warning: --epochs {args.epochs} with --warmup-epochs {args.warmup_epochs} gets to an lr of "
+            f"{reached:.3g} at most, not {peak:.3g}: fewer warm-up epochs?",
+        )
+
+
+class Display:
+    """The progress of an epoch: figures on a terminal, plain lines elsewhere, on the main process only."""
+
+    def __init__(self, trainer: Trainer):
+        args, progress = trainer.args, trainer.progress
+        self._trainer = trainer
+        self._images = args.batch_size * trainer.dist.world_size
+        self._steps = len(trainer.task.train)
+        self._bar = None
+        if trainer.dist.is_main and sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=f"epoch {progress.epoch}",
+                total=self._steps * self._images,
+                unit=" images",
+                initial=progress.step * self._images,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format=BAR,
+            )
+        self._began, self._first = time.perf_counter(), progress.step
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, loss: float) -> None:
+        """After an update."""
+        trainer, step = self._trainer, self._trainer.progress.step
+        due = step // trainer.args.accum_iter % trainer.args.print_freq == 0
+        if self._bar is None and not due:
+            return
+        seconds = (time.perf_counter() - self._began) / (step - self._first)
+        left = seconds * (self._steps - step)
+        run_left = duration(left + seconds * self._steps * (trainer.epochs - trainer.progress.epoch - 1))
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{trainer.lr:.2e}", run=run_left, refresh=False)
+            self._bar.update(trainer.args.accum_iter * self._images)
+        else:
+            report(
+                trainer.dist,
+                f"epoch {trainer.progress.epoch} step {step}/{self._steps}: loss {loss:.4f}, lr {trainer.lr:.2e}, "
+                f"{self._images / seconds:.0f} images/s, {left:.0f} s to go (the run: {run_left})",
+            )
+
+
+def duration(seconds: float) -> str:
+    """About how long, in two units at most: ``2 d 3 h``, ``3 h 12 min``, ``12 min``, ``40 s``."""
+    days, hours, minutes = int(seconds // 86400), int(seconds // 3600 % 24), int(seconds // 60 % 60)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
+    """The epoch's line of log.txt; seconds of training alone."""
+    args, dist, progress, sums = trainer.args, trainer.dist, trainer.progress, trainer.progress.meters
+    task = trainer.task
+    images = len(task.train) * args.batch_size * dist.world_size
+    row = {"train_lr": trainer.lr, "train_loss": sums["loss"] / sums["updates"]}
+    row |= {f"test_{name}": value for name, value in results.items()}
+    row |= {
+        "epoch": progress.epoch,
+        "n_parameters": count_parameters(trainer.model),
+        "grad_norm": sums["norm"] / max(sums["updates"] - sums["overflows"], 1),
+        "overflows": int(sums["overflows"]),
+        "samples_seen": (progress.epoch + 1) * images,
+        "images_per_second": round(images / sums["seconds"], 1),
+        "seconds": round(sums["seconds"], 2),
+    }
+    if args.skip_bad_images:
+        row["skipped_images"] = int(dist.sum(torch.tensor(len(task.train.skipped), device=dist.device)))
+    told = ("train_loss", *(f"test_{name}" for name in task.shown), "seconds")
+    report(dist, f"epoch {progress.epoch}: " + ", ".join(f"{name} {row[name]:.4g}" for name in told))
+    return row
+
+
+def print_summary(trainer: Trainer) -> None:
+    """What was skipped, and the best score."""
+    dist, progress = trainer.dist, trainer.progress
+    skipped = skipped_files(trainer.task.train, dist)
+    if skipped is not None:
+        report(dist, skipped)
+    best = trainer.task.describe_score(progress.best_score)
+    report(dist, f"best {best} in epoch {progress.best_epoch}; see {trainer.args.output_dir}")
+
+
+def skipped_files(train: Any, dist: Distributed) -> str | None:
+    """What --skip-bad-images left out on all processes, in one line; every one of them has to call it."""
+    files = sorted({path for found in dist.gather_objects(sorted(train.skipped)) for path in found})
+    if not files:
+        return None
+    named = ", ".join(files[:10]) + (", ..." if len(files) > 10 else "")
+    return f"{len(files)} unreadable images were skipped, others took their places: {named}"

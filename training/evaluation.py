@@ -1,0 +1,40 @@
+"""Evaluation in step: all processes take a batch at a time, and stop together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from runtime.processes import Distributed
+from utils import Interrupted, StopSignals
+
+
+class EvaluationLoader(Protocol):
+    """This process's batches; `rounds` is the largest number of them that a process has."""
+
+    rounds: int
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+def evaluation_batches(loader: EvaluationLoader, dist: Distributed, stop: StopSignals | None = None) -> Iterator[Any]:
+    """This process's batches, one a round of all processes; with a bar on a terminal.
+
+    Raises:
+        Interrupted: between two batches, on every process, when one of them was signalled.
+    """
+    batches = iter(loader)
+    shown = dist.is_main and sys.stderr.isatty()
+    for _ in tqdm(range(loader.rounds), "evaluation", disable=not shown, leave=False, unit=" batches", bar_format=BAR):
+        if stop is not None and (signum := dist.max(stop.signum or 0)):
+            raise Interrupted(signum)
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch
+
+
+# No bar: an ImageNet epoch's figures then fit into 80 columns.
+BAR = "{desc}: {percentage:3.0f}% of {total_fmt} [{remaining}, {rate_fmt}{postfix}]"

@@ -1,0 +1,212 @@
+"""What training minimises: class labels hard or mixed, token labels, a teacher's outputs.
+
+`build_loss` gives one criterion for a run, called as ``criterion(images, outputs, targets)``. All of it is
+computed in float32 at least, whatever autocast made of the model's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inputs.label_map_crop import dense_targets
+from inputs.label_map_trace import Record
+from models.layers import full_precision
+from utils import UserError
+
+# The teacher's share of a class target that blends in the ground truth: where both name one class, and not.
+AGREED_SHARE, DISPUTED_SHARE = 0.5, 0.9
+
+
+class TokenLabelCrossEntropy(nn.Module):
+    """The loss of token labelling with MixToken (Jiang et al. 2021, "All Tokens Matter", section 3).
+
+    cls_weight · cross-entropy of the class logits + dense_weight · mean cross-entropy of the token logits.
+    The swapped box of MixToken covers a share 1 − λ of the tokens, and the class target is
+    λ·t + (1 − λ)·t.flip(0). The model puts the token logits back in their own images, so their targets are
+    not mixed.
+
+    Args:
+        ground_truth: blend the ground truth into the class target t: 0.9 or, where it and the teacher name
+            the same class, 0.5 of the teacher's, and the rest of the ground truth's.
+    """
+
+    def __init__(self, cls_weight: float = 1.0, dense_weight: float = 0.5, ground_truth: bool = False):
+        super().__init__()
+        self.cls_weight = cls_weight
+        self.dense_weight = dense_weight
+        self.ground_truth = ground_truth
+
+    def forward(self, outputs: Sequence, targets: Tensor) -> Tensor:
+        """The scalar loss.
+
+        Args:
+            outputs: class logits (B, classes), token logits (B, N, classes), and optionally MixToken's box
+                (x1, y1, x2, y2) on the token grid, None or of no area where nothing was mixed.
+            targets: (B, classes, 2 + N) as `token_labels.dense_targets` lays them out; with two columns every
+                token has the class token's target.
+
+        Raises:
+            ValueError: the targets are for another number of tokens.
+        """
+        class_logits, token_logits, box = (*outputs, None)[:3]
+        targets = targets.to(full_precision(class_logits).dtype)
+        tokens = token_logits.shape[1]
+        token_targets = targets[..., 2:] if targets.shape[2] > 2 else targets[..., 1:].expand(-1, -1, tokens)
+        if token_targets.shape[2] != tokens:
+            raise ValueError(f"targets for {token_targets.shape[2]} tokens, logits of {tokens}")
+        class_target = self._class_target(targets, box, tokens)
+        with torch.autocast(targets.device.type, enabled=False):
+            class_loss = F.cross_entropy(full_precision(class_logits), class_target)
+            token_loss = F.cross_entropy(full_precision(token_logits).mT, token_targets)
+            return self.cls_weight * class_loss + self.dense_weight * token_loss
+
+    def _class_target(self, targets: Tensor, box: Sequence[int] | None, tokens: int) -> Tensor:
+        target = targets[..., 1]
+        if self.ground_truth:
+            label = targets[..., 0]
+            agreed = label.argmax(1, keepdim=True) == target.argmax(1, keepdim=True)
+            share = torch.where(agreed, AGREED_SHARE, DISPUTED_SHARE)
+            target = share * target + (1 - share) * label
+        if box is None or len(box) == 0:
+            return target
+        x1, y1, x2, y2 = box
+        mixed = (x2 - x1) * (y2 - y1) / tokens
+        return target if mixed == 0 else (1 - mixed) * target + mixed * target.flip(0)
+
+
+class ClassCriterion(nn.Module):
+    """A loss of class logits alone, as a criterion."""
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Raises UserError for a model that mixes images by itself, whose targets these are not."""
+        if not isinstance(outputs, Tensor):
+            raise UserError(
+                "this model returns more than class logits: train it with --token-label and "
+                "label maps, or without token_label among its arguments"
+            )
+        with torch.autocast(outputs.device.type, enabled=False):
+            return self.loss(full_precision(outputs), targets)
+
+
+class TokenLabelCriterion(nn.Module):
+    """The token-label loss, as a criterion on the records of `token_labels.TokenLabelTransform`."""
+
+    def __init__(
+        self,
+        loss: TokenLabelCrossEntropy,
+        num_classes: int,
+        size: tuple[int, int],
+        smoothing: float = 0.1,
+        swapped: bool = False,
+    ):
+        """size, smoothing, swapped: see `token_labels.dense_targets`."""
+        super().__init__()
+        self.loss = loss
+        self.num_classes = num_classes
+        self.size = size
+        self.smoothing = smoothing
+        self.swapped = swapped
+
+    def forward(self, images: Tensor, outputs: Sequence, targets: Record) -> Tensor:
+        dense = dense_targets(targets, self.num_classes, self.size, self.smoothing, self.swapped)
+        return self.loss(outputs, dense)
+
+
+class DistillationLoss(nn.Module):
+    """Knowledge distillation (Hinton et al. 2015; Touvron et al. 2021, "DeiT", section 4), as a criterion.
+
+    (1 − alpha) · loss of the labels + alpha · loss of the teacher's outputs for the same, possibly mixed,
+    images. The model's outputs may be a pair of logits, for the labels and for the teacher; a single tensor
+    serves both.
+
+    Args:
+        base: the criterion of the labels.
+        teacher: any classifier of the same images and classes; put in evaluation mode, never trained.
+        kind: "soft", Kullback-Leibler divergence at temperature tau, or "hard", cross-entropy with the class
+            that the teacher chooses.
+    """
+
+    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float = 0.5, tau: float = 1.0):
+        super().__init__()
+        if kind not in ("soft", "hard"):
+            raise ValueError(f"distillation is soft or hard, not {kind!r}")
+        self.base = base
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+
+    def forward(self, images: Tensor, outputs: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
+        """Raises UserError where the teacher knows another number of classes."""
+        logits, student = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
+        with torch.no_grad():
+            taught = self.teacher(images)
+        if taught.shape != student.shape:
+            raise UserError(f"--teacher-model: it has {taught.shape[1]} classes, the data {student.shape[1]}")
+        with torch.autocast(student.device.type, enabled=False):
+            distilled = self._distilled(full_precision(student), full_precision(taught))
+        return (1 - self.alpha) * self.base(images, logits, targets) + self.alpha * distilled
+
+    def _distilled(self, student: Tensor, taught: Tensor) -> Tensor:
+        if self.kind == "hard":
+            return F.cross_entropy(student, taught.argmax(1))
+        divergence = F.kl_div(
+            F.log_softmax(student / self.tau, 1), F.log_softmax(taught / self.tau, 1), reduction="sum", log_target=True
+        )
+        return divergence * self.tau**2 / student.numel()  # mean over batch and classes, as DeiT's
+
+
+def build_loss(
+    *,
+    num_classes: int,
+    smoothing: float = 0.1,
+    soft_targets: bool = False,
+    token_size: tuple[int, int] | None = None,
+    swapped: bool = False,
+    cls_weight: float = 1.0,
+    dense_weight: float = 0.5,
+    ground_truth: bool = False,
+    teacher: nn.Module | None = None,
+    distillation: str = "none",
+    alpha: float = 0.5,
+    tau: float = 1.0,
+) -> nn.Module:
+    """The criterion of a run: ``criterion(images, outputs, targets)``, a scalar.
+
+    Args:
+        soft_targets: the targets are distributions, which mixup and cutmix smooth themselves.
+        token_size: train on label maps, for this grid (`token_labels.token_label_size`); targets are then
+            records.
+        swapped: as `token_labels.dense_targets`. cls_weight, dense_weight, ground_truth: as
+            `TokenLabelCrossEntropy`.
+        distillation: "none", "soft" or "hard", with teacher, alpha and tau as `DistillationLoss`.
+
+    Raises:
+        UserError: distillation without a teacher, or together with token labels.
+    """
+    if token_size is not None:
+        if distillation != "none":
+            raise UserError("--token-label excludes --distillation-type")
+        loss = TokenLabelCrossEntropy(cls_weight, dense_weight, ground_truth)
+        return TokenLabelCriterion(loss, num_classes, token_size, smoothing, swapped)
+    base = ClassCriterion(_class_loss(smoothing, soft_targets))
+    if distillation == "none":
+        return base
+    if teacher is None:
+        raise UserError(f"--distillation-type {distillation} needs --teacher-model and --teacher-path")
+    return DistillationLoss(base, teacher, distillation, alpha, tau)
+
+
+def _class_loss(smoothing: float, soft_targets: bool) -> nn.Module:
+    if soft_targets:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()

@@ -1,0 +1,116 @@
+"""A model as the command line asks for it: built by name, given weights, its layers frozen or recomputed."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg, group_parameters
+from torch import Tensor, nn
+
+import models
+from models.loading import WeightMismatch, classifier_names, load_weights, unwrap
+from runtime import checkpoints
+from training.model_bounds import check_arguments
+from utils import UserError, one_line
+
+
+def create_model(
+    arch: str, num_classes: int, input_size: tuple[int, int], model_kwargs: dict[str, Any], flag: str = "--arch"
+) -> nn.Module:
+    """Any registered model, ours or timm's, for images of `input_size` (height, width) in pixels.
+
+    Raises:
+        UserError: no such model, or it does not take these arguments.
+    """
+    name = models.resolve_arch(arch)
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise UserError(f"{flag} {arch}: no such model" + (f"; did you mean {close[0]}?" if close else ""))
+    size = {}
+    try:
+        # timm's models of a fixed size are told it; the others take any, and most of them have no such argument.
+        if get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
+            size = {"img_size": input_size}
+        return timm.create_model(name, num_classes=num_classes, **size | model_kwargs)
+    except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{flag} {name} with {size | model_kwargs}: {one_line(error)}") from error
+
+
+def labels_tokens(arch: str) -> bool:
+    """Whether a model of that name can have a head that classifies every token."""
+    name = models.resolve_arch(arch)
+    if name not in models.ARCHITECTURES:
+        return False
+    with torch.device("meta"):
+        return hasattr(timm.create_model(name), "token_label")
+
+
+def described_model(path: str) -> dict[str, Any]:
+    """The `arch` and `model_kwargs` that a checkpoint was trained with; {} for one that does not say.
+
+    Token labels are a matter of the run, not of the weights: whether the model has their head is not told.
+
+    Raises:
+        UserError: the file is unusable, or its arguments are not the model's own.
+    """
+    state = checkpoints.load(path)
+    if state.get("arch") is None:
+        return {}
+    kwargs = {name: value for name, value in (state.get("model_kwargs") or {}).items() if name != "token_label"}
+    if timm.is_model(name := models.resolve_arch(state["arch"])):
+        check_arguments(name, kwargs, f"{path}: model_kwargs")
+    return {"arch": state["arch"], "model_kwargs": kwargs}
+
+
+def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool) -> list[str]:
+    """`load_weights`, whose complaints become the user's and name the file."""
+    try:
+        return load_weights(model, weights, new_head=new_head)
+    except (WeightMismatch, ValueError, RuntimeError, IndexError) as error:  # of tensors with absurd shapes, too
+        raise UserError(f"{path}: {one_line(error)}") from error
+
+
+def load_finetuned(model: nn.Module, path: str, class_names: tuple[str, ...], keep_classifier: bool) -> list[str]:
+    """Load the weights to begin with; what of the model they left untouched.
+
+    With `keep_classifier` the file's classifier is taken if it is for these very classes.
+    """
+    state = checkpoints.load(path)
+    weights = unwrap(checkpoints.weights(state, path=path))
+    classifier = weights.get(f"{classifier_names(model)[0]}.weight")
+    same_number = classifier is not None and len(classifier) == len(class_names)
+    same_names = tuple(state.get("class_names") or class_names) == tuple(class_names)
+    return load(model, weights, path, new_head=not (keep_classifier and same_number and same_names))
+
+
+def layers_of(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter names by layer, from the stem (0) to the head, as the model's `group_matcher` says."""
+    if not hasattr(model, "group_matcher"):
+        raise UserError("--freeze-at and --layer-decay: this model does not say what its layers are")
+    return group_parameters(model, model.group_matcher(coarse=False))
+
+
+def freeze_layers(model: nn.Module, number: int) -> None:
+    """Take the first `number` layers out of training."""
+    if number == 0:
+        return
+    layers = layers_of(model)
+    if number >= len(layers):
+        raise UserError(f"--freeze-at {number}: the model has {len(layers)} layers, one has to be trained")
+    frozen = {name for layer in sorted(layers)[:number] for name in layers[layer]}
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in frozen)
+
+
+def enable_grad_checkpointing(model: nn.Module) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(f"--grad-checkpointing: this model has none ({one_line(error)})") from error
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())

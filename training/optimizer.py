@@ -1,0 +1,110 @@
+"""The optimiser and its schedule."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from runtime.processes import Distributed
+from training.model import layers_of
+from utils import UserError, one_line
+
+LR_BATCH = 512  # --lr is for this many images an update (DeiT)
+APEX = "build NVIDIA apex from its source, https://github.com/NVIDIA/apex (PyPI's package apex is unrelated)"
+
+
+def images_per_update(args: argparse.Namespace, dist: Distributed) -> int:
+    return args.batch_size * args.accum_iter * dist.world_size
+
+
+def build_optimizer(
+    args: argparse.Namespace, model: nn.Module | list[nn.Parameter], dist: Distributed
+) -> torch.optim.Optimizer:
+    """Timm's optimiser of that name for a model or some weights.
+
+    The rate is scaled linearly with the images an update (Goyal et al. 2017).
+
+    Raises:
+        UserError: there is no such optimiser here, or it does not take an option that was given.
+    """
+    options = {"eps": args.opt_eps}
+    if args.opt_betas is not None:
+        options["betas"] = tuple(args.opt_betas)
+    if args.opt.lower() in ("adam", "adamw") and dist.device.type == "cuda":
+        options["fused"] = True
+    if args.layer_decay is not None:
+        layers_of(model)
+    check_optimizer(args)
+    scale = 1.0 if args.unscale_lr else images_per_update(args, dist) / LR_BATCH
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=args.lr * scale,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            layer_decay=args.layer_decay,
+            **options,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    """Raise UserError for an optimiser timm does not know, whose package is missing, or that takes no betas."""
+    try:
+        info = get_optimizer_info(args.opt.lower().split("_")[-1])
+    except ValueError as error:
+        raise UserError(f"--opt {args.opt}: timm knows no such optimiser") from error
+    if args.opt_betas is not None and not info.has_betas:
+        raise UserError(f"--opt-betas: --opt {args.opt} has none")
+    if info.second_order:
+        raise UserError(f"--opt {args.opt} needs second derivatives, which no update here computes")
+    if not isinstance(info.opt_class, str):
+        return
+    package = info.opt_class.split(".")[0]
+    how = APEX if package == "apex" else f"install {package}"
+    try:
+        __import__(info.opt_class.rpartition(".")[0])
+    except ImportError as error:
+        raise UserError(f"--opt {args.opt} needs {package}: {how}") from error
+    if not torch.cuda.is_available():
+        raise UserError(f"--opt {args.opt} needs a CUDA device")
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
+    """To be stepped after each epoch, and before each update but the first, with the number of the one before.
+
+    It heeds one of the two, by --sched-on-updates. So epochs (updates) 0 and 1 run at --warmup-lr, as published.
+    """
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_epochs=args.warmup_updates / updates_per_epoch if args.warmup_updates else args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        decay_epochs=args.decay_epochs,
+        decay_milestones=args.decay_milestones,
+        decay_rate=args.decay_rate,
+        step_on_epochs=not args.sched_on_updates,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def highest_rate(args: argparse.Namespace, peak: float, updates_per_epoch: int) -> float:
+    """The largest learning rate of all epochs, for a schedule whose peak is `peak`."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = build_scheduler(args, optimizer, updates_per_epoch)
+    rates = [optimizer.param_groups[0]["lr"]]
+    steps = args.epochs * updates_per_epoch if args.sched_on_updates else args.epochs
+    for number in range(steps - 1):
+        (scheduler.step_update if args.sched_on_updates else scheduler.step)(number)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return max(rates)

@@ -1,0 +1,37 @@
+"""In which precision a model computes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of weights and images, and that of autocast (None: off)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    amp: torch.dtype | None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+
+def choose_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """What --dtype and --amp say; `auto` is mixed precision on CUDA, in bf16 where the GPU has it."""
+    dtype = getattr(torch, args.dtype)
+    amp = args.amp
+    if amp == "auto":
+        on_gpu = device.type == "cuda" and dtype is torch.float32
+        amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "none"
+    return Precision(device, dtype, {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp])
+
+
+def as_input(images: Tensor, precision: Precision, channels_last: bool = False) -> Tensor:
+    """Images (B, C, H, W) in the model's dtype and memory format."""
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    return images.to(dtype=precision.dtype, memory_format=memory_format)

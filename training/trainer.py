@@ -1,0 +1,146 @@
+"""The parts of a run: what is open, what trains, and where it stands."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from runtime.processes import Distributed
+from runtime.run_directory import RunDirectory
+from training.model import enable_grad_checkpointing, freeze_layers
+from training.optimizer import build_optimizer, build_scheduler
+from training.precision import Precision
+from utils import StopSignals
+
+if TYPE_CHECKING:
+    from training.task import Task
+
+METERS = ("updates", "overflows", "loss", "norm", "seconds")  # sums over the steps of an epoch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is open while a run lasts.
+
+    args: the command line, settled; dist: the job's processes; directory: where the run writes, None with
+    --eval; checkpoint: what it goes on from, None for a beginning.
+    """
+
+    args: argparse.Namespace
+    dist: Distributed
+    precision: Precision
+    directory: RunDirectory | None
+    checkpoint: dict[str, Any] | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it goes through checkpoints.
+
+    `step` micro-steps of `epoch` are done and `meters` hold the sums over them, of all processes. `updates`
+    counts those of the weights since the beginning. `score` is the last finished epoch's, and `averaged` says whether
+    the average of the weights reached it rather than the weights themselves.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    meters: dict[str, float] = field(default_factory=dict)
+    score: float = 0.0
+    best_score: float = 0.0
+    best_epoch: int = -1
+    averaged: bool = False
+
+    def add(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self.meters[name] = self.meters.get(name, 0.0) + amount
+
+    def end_epoch(self, score: float, averaged: bool) -> None:
+        if self.best_epoch < 0 or score > self.best_score:
+            self.best_score, self.best_epoch = score, self.epoch
+        self.score, self.averaged = score, averaged
+        self.epoch, self.step, self.meters = self.epoch + 1, 0, {}
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step needs. `parallel` is `model` as wrapped for several processes."""
+
+    args: argparse.Namespace
+    dist: Distributed
+    task: Task
+    model: nn.Module
+    parallel: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    scheduler: Scheduler
+    precision: Precision
+    progress: Progress
+    stop: StopSignals
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the layers that --layer-decay does not lower."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return len(self.task.train) // self.args.accum_iter
+
+    @property
+    def position(self) -> int:
+        """The number of the next update, counted from the beginning, where those that overflowed count too."""
+        return self.progress.epoch * self.updates_per_epoch + self.progress.step // self.args.accum_iter
+
+    @property
+    def epochs(self) -> int:
+        return self.args.epochs + self.args.cooldown_epochs
+
+
+def build_trainer(run: Run, task: Task, stop: StopSignals) -> Trainer:
+    """Everything around the task's model, which goes to the device."""
+    args, dist, precision, model = run.args, run.dist, run.precision, task.model
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    model.to(dist.device, precision.dtype, memory_format=layout)
+    freeze_layers(model, args.freeze_at)
+    if args.grad_checkpointing:
+        enable_grad_checkpointing(model)
+    ema = None
+    if args.model_ema or (args.eval and run.checkpoint is not None and run.checkpoint.get("model_ema")):
+        ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    optimizer = build_optimizer(args, model, dist)
+    if args.compile:
+        model.compile()
+    return Trainer(
+        args=args,
+        dist=dist,
+        task=task,
+        model=model,
+        parallel=dist.wrap(model, sync_bn=args.sync_bn, find_unused=args.find_unused_parameters),
+        ema=ema,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(dist.device.type, enabled=precision.amp is torch.float16),
+        scheduler=build_scheduler(args, optimizer, len(task.train) // args.accum_iter),
+        precision=precision,
+        progress=Progress(),
+        stop=stop,
+    )
+
+
+def set_mode(task: Task, model: nn.Module, args: argparse.Namespace) -> None:
+    """Training mode, or what --finetune-mode, --freeze-bn and --freeze-at make of it."""
+    evaluating = args.finetune is not None and args.finetune_mode == "eval"
+    model.train(not evaluating)
+    task.set_mode(model)
+    for module in model.modules():
+        frozen = all(not weight.requires_grad for weight in module.parameters())
+        if isinstance(module, _BatchNorm) and (args.freeze_bn or frozen):
+            module.eval()
