@@ -21,6 +21,7 @@ from inference.evaluation import run_evaluation
 from inference.fields import SMALLEST_CROP
 from inference.from_checkpoint import ModelInfo, build_from_checkpoint
 from inference.prediction import run_prediction
+from inputs.inaturalist import RANKS
 from runtime import checkpoints
 from runtime.entry_point import run_cli
 from runtime.processes import init_distributed
@@ -78,7 +79,7 @@ def build_parser() -> Parser:
         default="name",
         metavar="RANK",
         help="what INAT19 classifies: %(choices)s",
-        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
+        choices=RANKS,
     )
     add("--report", type=Path, metavar="DIR", help="write the confusion matrix and accuracies per class there")
 

@@ -295,6 +295,21 @@ def test_resume_takes_a_run_directory_with_the_flags_it_was_started_with(tmp_pat
         main_svt.main(["--resume", str(tmp_path), "--output-dir", str(tmp_path / "new")])
 
 
+def test_going_back_begins_a_branch_that_auto_goes_on_with(tmp_path, monkeypatch, capsys):
+    """From the first epoch's checkpoint with another rate, stopped: auto takes the branch and not the later files."""
+    train(tmp_path, "--epochs", "3", "--checkpoint-epochs", "1")
+    back = ["--epochs", "3", "--checkpoint-epochs", "1", "--lr", "1e-4"]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_at(patch, "step_loss", 2)
+        train(tmp_path, *back, "--resume", str(tmp_path / "checkpoint_0001.pth"))
+    assert (last(tmp_path)["epoch"], last(tmp_path)["args"]["lr"]) == (1, 1e-4)
+    abandoned = {path.name for path in (tmp_path / "abandoned_01").iterdir()}
+    assert {"checkpoint_0002.pth", "checkpoint_0003.pth", "log.txt"} <= abandoned
+    log = train(tmp_path, *back, "--resume", "auto")
+    assert [row["epoch"] for row in log] == [0, 1, 2] and last(tmp_path)["args"]["lr"] == 1e-4
+    assert log[-1]["train_lr"] < 1e-4 < log[0]["train_lr"]
+
+
 def test_a_runs_own_arguments_are_a_config(tmp_path, one_epoch):
     log = train(tmp_path, "--config", str(one_epoch / "args.yaml"), model=[])
     assert timeless(log) == timeless(rows(one_epoch))

@@ -14,6 +14,7 @@ import yaml
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.utils import ParseKwargs
 
+from inputs import transforms
 from utils import UserError, quote
 
 UNSET = object()
@@ -114,11 +115,10 @@ AMOUNT, FRACTION = number(float, 0), number(float, 0, 1)
 
 def image_size(text: str) -> tuple[int, int]:
     """``"224"`` -> (224, 224); ``"192x256"`` -> height 192, width 256."""
-    sides = str(text).lower().split("x")
-    valid = all(side.isascii() and side.isdigit() and len(side) <= 4 and int(side) > 0 for side in sides)
-    if len(sides) > 2 or not valid:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no image size: pixels (224) or HEIGHTxWIDTH (192x256)")
-    return int(sides[0]), int(sides[-1])
+    try:
+        return transforms.image_size(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def class_list(text: str) -> list[str]:

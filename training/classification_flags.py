@@ -9,10 +9,10 @@ from typing import Any
 from timm.models import get_pretrained_cfg
 
 import models
+from inputs.inaturalist import RANKS
 from training.arguments import AMOUNT, FRACTION, Parser, class_list, number, policy, switch
 from training.options import TaskFlags, refuse
 
-RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 JITTER = number(float, 0, 10)
 SIZES = number(int, 1, 10**4)
 # Training on label maps excludes mixing images, and the published runs with them did not repeat augmentation.
