@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,9 @@ from torch import Tensor
 
 from inputs.files import open_file
 from inputs.image_sets import NamedImages
-from utils import UserError, one_line
+from runtime.pickles import Unusable
+from runtime.untrusted import load_torch
+from utils import UserError
 
 TOP_K = 5
 MAP_SIZE = 18
@@ -65,26 +66,13 @@ def read_label_map(path: str | os.PathLike, num_classes: int | None = None) -> T
     if len(content) > MAX_FILE_BYTES:
         raise UserError(f"{path}: too large for a label map of shape {MAP_SHAPE}")
     try:
-        _check_archive(content)
-        label_map = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever damaged bytes make it stumble over
-        raise UserError(f"{path}: a damaged label map: {one_line(error)[:200]}") from error
+        label_map = load_torch(io.BytesIO(content), len(content))
+    except Unusable as error:
+        raise UserError(f"{path}: a damaged label map: {error}") from error
     problem = _problem(label_map, num_classes)
     if problem is not None:
         raise UserError(f"{path}: not a label map for this data: {problem}")
     return label_map
-
-
-def _check_archive(content: bytes) -> None:
-    """Raise ValueError where the file's own checksums do not fit; `torch.load` does not look at them."""
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        return  # torch's format before 1.6 has no checksums
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > MAX_FILE_BYTES:
-            raise ValueError("it unpacks to far more than a label map")
-        broken = archive.testzip()
-        if broken is not None:
-            raise ValueError(f"the checksum of {broken} does not fit")
 
 
 def _problem(label_map: Any, num_classes: int | None) -> str | None:

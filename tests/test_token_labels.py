@@ -287,15 +287,15 @@ def with_index(value: float) -> torch.Tensor:
         (with_index(-1), "class indices"),
         (with_index(0.5), "class indices"),
         (with_index(10), "names class 10, and there are 10"),
-        (Path("x"), "damaged"),
+        (Path("x"), "it holds a PosixPath"),
         (torch.nn.Parameter(small_map()), "it holds a Parameter"),
         (small_map().requires_grad_(), r"float16 \(with gradients"),
-        (small_map().to("meta"), r"float16 \(torch.strided, meta\)"),
-        (small_map().to(torch.float8_e4m3fn), "float8_e4m3fn"),
-        (torch.quantize_per_tensor(small_map().float(), 0.1, 0, torch.qint8), "qint8"),
+        (small_map().to("meta"), "_rebuild_meta_tensor"),
+        (small_map().to(torch.float8_e4m3fn), "_rebuild_tensor_v3"),
+        (torch.quantize_per_tensor(small_map().float(), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
         (small_map().bool(), "torch.bool"),
         (small_map().float() + 0j, "complex64"),
-        (small_map().float().to_sparse(), "sparse_coo"),
+        (small_map().float().to_sparse(), "_rebuild_sparse_tensor"),
         (torch.nested.nested_tensor(list(small_map().float())), "nested"),
     ],
     ids=[
@@ -343,7 +343,7 @@ def test_damaged_bytes_are_noticed(tmp_path):
 def test_a_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "1.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**24))
-    with pytest.raises(UserError, match="unpacks to far more"):
+    with pytest.raises(UserError, match="is compressed"):
         read_label_map(tmp_path / "1.pt")
 
 
