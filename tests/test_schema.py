@@ -31,7 +31,7 @@ SCALAR = Either((Typed((bool, NoneType)), Number(-5, 5), Text(3), Items(COUNT, 1
         (SCALAR, False),
         (SCALAR, 5),
         (SCALAR, [0, 1]),
-        (Fields({"a": COUNT}), {"a": None, "b": object()}),
+        (Fields({"a": COUNT}), {"a": None, "b": ...}),
         (Fields(), {}),
     ],
     ids=quote,
