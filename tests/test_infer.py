@@ -413,7 +413,7 @@ def test_results_are_written_though_nobody_listens(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=full, flush=full))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=full, flush=full, encoding="utf-8"))
     run("--model-path", tmp_path / "a.pth", "--report", tmp_path / "report")
     assert (tmp_path / "a_digits.json").exists() and (tmp_path / "report" / "per_class.csv").exists()
 
@@ -494,7 +494,7 @@ def test_overlays_are_written_and_replace_no_image(tmp_path):
     with pytest.raises(UserError, match="same name"):
         run("--model-path", tmp_path / "a.pth", "--image", folder, same, "--explain")
     Image.new("RGB", (8, 8)).save(tmp_path / "explained" / "china_explained_explained.png")
-    with pytest.raises(UserError, match="would replace an image"):
+    with pytest.raises(UserError, match="would replace one of the images"):
         run("--model-path", tmp_path / "a.pth", "--image", tmp_path / "explained", "--explain")
     assert all(path.read_bytes() == content for path, content in before.items())
 
