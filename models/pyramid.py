@@ -310,6 +310,11 @@ def pyramid_cfg(source: dict[str, str]) -> dict:
     return model_cfg("stem.conv.0", crop_pct=0.96, source=source)
 
 
+def small_pyramid_cfg(source: dict[str, str]) -> dict:
+    """`pyramid_cfg` for images of 32 pixels, seen whole."""
+    return pyramid_cfg(source) | {"input_size": (3, 32, 32), "crop_pct": 1.0}
+
+
 def build_pyramid(name: str, pretrained: bool, variant: dict, spectral_stages: int, overrides: dict) -> Pyramid:
     """The registered model `name`: the arguments of its variant, and those that the caller gives instead.
 

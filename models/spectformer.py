@@ -7,7 +7,7 @@ Table 1 puts an attention block last in each of them: `spectral_depths=(2, 3, 0,
 
 from timm.models import generate_default_cfgs, register_model
 
-from .pyramid import Pyramid, build_pyramid, pyramid_cfg
+from .pyramid import Pyramid, build_pyramid, pyramid_cfg, small_pyramid_cfg
 from .vanilla import Vanilla, build_vanilla, vanilla_cfg
 
 SOURCE = {
@@ -22,6 +22,7 @@ default_cfgs = generate_default_cfgs(
         "spectformer_xs": vanilla_cfg(SOURCE),
         "spectformer_s": vanilla_cfg(SOURCE),
         "spectformer_b": vanilla_cfg(SOURCE),
+        "spectformer_h_n": small_pyramid_cfg(SOURCE),
         "spectformer_h_s": pyramid_cfg(SOURCE),
         "spectformer_h_b": pyramid_cfg(SOURCE),
         "spectformer_h_l": pyramid_cfg(SOURCE),
@@ -55,6 +56,21 @@ def spectformer_b(pretrained: bool = False, **kwargs) -> Vanilla:
     """SpectFormer-B: 57.2M parameters, 11.5 GFLOPs at 224."""
     variant = {"embed_dim": 512, "depth": 19, "num_heads": 8, "drop_path_rate": 0.25}
     return build_vanilla("spectformer_b", pretrained, variant, kwargs)
+
+
+@register_model
+def spectformer_h_n(pretrained: bool = False, **kwargs) -> Pyramid:
+    """SpectFormer-H-N, for small images: 1.2M parameters (10 classes), 24 MFLOPs at 32. Not of the paper."""
+    variant = {
+        "img_size": 32,
+        "stem_width": 24,
+        "stem_stride": 2,
+        "embed_dims": (32, 64, 112, 128),
+        "depths": (1, 2, 3, 1),
+        "num_heads": (2, 2, 4, 4),
+        "mlp_ratios": (4, 4, 4, 4),
+    }
+    return build_pyramid("spectformer_h_n", pretrained, variant, spectral_stages=2, overrides=kwargs)
 
 
 @register_model
