@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-svt demo-detection demo-detection-svt demo-transfer test reliability lint clean
+.PHONY: help demo demo-svt demo-detection demo-detection-svt demo-transfer test test-fast reliability lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-19s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ demo-transfer: $(VENV)/installed  ## pre-train on five digits, transfer to the o
 
 test: $(VENV)/installed-tests  ## the whole suite
 	$(RUN) -m pytest -q -n 2 --dist worksteal
+
+test-fast: $(VENV)/installed-tests  ## the tests that start no processes and train nothing, in a minute
+	$(RUN) -m pytest -q -n 2 -m fast
 
 reliability: $(VENV)/installed-tests  ## every promise at its full count; writes docs/reliability.md
 	$(RUN) -m tools.reliability --output docs/reliability.md

@@ -98,7 +98,13 @@ def build_eval(
 
 def _open(args: argparse.Namespace, train: bool, download: bool = False) -> ImageDataset:
     return build_dataset(
-        args.data_set, args.data_path, train, download=download, inat_category=args.inat_category, classes=args.classes
+        args.data_set,
+        args.data_path,
+        train,
+        download=download,
+        inat_category=args.inat_category,
+        classes=args.classes,
+        val_split=args.val_split,
     )
 
 

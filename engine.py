@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from runtime.processes import Distributed, init_distributed
 from runtime.run_directory import RunDirectory
 from training.agreement import check_same_everywhere
-from training.console import Display, describe, log_row, print_summary, report
+from training.console import Display, describe, log_row, print_summary, report, report_dry_run
 from training.precision import choose_precision
 from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
 from training.task import Task
@@ -34,7 +35,9 @@ NAMED_FILES = 32  # sample files that an error message lists
 
 
 def fit(kind: type[Task], args: argparse.Namespace) -> None:
-    """Train a task to the last epoch, going on from --resume's checkpoint; with --eval, evaluate it and return.
+    """Train a task to the last epoch, going on from --resume's checkpoint.
+
+    With --eval, evaluate it and return; with --dry-run, try out a step of everything and return. Both write nothing.
 
     Raises:
         Interrupted: a process got a stop signal; everything was saved.
@@ -46,7 +49,9 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
         check_same_everywhere(run.dist, "the data set or the model", task.identity() | {"steps": len(task.train)})
         with StopSignals(run.dist.is_main) as stop:
             trainer = build_trainer(run, task, stop)
-            if run.directory is None:
+            if args.dry_run:
+                dry_run(trainer, run)
+            elif args.eval:
                 if run.checkpoint is not None:
                     load_average(trainer, run.checkpoint)
                 report(trainer.dist, json.dumps(evaluate(trainer)))
@@ -65,11 +70,16 @@ def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
     dist = init_distributed(args.device)
     check_same_everywhere(dist, "flags", vars(args))
     set_up_machine(args, dist)
-    with nullcontext() if args.eval else RunDirectory(args.output_dir, dist, kind.ranked_by, kind.plots) as directory:
+    with nullcontext() if args.eval or args.dry_run else open_directory(kind, args, dist) as directory:
         checkpoint = find_checkpoint(args, dist)
-        if checkpoint is not None and directory is not None:
+        if checkpoint is not None and not args.eval:
             args = with_global_batch(args, checkpoint, dist, kind.batch_multiple(args))
         yield Run(args, dist, choose_precision(args, dist.device), directory, checkpoint)
+
+
+def open_directory(kind: type[Task], args: argparse.Namespace, dist: Distributed) -> RunDirectory:
+    """--output-dir, whose log goes to Weights & Biases too where --wandb asks for it."""
+    return RunDirectory(args.output_dir, dist, kind.ranked_by, kind.plots, args.wandb)
 
 
 def set_up_machine(args: argparse.Namespace, dist: Distributed) -> None:
@@ -128,13 +138,9 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory) -> None:
 
     with Display(trainer) as display:
         for step, batch in micro_batches:
-            last_of_update = (step + 1) % args.accum_iter == 0
-            with nullcontext() if last_of_update else without_gradient_sync(trainer.parallel):
-                micro_loss = step_loss(trainer, batch, progress.epoch, step) / args.accum_iter
-                trainer.scaler.scale(micro_loss).backward()
-            loss = loss + micro_loss.detach()
+            loss = loss + add_gradient(trainer, batch, step)
             batches.append(batch)
-            if not last_of_update:
+            if not ends_update(trainer, step):
                 continue
 
             trainer.scheduler.step_update(max(trainer.position - 1, 0))
@@ -151,6 +157,37 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory) -> None:
                 raise Interrupted(dist.max(trainer.stop.signum or 0))
             if args.checkpoint_steps and progress.step // args.accum_iter % args.checkpoint_steps == 0:
                 directory.save_checkpoint(LAST, checkpoint_state(trainer))
+
+
+def dry_run(trainer: Trainer, run: Run) -> None:
+    """One update and one batch of evaluation, twice; tells the second's speed, and the memory that both took."""
+    args, task, progress = trainer.args, trainer.task, trainer.progress
+    if run.checkpoint is not None:
+        restore(trainer, run.checkpoint)
+    describe(trainer)
+    task.val.rounds = 1
+    batches = list(islice(task.train.epoch(progress.epoch, progress.step), args.accum_iter))
+    for _ in range(2):  # the first compiles, and chooses algorithms
+        set_mode(task, trainer.model, args)
+        began = time.perf_counter()
+        loss = sum(add_gradient(trainer, batch, step) for step, batch in enumerate(batches, progress.step))
+        update(trainer, loss, batches, progress.step)
+        trained = time.perf_counter()
+        evaluate(trainer)
+    report_dry_run(trainer, trained - began, time.perf_counter() - trained)
+
+
+def ends_update(trainer: Trainer, step: int) -> bool:
+    """Whether the gradients of this micro-step are the last that an update waits for."""
+    return (step + 1) % trainer.args.accum_iter == 0
+
+
+def add_gradient(trainer: Trainer, batch: Any, step: int) -> Tensor:
+    """Add a micro-batch's gradient to those of its update; returns its part of the loss."""
+    with nullcontext() if ends_update(trainer, step) else without_gradient_sync(trainer.parallel):
+        loss = step_loss(trainer, batch, trainer.progress.epoch, step) / trainer.args.accum_iter
+        trainer.scaler.scale(loss).backward()
+    return loss.detach()
 
 
 def step_loss(trainer: Trainer, batch: Any, epoch: int, step: int) -> Tensor:

@@ -20,6 +20,7 @@ from detection.inference import run_detector
 from inference.evaluation import run_evaluation
 from inference.fields import SMALLEST_CROP
 from inference.from_checkpoint import ModelInfo, build_from_checkpoint
+from inference.mirrored import average_mirrored
 from inference.prediction import run_prediction
 from inputs.inaturalist import RANKS
 from runtime import checkpoints
@@ -35,6 +36,7 @@ from training.arguments import (
     dashed,
     image_size,
     number,
+    split_share,
     switch,
 )
 from utils import UserError
@@ -73,6 +75,12 @@ def build_parser() -> Parser:
         type=class_list,
         metavar="A,B,...",
         help="only these classes, in this order (default: as in training)",
+    )
+    add(
+        "--val-split",
+        type=split_share,
+        metavar="P[:SEED]",
+        help="of class folders without val/, as in training (default: the checkpoint's)",
     )
     add(
         "--inat-category",
@@ -117,6 +125,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="loader processes; 0: load in this one",
     )
+    switch(group, "--tta", False, "average the logits of each image and of its mirror image")
     switch(group, "--pin-mem", True, "page-locked batches, for faster copies to a GPU")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
@@ -135,6 +144,7 @@ def settle(args: argparse.Namespace, info: ModelInfo) -> argparse.Namespace:
     settled = {
         "data_set": data_set,
         "classes": info.classes if args.classes is None and data_set == info.data_set else args.classes,
+        "val_split": info.val_split if args.val_split is None and data_set == info.data_set else args.val_split,
         "input_size": info.input_size,
         "eval_crop_pct": info.crop_pct if args.eval_crop_pct is None else args.eval_crop_pct,
     }
@@ -145,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     if args.explain is not None and args.image is None:
         raise UserError("--explain needs --image")
+    if args.explain is not None and args.tta:
+        raise UserError("--explain is about one image, --tta averages it with its mirror image: leave one of them out")
     if args.image is not None and (args.data_set or args.data_path or args.report):
         raise UserError("--image classifies images; --data-set, --data-path and --report are for evaluation")
     dist = init_distributed(args.device)
@@ -158,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.model_path, args.arch, ema=args.ema, input_size=args.input_size, model_kwargs=args.model_kwargs
     )
     model = model.to(dist.device)
+    if args.tta:
+        average_mirrored(model)
     if info.model_kwargs.get("in_chans", 3) != 3:
         raise UserError(f"{info.path}: for images of {info.model_kwargs['in_chans']} channels, these have 3")
     run = run_evaluation if args.image is None else run_prediction

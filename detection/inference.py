@@ -28,7 +28,7 @@ from runtime.processes import Distributed
 from training.precision import choose_precision
 from utils import UserError, atomic_write, say
 
-OF_CLASSIFIERS = ("arch", "model_kwargs", "input_size", "classes", "eval_crop_pct", "explain")
+OF_CLASSIFIERS = ("arch", "model_kwargs", "input_size", "classes", "val_split", "eval_crop_pct", "explain", "tta")
 
 
 def run_detector(args: argparse.Namespace, dist: Distributed, state: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def run_detector(args: argparse.Namespace, dist: Distributed, state: dict[str, A
         UserError: a flag is of classifiers; or see `build_detector_from`.
     """
     for name in OF_CLASSIFIERS:
-        if getattr(args, name) not in (None, {}):
+        if getattr(args, name) not in (None, False, {}):
             raise UserError(f"--{name.replace('_', '-')} is for classifiers; {args.model_path} holds a detector")
     model, info = build_detector_from(args.model_path, state, args.ema)
     model = model.to(dist.device)

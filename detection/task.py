@@ -53,7 +53,7 @@ class Detection(Task):
         self.args = run.args
         self.kinds = ("box", "mask") if self.args.detector == "mask_rcnn" else ("box",)
         self.data = build_data(self.args, run.dist, masks="mask" in self.kinds)
-        self.train = self.data.train
+        self.train, self.val = self.data.train, self.data.val
         self.model = build_model(run, self.data.train_set)
 
     def set_mode(self, model: Detector) -> None:
@@ -84,7 +84,7 @@ class Detection(Task):
         return list(zip(batch.indices.tolist(), finite, strict=True))
 
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
-        results = predict(model, self.data.val, self.data.val_set, self._run.dist, self._run.precision, stop)
+        results = predict(model, self.val, self.data.val_set, self._run.dist, self._run.precision, stop)
         return evaluate(results, self.data.val_set, self.kinds, self._run.dist, model.detections)
 
     def sample_name(self, index: int) -> str:

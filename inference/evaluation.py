@@ -66,7 +66,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, model: nn.Module
         return
     results["mean_per_class"] = 100 * float(np.nanmean(class_accuracies(pairs, info.num_classes)))
     results |= {"images_per_second": results["images"] / seconds, "seconds": seconds}
-    model_name = f"{info.arch}{' (EMA)' if info.ema else ''}"
+    model_name = f"{info.arch}{' (EMA)' if info.ema else ''}{', mirrored too,' if args.tta else ''}"
     line = (
         f"{model_name} on {args.data_set} at "
         f"{args.input_size[0]}x{args.input_size[1]}, {results['images']} images: "
@@ -91,6 +91,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, model: nn.Module
         "processes": dist.world_size,
         "device": str(dist.device),
         "amp": args.amp,
+        "tta": args.tta,
         "torch": torch.__version__,
         "timm": timm.__version__,
     }

@@ -22,7 +22,8 @@ FIELDS = Fields(
         "interpolation": Text(among=("random", *(mode.value for mode in InterpolationMode))),
     }
 )
-RUN_FIELDS = Fields({"data_set": Text(), "classes": Items(Text())})  # of the arguments of the run that wrote it
+# Of the arguments of the run that wrote it.
+RUN_FIELDS = Fields({"data_set": Text(), "classes": Items(Text()), "val_split": Items(Number(0), 2, 2)})
 
 
 def read_fields(state: Mapping[str, Any], cfg: PretrainedCfg, path: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class ModelInfo:
     ema: bool
     data_set: str | None  # of the run that trained it
     classes: tuple[str, ...] | None  # of that data set, where they were chosen
+    val_split: tuple[float, int] | None  # of its folders, where training held images back
 
     def class_name(self, index: int) -> str:
         """A class as it is told to a reader; ImageNet's WordNet ids come with their first description."""

@@ -25,6 +25,7 @@ class DatasetSpec:
     build: Callable[[Request], ImageDataset]
     downloads: bool = False  # takes --download, if only to say what to do instead
     needs_path: bool = True  # --data-path has to be given
+    splits: bool = False  # takes --val-split
     glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
 
 
@@ -32,8 +33,8 @@ DATASETS: dict[str, DatasetSpec] = {
     "DIGITS": DatasetSpec(digits, needs_path=False, glyphs=True),
     "CIFAR10": DatasetSpec(cifar, downloads=True),
     "CIFAR100": DatasetSpec(cifar, downloads=True),
-    "IMNET": DatasetSpec(class_folders),
-    "FOLDER": DatasetSpec(class_folders),
+    "IMNET": DatasetSpec(class_folders, splits=True),
+    "FOLDER": DatasetSpec(class_folders, splits=True),
     "FLOWERS": DatasetSpec(flowers, downloads=True),
     "CARS": DatasetSpec(cars, downloads=True),
     "PETS": DatasetSpec(pets, downloads=True),
@@ -60,6 +61,7 @@ def build_dataset(
     download: bool = False,
     inat_category: str = "name",
     classes: Sequence[str] | None = None,
+    val_split: tuple[float, int] | None = None,
 ) -> ImageDataset:
     """Open a data set.
 
@@ -70,6 +72,8 @@ def build_dataset(
         download: fetch it where that is possible.
         inat_category: the taxonomic rank that is the class, for INAT and INAT19.
         classes: keep only these, by name or number, labelled in this order.
+        val_split: the share of each class that is validated on and the seed of the choice, for class folders that
+            have no such split.
 
     Raises:
         UserError: unknown name, missing or damaged files, an empty class, classes that differ between splits.
@@ -79,12 +83,14 @@ def build_dataset(
         raise UserError(f"--data-set {name}: --data-path has to say where its files are")
     if download and not spec.downloads:
         raise UserError(f"--download: --data-set {name} cannot be downloaded; put its files into --data-path")
+    if val_split is not None and not spec.splits:
+        raise UserError(f"--val-split: --data-set {name} has its own images to validate on; it is for FOLDER")
     folder = None if root is None else Path(root)
     if folder is not None and not folder.is_dir() and not download:
         raise UserError(f"--data-path {folder}: no such folder")
     where = f"--data-set {name}" + (f" --data-path {folder}" if folder is not None else "")
     try:
-        dataset = spec.build(Request(name, folder, train, download, inat_category))
+        dataset = spec.build(Request(name, folder, train, download, inat_category, val_split))
     except OSError as error:
         raise UserError(f"{where}: {one_line(error)}") from error
     if len(dataset) == 0:

@@ -11,14 +11,19 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from inputs.image_sets import ImageDataset, ImageFiles
 from inputs.request import Request
-from utils import UserError
+from utils import UserError, key_seed
 
 TRAIN_FOLDERS = ("train",)
 VAL_FOLDERS = ("val", "validation", "valid", "test")
 
 
 def class_folders(request: Request) -> ImageDataset:
-    """Any tree train/CLASS/IMAGE and val/CLASS/IMAGE; validation, valid and test are taken for val."""
+    """Any tree train/CLASS/IMAGE and val/CLASS/IMAGE; validation, valid and test are taken for val.
+
+    With --val-split, a tree train/CLASS/IMAGE or CLASS/IMAGE alone, of which one part or the other is taken.
+    """
+    if request.val_split is not None:
+        return _split(request, *request.val_split)
     own, other = TRAIN_FOLDERS, VAL_FOLDERS
     if not request.train:
         own, other = other, own
@@ -26,6 +31,23 @@ def class_folders(request: Request) -> ImageDataset:
     if folder is None:
         raise request.missing(f"a folder {' or '.join(own)} with a folder of images for each class")
     return _image_folder(folder, _first_folder(request.root, other))
+
+
+def _split(request: Request, share: float, seed: int) -> ImageDataset:
+    """The images of each class that are trained on, or the share of them that is not; never none of either."""
+    if (val := _first_folder(request.root, VAL_FOLDERS)) is not None:
+        raise UserError(f"--val-split: {val} is there to validate on; leave the flag out")
+    images = _image_folder(_first_folder(request.root, TRAIN_FOLDERS) or request.root, None)
+    kept = []
+    for label, name in enumerate(images.class_names):
+        found = np.flatnonzero(images.labels == label)
+        if len(found) < 2:
+            raise UserError(f"--val-split: class {name} has a single image; it takes two")
+        shuffled = np.random.default_rng(key_seed(seed, "val-split", name)).permutation(found)
+        held_out = min(max(round(share * len(found)), 1), len(found) - 1)
+        kept.append(shuffled[held_out:] if request.train else shuffled[:held_out])
+    chosen = np.sort(np.concatenate(kept))
+    return ImageFiles([images.path(i) for i in chosen], images.labels[chosen], images.class_names)
 
 
 def has_class_folders(root: Path) -> bool:

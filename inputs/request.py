@@ -15,7 +15,7 @@ from utils import UserError
 class Request:
     """name: --data-set; root: --data-path, None where it is not given (the data set can do without).
 
-    train: the training split, else the one to validate on. download, inat_category: the flags.
+    train: the training split, else the one to validate on. download, inat_category, val_split: the flags.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Request:
     train: bool
     download: bool
     inat_category: str
+    val_split: tuple[float, int] | None = None
 
     @property
     def split(self) -> str:

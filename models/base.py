@@ -92,7 +92,11 @@ class ImageModel(nn.Module):
 
 @torch.fx.wrap
 def check_image_size(x: Tensor, img_size: Grid) -> None:
-    """ValueError for images (B, 3, H, W) of another size than the model's."""
+    """See that images (B, 3, H, W) have the size that the model is built for.
+
+    Raises:
+        ValueError: they have another one.
+    """
     height, width = x.shape[-2:]
     if (height, width) != img_size:
         raise ValueError(
@@ -133,7 +137,13 @@ def model_cfg(first_conv: str, crop_pct: float, source: dict[str, str]) -> dict:
 def build_variant(
     model: type[ImageModel], name: str, pretrained: bool, out_indices: int | Sequence[int], arguments: dict
 ) -> ImageModel:
-    """The registered model `name`. By default `features_only` gives the outputs at `out_indices`."""
+    """The registered model `name`.
+
+    By default `features_only` gives the outputs at `out_indices`, of images of any size: detection and segmentation
+    have them.
+    """
+    if arguments.get("features_only"):
+        arguments = {"dynamic_img_size": True} | arguments
     return build_model_with_cfg(
         model,
         name,

@@ -17,7 +17,7 @@ def spectrum(x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def inverse(planes: Tensor, grid: Grid) -> Tensor:
+def from_spectrum(planes: Tensor, grid: Grid) -> Tensor:
     """The (B, H, W, C) grid of a `spectrum`."""
     with autocast_off(planes):
         return torch.fft.irfft2(torch.complex(*planes), s=grid, dim=(1, 2), norm="ortho")
@@ -63,14 +63,16 @@ class FourierOperator(nn.Module):
         self.bias = nn.Parameter(0.02 * torch.randn(2, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return inverse(complex_linear(spectrum(x), self.weight, self.bias), x.shape[1:3]).to(x.dtype)
+        return from_spectrum(complex_linear(spectrum(x), self.weight, self.bias), x.shape[1:3]).to(x.dtype)
 
 
 class AFNO(nn.Module):
     """FFT, two complex layers in blocks of channels, soft shrinkage, inverse FFT, and the input added.
 
-    Adaptive Fourier neural operator (https://arxiv.org/abs/2111.13587). ValueError for channels that make no whole
-    blocks.
+    Adaptive Fourier neural operator (https://arxiv.org/abs/2111.13587).
+
+    Raises:
+        ValueError: the channels make no whole blocks.
     """
 
     def __init__(self, dim: int, blocks: int = 8, shrinkage: float = 0.01):
@@ -82,4 +84,4 @@ class AFNO(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         planes = F.softshrink(self.mlp(spectrum(x)), self.shrinkage)
-        return x + inverse(planes, x.shape[1:3]).to(x.dtype)
+        return x + from_spectrum(planes, x.shape[1:3]).to(x.dtype)

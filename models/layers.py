@@ -11,7 +11,11 @@ Grid = tuple[int, int]
 
 
 def to_grid(size: int | tuple[int, int] | list[int]) -> Grid:
-    """An int or a pair as (height, width) in pixels or tokens; ValueError for anything else."""
+    """An int or a pair as (height, width) in pixels or tokens.
+
+    Raises:
+        ValueError: it is something else.
+    """
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise ValueError(f"a size is a positive int or a pair of them, not {size!r}")
@@ -100,7 +104,11 @@ class ClassAttention(nn.Module):
 
 
 def check_heads(dim: int, num_heads: int) -> int:
-    """The number of heads; ValueError if it does not divide the width."""
+    """The number of heads.
+
+    Raises:
+        ValueError: it does not divide the width.
+    """
     if dim % num_heads:
         raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
     return num_heads
@@ -180,8 +188,10 @@ class PatchEmbed(nn.Module):
 class Stem(nn.Module):
     """Convolutional stem: images (B, 3, H, W) to a grid (B, ceil(H / stride), ceil(W / stride), dim).
 
-    A stride of 4 is 2 in the first convolution and 2 in the last; 2 is the first's alone. ValueError for others
-    than 1, 2 and 4.
+    A stride of 4 is 2 in the first convolution and 2 in the last; 2 is the first's alone.
+
+    Raises:
+        ValueError: the stride is none of 1, 2 and 4.
     """
 
     def __init__(self, in_chans: int, width: int, dim: int, stride: int = 4):

@@ -93,8 +93,10 @@ def load_weights(model: nn.Module, state_dict: Mapping, new_head: bool = False) 
     """Load a checkpoint into a model of this project or any other timm model; returns what it left untouched.
 
     Converts names, unwraps layouts and resamples as `checkpoint_filter_fn`. With `new_head` the file's
-    classifiers are ignored and exactly those of the model may be missing. Anything else missing, unexpected
-    or of another shape raises WeightMismatch and leaves the model as it was.
+    classifiers are ignored and exactly those of the model may be missing.
+
+    Raises:
+        WeightMismatch: anything else is missing, unexpected or of another shape. The model is as it was.
     """
     weights = checkpoint_filter_fn(state_dict, model)
     heads = tuple(f"{name}." for name in classifier_names(model))

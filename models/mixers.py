@@ -41,19 +41,32 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_mixer(name: str, dim: int, grid: Grid, num_heads: int, **options: object) -> nn.Module:
-    """The mixer called `name`; ValueError if there is none, TypeError for an option it does not have."""
+    """The mixer called `name`.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: it has no such option.
+    """
     return MIXERS[check_mixer(name)](dim, grid, num_heads, **options)
 
 
 def check_mixer(name: str) -> str:
-    """The name; ValueError if no mixer is called so."""
+    """The name.
+
+    Raises:
+        ValueError: no mixer is called so.
+    """
     if name not in MIXERS:
         raise ValueError(f"no mixer is called {name!r}; there are {', '.join(MIXERS)}")
     return name
 
 
 def check_options(options: Options | None) -> Options:
-    """The options, none for None; ValueError if they are for a mixer that there is not."""
+    """The options, none for None.
+
+    Raises:
+        ValueError: they are for a mixer that there is not.
+    """
     for name in options or {}:
         check_mixer(name)
     return options or {}
@@ -62,7 +75,8 @@ def check_options(options: Options | None) -> Options:
 def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:
     """The names of the mixers in `depth` blocks: of a list, or of a text like "spectral*4,attention*8".
 
-    ValueError for anything else, for a name that there is not, and for more or fewer names than blocks.
+    Raises:
+        ValueError: it is something else, there is no such mixer, or there are more or fewer names than blocks.
     """
     words = mixers.split(",") if isinstance(mixers, str) else mixers
     if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
@@ -82,7 +96,11 @@ def _name_and_count(word: str) -> tuple[str, int]:
 
 
 def stage_mixers(mixers: str | Sequence[str | Sequence[str]], depths: Sequence[int]) -> list[list[str]]:
-    """`block_mixers` for each stage: of a list, or of a text with a slash between stages, "spectral*3/attention*4"."""
+    """`block_mixers` for each stage: of a list, or of a text with a slash between stages, "spectral*3/attention*4".
+
+    Raises:
+        ValueError: it is something else, there are more or fewer stages, or as `block_mixers`.
+    """
     stages = mixers.split("/") if isinstance(mixers, str) else mixers
     if not isinstance(stages, Sequence) or len(stages) != len(depths):
         raise ValueError(f"mixers are {len(depths)} lists, one a stage, or a text with slashes, not {mixers!r}")

@@ -45,8 +45,9 @@ class Pyramid(ImageModel):
     `token_label_size`, x along the width, drawn by `sample_mix_box` unless given. It may be a tensor of four
     integers, for the values of which a compiled model is not compiled anew.
 
-    ValueError for arguments that do not fit together, and in `forward` for images of another size, unless
-    `dynamic_img_size`.
+    Raises:
+        ValueError: arguments do not fit together; in `forward`, images have another size, unless
+            `dynamic_img_size`.
     """
 
     pools = ("token", "avg", "")
@@ -193,12 +194,15 @@ class Pyramid(ImageModel):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        return_prefix_tokens: bool = False,
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]] | tuple[Tensor, list]:
         """Outputs of chosen stages, and the features unless `intermediates_only`.
 
         indices: the last n stages, all for None, or a list. norm: apply the final norm to the last stage, the
         only one without a norm of its own. stop_early: run no stage after the last chosen one; if that leaves
-        stages out, the features are its grid. output_fmt: "NCHW" or "NHWC".
+        stages out, the features are its grid. output_fmt: "NCHW" or "NHWC". return_prefix_tokens: pairs of a grid
+        and a class token (B, 1, C), the class block's for the last stage. The others have none: theirs is the mean of
+        the grid, as which the class token begins.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is NCHW or NHWC, not {output_fmt!r}")
@@ -210,12 +214,20 @@ class Pyramid(ImageModel):
         for i, stage in enumerate(stages):
             x = self._run_stage(stage, x)
             if i in take:
-                normed = self.norm(x) if norm and i == len(self.feature_info) - 1 else x
-                intermediates.append(format_grid(normed, output_fmt))
+                last_stage = i == len(self.feature_info) - 1
+                grid = format_grid(self.norm(x) if norm and last_stage else x, output_fmt)
+                intermediates.append((grid, self._prefix(x, norm, last_stage)) if return_prefix_tokens else grid)
         if intermediates_only:
             return intermediates
         complete = len(stages) == len(self.feature_info)
         return (self._add_class_token(x) if complete else format_grid(x, output_fmt)), intermediates
+
+    def _prefix(self, grid: Tensor, norm: bool, last_stage: bool) -> Tensor:
+        tokens = grid.flatten(1, 2)
+        if not last_stage or isinstance(self.class_block, nn.Identity):  # pruned
+            return tokens.mean(1, keepdim=True)
+        token = self.class_block(tokens)[:, :1]
+        return self.norm(token) if norm else token
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -266,7 +278,11 @@ def stage_grids(img_size: Grid, stages: int, stem_stride: int = 4) -> list[Grid]
 
 @torch.fx.wrap
 def check_box(box: Box | None, token_label: bool) -> None:
-    """ValueError for a box that the model has no use for."""
+    """See that the model has use for a box.
+
+    Raises:
+        ValueError: it has not.
+    """
     if box is not None and not token_label:
         raise ValueError("a box to mix tokens in needs a model with token_label=True")
 

@@ -398,7 +398,9 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 def create(name: str, **options: object) -> nn.Module:
     """The plain formulation of the model timm knows as `name`.
 
-    Options: `img_size`, `num_classes`, `alpha`; `token_label` for the pyramids, `mixing` for SVT. Raises KeyError
-    for a name without a plain formulation.
+    Options: `img_size`, `num_classes`, `alpha`; `token_label` for the pyramids, `mixing` for SVT.
+
+    Raises:
+        KeyError: there is no plain formulation of that name.
     """
     return BUILDERS[name](**options)

@@ -7,21 +7,26 @@ from .layers import Grid, GridMixer, autocast_off, full_precision, resize_grid, 
 from .resampling import resampled
 from .wavelet import WAVELET_BACKENDS, padded_grid
 
-torch.fx.wrap("full_precision")
+torch.fx.wrap("full_precision")  # torch.fx leaves what it wraps whole, where this module calls it
 
 CHANNEL_BLOCKS = 4
-# mixing -> what it is made of, in order
+# mixing -> what the high-pass bands go through, in order
 MIXINGS = {
     "channel": ("channel_blend",),
-    "channel_token": ("conv", "channel_blend", "token_blend"),
+    "channel_token": ("channel_blend", "token_blend"),
     "token": ("token_blend",),
-    "token_half": ("conv", "token_blend"),
+    "token_half": ("token_blend",),
     "tensor": ("tensor_blend",),
 }
+HALVED = ("channel_token", "token_half")  # those that scatter half of the channels
 
 
 def check_mixing(mixing: str) -> None:
-    """ValueError unless there is such a mixing."""
+    """See that there is such a mixing.
+
+    Raises:
+        ValueError: there is none.
+    """
     if mixing not in MIXINGS:
         raise ValueError(f"mixing is one of {', '.join(MIXINGS)}, not {mixing!r}")
 
@@ -106,18 +111,19 @@ def resize_token_bias(bias: Tensor, half: Grid) -> Tensor:
 
 
 class TensorBlending(nn.Module):
-    """Every coefficient of the bands (2, 6, B, h, w, C) times a weight of its own, (2, 6, h, w, C).
+    """Every coefficient of the bands (2, 6, B, h, w, C) times a weight of its own.
 
-    Real part with real weight, imaginary with imaginary. For bands of another grid the weights are resampled.
+    Real part with real weight, imaginary with imaginary: (12, h, w, C), those of the real parts first. For bands of
+    another grid the weights are resampled.
     """
 
     def __init__(self, half: Grid, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(0.02 * torch.randn(2, 6, *half, channels))
+        self.weight = nn.Parameter(0.02 * torch.randn(12, *half, channels))
 
     def forward(self, bands: Tensor) -> Tensor:
-        weight = resize_bands_weight(self.weight, bands.shape[3:5])
-        return bands * weight.to(bands.dtype)[:, :, None]
+        weight = resize_planes(self.weight, bands.shape[3:5]).to(bands.dtype)
+        return bands * weight.unflatten(0, (2, 6)).unsqueeze(2)
 
 
 @torch.fx.wrap
@@ -131,14 +137,13 @@ def _resize_plane(plane: Tensor, grid: Grid) -> Tensor:
 
 
 @torch.fx.wrap
-def resize_bands_weight(weight: Tensor, half: Grid) -> Tensor:
-    """(2, 6, h, w, C) to (2, 6, *half, C), bicubic."""
-    return weight if weight.shape[2:4] == half else resampled(_resize_bands_weight, weight, half)
+def resize_planes(weight: Tensor, half: Grid) -> Tensor:
+    """(12, h, w, C) to (12, *half, C), bicubic."""
+    return weight if weight.shape[1:3] == half else resampled(_resize_planes, weight, half)
 
 
-def _resize_bands_weight(weight: Tensor, half: Grid) -> Tensor:
-    planes = [_resize_plane(plane, half) for plane in weight.flatten(0, 1)]
-    return torch.stack(planes).unflatten(0, (2, 6))
+def _resize_planes(weight: Tensor, half: Grid) -> Tensor:
+    return torch.stack([_resize_plane(plane, half) for plane in weight])
 
 
 class ScatteringMixer(GridMixer):
@@ -150,7 +155,8 @@ class ScatteringMixer(GridMixer):
     of the channels, while the other half takes a depthwise 3x3 convolution and the two are interleaved channel by
     channel. Computed in float32 with autocast off, but for the convolution.
 
-    ValueError for an unknown mixing or backend, and for channels that make no whole blocks.
+    Raises:
+        ValueError: there is no such mixing or backend, or the channels make no whole blocks.
     """
 
     def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel", backend: str = "native"):
@@ -158,9 +164,9 @@ class ScatteringMixer(GridMixer):
         check_mixing(mixing)
         if backend not in WAVELET_BACKENDS:
             raise ValueError(f"the wavelet backend is one of {', '.join(WAVELET_BACKENDS)}, not {backend!r}")
-        parts = MIXINGS[mixing]
-        self.halved = "conv" in parts
-        multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in parts else 1)
+        blends = MIXINGS[mixing]
+        self.halved = mixing in HALVED
+        multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in blends else 1)
         if dim % multiple:
             raise ValueError(f"mixing={mixing!r} takes a multiple of {multiple} channels, not {dim}")
         self.grid_size = grid_size
@@ -169,11 +175,11 @@ class ScatteringMixer(GridMixer):
         height, width = padded_grid(grid_size)
         self.wavelet = WAVELET_BACKENDS[backend](grid_size)
         self.low_pass = nn.Parameter(0.02 * torch.randn(height, width, channels))
-        if "channel_blend" in parts:
+        if "channel_blend" in blends:
             self.channel_blend = EinsteinBlending(CHANNEL_BLOCKS, channels // CHANNEL_BLOCKS, "channels")
-        if "token_blend" in parts:
+        if "token_blend" in blends:
             self.token_blend = EinsteinBlending(height // 2, width // 2, "tokens")
-        if "tensor_blend" in parts:
+        if "tensor_blend" in blends:
             self.tensor_blend = TensorBlending((height // 2, width // 2), channels)
         if self.halved:
             self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
@@ -193,8 +199,8 @@ class ScatteringMixer(GridMixer):
 
     def blend(self, bands: Tensor) -> Tensor:
         """Blend the bands (2, 6, B, h, w, C)."""
-        for part in MIXINGS[self.mixing]:
-            bands = bands if part == "conv" else self.get_submodule(part)(bands)
+        for name in MIXINGS[self.mixing]:
+            bands = self.get_submodule(name)(bands)
         return bands
 
     def set_grid_size(self, grid_size: Grid) -> None:
@@ -217,7 +223,7 @@ class ScatteringMixer(GridMixer):
             "token_blend.weight2": (4, resize_token_weight, half),
             "token_blend.bias1": (3, resize_token_bias, half),
             "token_blend.bias2": (3, resize_token_bias, half),
-            "tensor_blend.weight": (5, resize_bands_weight, half),
+            "tensor_blend.weight": (4, resize_planes, half),
         }
         resized = dict(weights)
         for name, (ndim, resize, size) in rules.items():

@@ -39,7 +39,8 @@ default_cfgs = generate_default_cfgs(
 def _scattering(mixing: str | None, default: str, wavelet_backend: str, overrides: dict) -> dict:
     """The caller's arguments with scattering as `mixer`, unless they say what each block has.
 
-    ValueError for an unknown mixing, and for one beside `mixers`.
+    Raises:
+        ValueError: there is no such mixing, or one is given beside `mixers`.
     """
     options = {name: {"backend": wavelet_backend} for name in MIXERS if name.startswith("scattering_")}
     overrides = {"mixer_options": options, **overrides}
@@ -53,9 +54,9 @@ def _scattering(mixing: str | None, default: str, wavelet_backend: str, override
 
 @register_model
 def svt_h_n(pretrained: bool = False, mixing: str | None = None, wavelet_backend: str = "native", **kwargs) -> Pyramid:
-    """SVT-H-N, for small images: 1.2M parameters (10 classes), 26 MFLOPs at 32. Not of the paper; it scatters in two stages.
+    """SVT-H-N, for small images: 1.2M parameters (10 classes), 26 MFLOPs at 32. Not of the paper.
 
-    Arguments as `svt_h_s`.
+    It scatters in two stages. Arguments as `svt_h_s`, but mixing is "channel_token" by default.
     """
     variant = {
         "img_size": 32,

@@ -23,8 +23,9 @@ class Vanilla(ImageModel):
     residual around mixer and feed-forward network. `mixer_options` holds arguments of mixers by their name.
     `num_heads` follows from a head's width of 64 unless given.
 
-    ValueError for arguments that do not fit together, sizes that leave no patch, and in `forward` images of
-    another size, unless `dynamic_img_size`.
+    Raises:
+        ValueError: arguments do not fit together, or leave no patch; in `forward`, images have another size, unless
+            `dynamic_img_size`.
     """
 
     pools = ("avg", "")
@@ -165,7 +166,11 @@ def _block_mixers(depth: int, alpha: int | None, mixer: str | None, mixers: str 
 
 
 def patch_grid(img_size: Grid, patch_size: int) -> Grid:
-    """Patches in an image, (rows, columns). What is left of a side that is no multiple is not seen."""
+    """Patches in an image, (rows, columns). What is left of a side that is no multiple is not seen.
+
+    Raises:
+        ValueError: there is none.
+    """
     if patch_size < 1:
         raise ValueError(f"patch_size is at least 1, not {patch_size}")
     grid = (img_size[0] // patch_size, img_size[1] // patch_size)

@@ -20,7 +20,7 @@ def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -
         "processes": processes,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "git": _git_state(),
-        "args": {name: _plain(value) for name, value in sorted(args.items())},
+        "args": {name: plain(value) for name, value in sorted(args.items())},
     }
 
 
@@ -50,11 +50,12 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON have it: tuples as lists, what they have not as text."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value)

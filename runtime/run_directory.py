@@ -21,6 +21,7 @@ from runtime.processes import Distributed
 from runtime.provenance import describe_run
 from runtime.schema import Either, Fields, Number, Text, Typed, parse_json
 from runtime.untrusted import read_file
+from runtime.weights_and_biases import WeightsAndBiases
 from utils import (
     TEMPORARY_SUFFIX,
     JobError,
@@ -48,18 +49,23 @@ class RunDirectory:
         dist: this process's place in the job.
         score: what checkpoints are ranked by, as their labels call it ("acc1").
         plots: the pictures to draw of the log.
+        wandb: the project of Weights & Biases that the log goes to as well.
 
     Raises:
         UserError: another run holds it, or its log is none.
         MachineError: it cannot be made or written.
     """
 
-    def __init__(self, path: str | os.PathLike, dist: Distributed, score: str, plots: Sequence[Plot]):
+    def __init__(
+        self, path: str | os.PathLike, dist: Distributed, score: str, plots: Sequence[Plot], wandb: str | None = None
+    ):
         self.path = Path(path)
         self._processes = dist.world_size
         self._active = dist.is_main
         self._score = score
         self._plots = plots
+        self._project = wandb
+        self._wandb: WeightsAndBiases | None = None
         self._made: list[Path] = []  # directories, the innermost first
         self._lock: DirectoryLock | None = None
         self._lineage: Lineage = ()
@@ -82,6 +88,9 @@ class RunDirectory:
         if self._events is not None:
             self._events.close()
             self._events = None
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
         if self._lock is not None:
             self._remove_if_unused()
             self._lock.release()
@@ -114,6 +123,8 @@ class RunDirectory:
             return
         values = args if isinstance(args, Mapping) else vars(args)
         record = describe_run(values, argv, self._processes)
+        if self._project is not None and self._wandb is None:
+            self._wandb = WeightsAndBiases(self._project, self.path, record["args"])
         atomic_write(self.path / ARGS, yaml.safe_dump(record, sort_keys=False, width=100, allow_unicode=True))
 
     # --------------------------------------------------------------------------------------------------- log
@@ -158,6 +169,8 @@ class RunDirectory:
         self._write_events(row)
         for plot in self._plots:
             self._draw(plot, best_epoch)
+        if self._wandb is not None:
+            self._wandb.log(row, [self.path / plot.file for plot in self._plots])
 
     def _write_log(self) -> None:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))

@@ -1,5 +1,6 @@
 """The command line: layers of defaults, both spellings, and one line for every mistake."""
 
+import json
 import re
 from pathlib import Path
 
@@ -268,3 +269,24 @@ def test_the_evaluation_crop_is_the_models_own_whichever_main_runs_it():
 def test_help_fits_eighty_columns(main):
     text = build_parser(FLAGS, main.RECIPE, main.__doc__).format_help()
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--aa", "none", "--opt-betas", "0.9", "0.95", "--model-kwargs", "depth=4", "a=(1, 2)")]
+)
+@pytest.mark.parametrize("main", MAINS)
+def test_a_printed_config_is_a_complete_one(main, words, tmp_path, capsys):
+    words = (*words, "--val-split", "0.2:7", "--input-size", "32x48", "--seed", "3")
+    with pytest.raises(SystemExit) as left:
+        parse(*words, "--print-config", main=main)
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert set(yaml.safe_load(printed)) >= {"lr", "arch", "output_dir", "val_split"}
+    again, asked = (json.dumps(vars(parse(*line, main=main))) for line in ([config(tmp_path, printed)], words))
+    assert again == asked  # a config's lists are a command line's tuples
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "x", "0.5:-1", "0.5:x", ":3"])
+def test_a_share_to_validate_on_leaves_something_to_train_on(value):
+    with pytest.raises(UserError, match="--val-split"):
+        parse(f"--val-split={value}")

@@ -32,6 +32,7 @@ DEFAULTS = {
     "data_path": None,
     "download": False,
     "inat_category": "name",
+    "val_split": None,
     "classes": None,
     "batch_size": 4,
     "num_workers": 0,
@@ -152,6 +153,34 @@ def test_a_validation_folder_alone_can_be_evaluated(tmp_path):
     assert len(build_dataset("FOLDER", tmp_path, False)) == 4
     with pytest.raises(UserError, match=f"{tmp_path}.*expected a folder train"):
         build_dataset("FOLDER", tmp_path, True)
+
+
+@pytest.mark.parametrize("splits", [("train",), ("",)], ids=["train", "no split"])
+def test_a_folder_without_validation_is_split_by_a_seed_of_its_own(tmp_path, splits):
+    make_tree(tmp_path, ("ant", "bee"), splits, images=10)
+    found = {}
+    for seed in (0, 0, 1):
+        train, val = (build_dataset("FOLDER", tmp_path, part, val_split=(0.3, seed)) for part in (True, False))
+        assert [np.bincount(part.labels).tolist() for part in (train, val)] == [[7, 7], [3, 3]]
+        paths = [{part.path(i) for i in range(len(part))} for part in (train, val)]
+        assert not paths[0] & paths[1] and len(paths[0] | paths[1]) == 20
+        assert found.setdefault(seed, paths[1]) == paths[1]
+    assert found[0] != found[1]
+    smallest = [
+        len(build_dataset("FOLDER", tmp_path, part, val_split=(share, 0))) for part, share in ((0, 1e-3), (1, 0.999))
+    ]
+    assert smallest == [2, 2]
+
+
+def test_what_cannot_be_split_is_told(tmp_path):
+    make_tree(tmp_path / "both")
+    with pytest.raises(UserError, match="--val-split: .*val is there to validate on; leave the flag out"):
+        build_dataset("FOLDER", tmp_path / "both", True, val_split=(0.5, 0))
+    make_tree(tmp_path / "single", ("ant", "bee"), ("train",), images=1)
+    with pytest.raises(UserError, match="--val-split: class ant has a single image"):
+        build_dataset("FOLDER", tmp_path / "single", True, val_split=(0.5, 0))
+    with pytest.raises(UserError, match="--val-split: --data-set DIGITS has its own images"):
+        build_dataset("DIGITS", None, True, val_split=(0.5, 0))
 
 
 @pytest.mark.parametrize("train", [True, False])

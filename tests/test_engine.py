@@ -14,6 +14,7 @@ import engine
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.agreement import check_same_everywhere
+from training.evaluation import evaluation_batches
 from training.options import TaskFlags, parse_args
 from training.task import Task
 from utils import Interrupted, UserError
@@ -42,6 +43,22 @@ class Points:
             yield x, x @ torch.tensor([[1.0], [-2.0], [0.5]]), torch.arange(len(x))
 
 
+class Validation:
+    """The batches of an epoch that is never trained."""
+
+    dataset = range(64)
+
+    def __init__(self, points: Points):
+        self.rounds = len(points)
+        self._points = points
+        self.read = 0
+
+    def __iter__(self):
+        for batch in self._points.epoch(10**6):
+            self.read += 1
+            yield batch
+
+
 class Regression(Task):
     """Least squares with noise on the inputs, which is drawn where the engine says."""
 
@@ -55,6 +72,7 @@ class Regression(Task):
         torch.manual_seed(run.args.seed)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1))
         self.train = Points(run.args)
+        self.val = Validation(self.train)
 
     def prepare(self, batch):
         x, y, _ = batch
@@ -70,9 +88,9 @@ class Regression(Task):
         if stop is not None and stop.signum:
             raise Interrupted(stop.signum)
         model.eval()
-        x, y, _ = next(self.train.epoch(10**6))
         with torch.no_grad():
-            error = nn.functional.mse_loss(model(x), y).item()
+            errors = [nn.functional.mse_loss(model(x), y).item() for x, y, _ in evaluation_batches(self.val, self.dist)]
+        error = sum(errors) / len(errors)
         return {"fit": -error, "error": error}
 
     def sample_name(self, index):
@@ -117,6 +135,27 @@ def test_a_task_without_classes_trains_and_is_ranked_by_its_own_score(tmp_path, 
     best = max(row[name] for row in rows for name in ("test_fit", "test_fit_ema"))
     assert state["best_fit"] == best and state["about"] == "a line" and not any("acc" in name for name in state)
     assert f"best fit {best:.3f}" in capsys.readouterr().out
+
+
+def test_a_dry_run_tries_one_update_and_one_batch_of_evaluation_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    steps, tasks = [], []
+    original = engine.step_loss
+    monkeypatch.setattr(engine, "step_loss", lambda *args: steps.append(args[3]) or original(*args))
+    built = Regression.__init__
+    monkeypatch.setattr(Regression, "__init__", lambda self, run: (built(self, run), tasks.append(self))[0])
+    engine.fit(Regression, args_of(tmp_path / "run", "--dry-run", "--accum-iter", "2"))
+    assert steps == [0, 1] * 2 and tasks[0].val.read == 2 * 2  # twice, the weights and their average
+    assert not list(tmp_path.iterdir())
+    told = capsys.readouterr().out
+    assert "images/s in training" in told and "GiB of memory at most; nothing was written" in told
+
+
+def test_a_dry_run_goes_on_from_a_checkpoint_and_leaves_it(tmp_path, capsys):
+    engine.fit(Regression, args_of(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    engine.fit(Regression, args_of(tmp_path, "--dry-run", "--resume", "auto", "--epochs", "9"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "dry run: " in capsys.readouterr().out
 
 
 def test_a_task_without_classes_goes_on_to_the_same_bits(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import models
 from datasets import build_eval
 from inference import explanations, prediction, recognise, reports
 from inference.from_checkpoint import build_from_checkpoint
+from inference.mirrored import average_mirrored
 from inputs.transforms import build_transform
 from runtime.processes import Distributed
 from tests.golden import recipe
@@ -230,6 +231,32 @@ def test_evaluation_writes_what_it_prints(tmp_path, capsys):
     with torch.no_grad():
         correct = sum(int((model(batch.images).argmax(1) == batch.targets).sum()) for batch in dataset)
     assert correct == results["correct1"]
+
+
+def test_mirrored_images_have_their_part_in_the_logits(tmp_path, capsys):
+    model = save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
+    images = torch.randn(2, 3, 32, 32)
+    expected = (model(images) + model(images.flip(-1))) / 2
+    average_mirrored(model)
+    assert torch.allclose(model(images), expected) and not torch.allclose(model(images), model.forward(images))
+    run("--model-path", tmp_path / "a.pth", "--tta")
+    assert "spectformer_ti, mirrored too, on DIGITS" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a_digits.json").read_text())["tta"]
+    with pytest.raises(UserError, match="--explain is about one image"):
+        run("--model-path", tmp_path / "a.pth", "--tta", "--explain", "--image", tmp_path)
+
+
+def test_images_that_training_held_back_are_those_that_are_evaluated(tmp_path):
+    for number in range(20):
+        path = tmp_path / "tree" / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(path)
+    held_back = {"data_set": "FOLDER", "val_split": [0.2, 3]}
+    save(tmp_path / "a.pth", args=held_back, classes=("0", "1"))
+    run("--model-path", tmp_path / "a.pth", "--data-path", tmp_path / "tree")
+    assert json.loads((tmp_path / "a_folder.json").read_text())["images"] == 4
+    run("--model-path", tmp_path / "a.pth", "--data-path", tmp_path / "tree", "--val-split", "0.5")
+    assert json.loads((tmp_path / "a_folder.json").read_text())["images"] == 10
 
 
 def test_a_results_file_is_replaced_and_nothing_else(tmp_path):

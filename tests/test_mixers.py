@@ -97,8 +97,11 @@ def test_afno_is_two_complex_layers_in_blocks_shrunk():
 def test_tensor_blending_multiplies_each_coefficient_by_its_own_weight():
     mixer, x = strong(ScatteringMixer(8, (6, 4), "tensor")), grid(6, 4, 8)
     low, bands = mixer.wavelet(x)
-    expected = mixer.wavelet.inverse(low * mixer.low_pass, bands * mixer.tensor_blend.weight[:, :, None], (6, 4))
-    assert mixer.tensor_blend.weight.shape == (2, 6, 3, 2, 8)
+    assert mixer.tensor_blend.weight.shape == (12, 3, 2, 8)
+    blended = torch.stack(
+        [bands[0] * mixer.tensor_blend.weight[:6, None], bands[1] * mixer.tensor_blend.weight[6:, None]]
+    )
+    expected = mixer.wavelet.inverse(low * mixer.low_pass, blended, (6, 4))
     assert torch.allclose(mixer(x), expected)
 
 
@@ -120,6 +123,13 @@ def test_local_mixers_see_the_neighbours_alone():
         response = mixer(x) - mixer(torch.zeros_like(x))
         assert torch.equal(response.abs().sum((0, 3)) > 0, near)
     assert AveragePooling()(torch.ones(1, 5, 5, 2)).abs().max() <= 1e-6  # the mean at the border, too
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_channels_last_changes_no_result(name):
+    mixer, x = strong(build_mixer(name, 16, (6, 5), 2)), grid()
+    y = mixer(x)
+    assert torch.allclose(mixer.to(memory_format=torch.channels_last)(x), y)
 
 
 @pytest.mark.parametrize("name", MIXERS)

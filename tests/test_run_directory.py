@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import resource
+import sys
 import time
 
 import pytest
@@ -307,3 +308,51 @@ def test_only_the_main_rank_writes(tmp_path):
     with opened(tmp_path / "run") as run:
         run.save_checkpoint("checkpoint_last.pth", state(0))
     assert load(tmp_path / "run" / "checkpoint_last.pth")["epoch"] == 0
+
+
+class FakeWandb:
+    """What of the package is used: the runs it was asked for, by id, and what was logged."""
+
+    class errors:  # noqa: N801 (a module there)
+        Error = RuntimeError
+
+    def __init__(self):
+        self.asked, self.rows, self.ended = [], [], 0
+        self.id = "abc"
+
+    def init(self, **asked):
+        self.asked.append(asked)
+        return self
+
+    def Image(self, path):  # noqa: N802 (a class there)
+        return f"image of {pathlib.Path(path).name}"
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "epoch")
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.ended += 1
+
+
+def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_the_same_one(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for epoch in (0, 1):
+        with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory:
+            directory.go_on_from(state(epoch) if epoch else None)
+            directory.write_args({"lr": 1e-3}, ["main.py"])
+            directory.log_row(row(epoch))
+    assert [(asked["project"], asked["id"]) for asked in fake.asked] == [("mine", None), ("mine", "abc")]
+    assert fake.asked[0]["config"] == {"lr": 1e-3} and fake.ended == 2
+    plots = {pathlib.Path(plot.file).stem: f"image of {plot.file}" for plot in PLOTS}
+    assert fake.rows == [row(epoch) | plots for epoch in (0, 1)]
+
+
+def test_without_weights_and_biases_the_flag_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory, pytest.raises(UserError) as told:
+        directory.write_args({"lr": 1e-3}, ["main.py"])
+    assert "--wandb mine needs pip install wandb" in str(told.value)

@@ -137,6 +137,12 @@ def integers(text: str) -> tuple[int, ...]:
     return numbers
 
 
+def split_share(text: str) -> tuple[float, int]:
+    """``"0.1"`` -> (0.1, 0); ``"0.1:7"`` -> (0.1, 7): a share between 0 and 1, and the seed of the choice."""
+    share, _, seed = str(text).partition(":")
+    return number(float, 1e-6, 0.999999)(share), COUNT(seed or "0")
+
+
 def policy(text: str) -> str:
     """A policy of timm's auto-augmentation, "" for none."""
     if text in ("", "none"):
@@ -236,6 +242,7 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
 LISTED: dict[Callable, Callable[[list], str]] = {
     image_size: lambda sides: "x".join(map(str, sides)),
     class_list: lambda names: ",".join(map(str, names)),
+    split_share: lambda parts: ":".join(map(str, parts)),
     integers: lambda numbers: ",".join(map(str, numbers)),
 }
 

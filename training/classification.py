@@ -56,7 +56,7 @@ class Classification(Task):
         if self.args.token_label and not labels_tokens(self.args.arch):
             raise UserError(f"--token-label: {self.args.arch} labels no tokens; spectformer_h_* and svt_h_* can")
         self.data = build_data(self.args, run.dist)
-        self.train = self.data.train
+        self.train, self.val = self.data.train, self.data.val
         self.model = build_model(run, self.data)
         self._mixup = build_mixup(self.args, self.data)
         self._criterion = build_criterion(run, self.model, self.data)
@@ -95,7 +95,7 @@ class Classification(Task):
         return list(zip(batch.indices.tolist(), finite.tolist(), strict=True))
 
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
-        return evaluate(model, self.data.val, self._run.dist, self.precision, stop)
+        return evaluate(model, self.val, self._run.dist, self.precision, stop)
 
     def sample_name(self, index: int) -> str:
         return self.train.dataset.path(index)
@@ -110,7 +110,7 @@ class Classification(Task):
         }
 
     def sample_settings(self) -> dict[str, Any]:
-        names = ("data_set", "repeated_aug", "inat_category")
+        names = ("data_set", "repeated_aug", "inat_category", "val_split")
         return {name: getattr(self.args, name) for name in names}
 
     def record(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from typing import Any
@@ -124,6 +125,26 @@ def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
     told = ("train_loss", *(f"test_{name}" for name in task.shown), "seconds")
     report(dist, f"epoch {progress.epoch}: " + ", ".join(f"{name} {row[name]:.4g}" for name in told))
     return row
+
+
+def report_dry_run(trainer: Trainer, training: float, evaluation: float) -> None:
+    """What an update and a batch of evaluation took: seconds, as images a second, and memory."""
+    args, dist = trainer.args, trainer.dist
+    models_evaluated = 1 if trainer.ema is None else 2
+    batch = min(args.batch_size * dist.world_size, len(trainer.task.val.dataset))
+    report(
+        dist,
+        f"dry run: {images_per_update(args, dist) / training:.1f} images/s in training, "
+        f"{models_evaluated * batch / evaluation:.1f} in evaluation, {peak_memory(dist)}; nothing was written",
+    )
+
+
+def peak_memory(dist: Distributed) -> str:
+    """The most memory that this process has had."""
+    if dist.device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(dist.device) / 2**30:.2f} GiB of the GPU's memory at most"
+    unit = 1 if sys.platform == "darwin" else 2**10  # of what the system tells
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory at most"
 
 
 def print_summary(trainer: Trainer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -13,8 +13,9 @@ from utils import Interrupted, StopSignals
 
 
 class EvaluationLoader(Protocol):
-    """This process's batches; `rounds` is the largest number of them that a process has."""
+    """This process's batches; `rounds` is how many of them are taken: the largest number that a process has."""
 
+    dataset: Sized  # all processes'
     rounds: int
 
     def __iter__(self) -> Iterator[Any]: ...

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import models
+from runtime.provenance import plain
 from training.arguments import (
     AMOUNT,
     COUNT,
@@ -30,11 +33,12 @@ from training.arguments import (
     switch,
 )
 from training.model import described_model
-from utils import UserError
+from utils import UserError, say
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = "spectformer_xs"
 MOST_WORKERS = 1024
+ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
 Settings = dict[str, Any]
 
 
@@ -88,7 +92,16 @@ def parse_args(
     namespace = argparse.Namespace(**args)
     check(namespace)
     flags.check(namespace)
+    if namespace.print_config:
+        say(config_text(args))
+        raise SystemExit(0)
     return namespace
+
+
+def config_text(args: Settings) -> str:
+    """All settings as a file for --config, but those that say what to do with them."""
+    told = {name: value for name, value in args.items() if name not in ACTIONS and value is not None}
+    return yaml.safe_dump(plain(told), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _run_directory(resume: str | None) -> Path | None:
@@ -132,6 +145,9 @@ def add_run_flags(parser: Parser, recipe: str | None) -> None:
         "was started with; auto: from --output-dir's, if there is one",
     )
     switch(group, "--eval", False, "evaluate the weights of --resume or --finetune, and stop")
+    switch(group, "--dry-run", False, "build everything, try an update and a batch of evaluation, and write nothing")
+    switch(group, "--print-config", False, "print all settings as a file for --config, and stop")
+    add("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases, whose package it needs")
     add("--seed", type=COUNT, default=0, metavar="N", help="key of every random choice")
     add("--print-freq", type=POSITIVE, default=50, metavar="N", help="updates between two lines without a terminal")
     add("--checkpoint-steps", type=COUNT, default=0, metavar="N", help="also save every N updates; 0: epochs only")
@@ -273,6 +289,7 @@ def check(args: argparse.Namespace) -> None:
             "--eval evaluates the weights of --resume or those of --finetune, not both",
         ),
         (args.dtype == "float64" and args.amp in ("bf16", "fp16"), "--dtype float64 excludes --amp"),
+        (args.eval and args.dry_run, "--eval and --dry-run exclude each other"),
         (args.sync_bn and args.freeze_bn, "--sync-bn and --freeze-bn exclude each other"),
         (args.warmup_updates and not args.sched_on_updates, "--warmup-updates needs --sched-on-updates"),
     )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from runtime.curves import Plot
+from training.evaluation import EvaluationLoader
 from training.options import TaskFlags
 from utils import StopSignals
 
@@ -27,6 +28,7 @@ class Task(ABC):
         model: what is trained, with the weights it begins from.
         train: batches, by ``train.epoch(epoch, first micro-step)``; its length is the micro-steps of an epoch, its
             `skipped` the unreadable files met so far, path to reason.
+        val: what `evaluate` reads; a dry run sets its `rounds` to 1.
     """
 
     flags: ClassVar[TaskFlags]
@@ -35,6 +37,7 @@ class Task(ABC):
     plots: ClassVar[Sequence[Plot]]
     model: nn.Module
     train: Any
+    val: EvaluationLoader
 
     @staticmethod
     def batch_multiple(args: Any) -> int:

@@ -7,9 +7,10 @@
     python -m tools.benchmark --suite cuda --json FILE    all that docs/performance.md says of a GPU
 
 A contender is any model of timm's registry, ours included, or "plain:NAME", our model in its plain
-formulation (tools/reference.py). Settings of its own may follow, NAME@bfloat16,compile,channels-last, or
-float32, float16, eager, contiguous. The contenders of a run take turns, A B A B ..., so that what else the
-machine does hits all alike; figures are medians over the rounds, a ratio is the median of the rounds' ratios.
+formulation (models/reference.py), or "onnx:NAME", in onnxruntime (--parts inference latency). Settings of its
+own may follow, NAME@bfloat16,compile,channels-last, or float32, float16, eager, contiguous. The contenders of a
+run take turns, A B A B ..., so that what else the machine does hits all alike; figures are medians over the
+rounds, a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 def build_parser() -> ToolParser:
     parser = ToolParser("benchmark", __doc__)
     add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="[plain:]NAME[@SETTING,...]")
+    add("models", nargs="*", metavar="MODEL", help="[plain:|onnx:]NAME[@SETTING,...]")
     add("--layers", action="store_true", help="the mixers and the wavelet transform alone")
     add("--loader", metavar="DIR", help="our input pipeline against timm's on DIR/val")
     add("--detection", action="store_true", help="Mask R-CNN over the models")

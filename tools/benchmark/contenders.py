@@ -36,14 +36,14 @@ class Contender:
 
     @classmethod
     def parse(cls, label: str, settings: Settings) -> Contender:
-        """Read [plain:]NAME[@SETTING[,SETTING...]]; UserError for a name or setting that does not exist."""
+        """Read [plain:|onnx:]NAME[@SETTING[,SETTING...]]; UserError for a name or setting that does not exist."""
         model, _, words = label.partition("@")
         for word in words.split(",") if words else ():
             if word not in OWN_SETTINGS:
                 raise UserError(f"{label}: unknown setting {word!r}; there are {', '.join(OWN_SETTINGS)}")
             settings = replace(settings, **OWN_SETTINGS[word])
         known = reference.BUILDERS if model.startswith("plain:") else timm.list_models()
-        if model.removeprefix("plain:") not in known:
+        if model.removeprefix("plain:").removeprefix("onnx:") not in known:
             raise UserError(
                 f"{label}: no such model; ours are {', '.join(reference.BUILDERS)}, each also as plain:NAME"
             )
@@ -55,8 +55,9 @@ class Contender:
         if self.model.startswith("plain:"):
             model = reference.create(self.model.removeprefix("plain:"), **size)
         else:
-            fixed = timm.get_pretrained_cfg_value(self.model, "fixed_input_size")
-            model = timm.create_model(self.model, **(size if fixed else {}))
+            name = self.model.removeprefix("onnx:")
+            fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+            model = timm.create_model(name, **(size if fixed else {}))
         return model.to(self.settings.device, memory_format=self.settings.memory_format)
 
 
@@ -69,6 +70,10 @@ class Runner:
         self.label = contender.label
         self.model = contender.build()
         self.call = torch.compile(self.model) if settings.compile else self.model
+        if contender.model.startswith("onnx:"):
+            from .onnx_runtime import in_onnxruntime  # its package is of the tests
+
+            self.call = in_onnxruntime(self.model, settings.img_size)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.scaler = torch.amp.GradScaler(settings.device, enabled=settings.dtype == "float16")
         shape = (settings.batch_size, 3, settings.img_size, settings.img_size)

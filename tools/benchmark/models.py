@@ -11,6 +11,7 @@ from models.base import ImageModel
 from models.flops import flops_by_kind
 from models.scattering import ScatteringMixer
 from models.spectral_gate import SpectralGate
+from utils import UserError
 
 from .contenders import LATENCY_REPEATS, Contender, Runner
 from .layers import training_run
@@ -24,6 +25,10 @@ PARTS = ("training", "inference", "latency", "memory", "graph-breaks", "spectral
 def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
     """Measure `parts` of all contenders: figures for each model, and ratios of one model to another."""
     contenders = [Contender.parse(label, settings) for label in labels]
+    if any(contender.model.startswith("onnx:") for contender in contenders) and (
+        settings.device != "cpu" or not {*parts} <= {"inference", "latency"}
+    ):
+        raise UserError("onnx:NAME is measured with --parts inference latency, on the CPU")
     rows: dict[str, dict] = {contender.label: {} for contender in contenders}
     if "memory" in parts:  # first, while this process is small itself
         for contender in contenders:

@@ -14,6 +14,8 @@ SUITES = {
         "svt_h_s plain:svt_h_s pvt_v2_b2 --rounds 7",
         "spectformer_h_s plain:spectformer_h_s pvt_v2_b2 --rounds 7",
         "spectformer_xs deit_small_patch16_224 --rounds 7",
+        "onnx:spectformer_xs spectformer_xs onnx:spectformer_h_s spectformer_h_s onnx:svt_h_s svt_h_s --batch-size 4"
+        " --rounds 7 --parts inference",
         "--layers --rounds 9",
         f"{ALL_AT_ONCE} --rounds 5 --parts inference training",
     ),

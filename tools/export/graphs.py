@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ def write_onnx(args: argparse.Namespace) -> str:
         native = tuple(max(side // stride, 2) * stride for side in info.input_size)
         # Made at a size where weights are resampled, so that this is a part of the graph.
         size, sizes = (native[0] + stride, native[1] + 2 * stride), [*sizes, native]
-    program = _program(with_fourier_products(model, args.dynamic_size), size, shape)
-    proto = _to_onnx(program, info, onnx)
+    proto = to_onnx(export(with_fourier_products(model, args.dynamic_size), size, shape))
+    onnx.helper.set_model_props(proto, _metadata(info))
     content = proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = _check(lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model, sizes)
@@ -62,14 +62,14 @@ def write_onnx(args: argparse.Namespace) -> str:
     )
 
 
-def _to_onnx(program: ExportedProgram, info: ModelInfo, onnx: ModuleType) -> onnx.ModelProto:
-    """Input `images`, output `logits`; what prediction has to know is in the metadata."""
+def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
+    """The program's graph, from `images` to `logits`."""
     operators = _package("onnxscript").opset18
 
     def remainder(x, divisor):
         return operators.Mod(x, operators.CastLike(divisor, x))
 
-    proto = torch.onnx.export(
+    return torch.onnx.export(
         program,
         input_names=["images"],
         output_names=["logits"],
@@ -79,15 +79,13 @@ def _to_onnx(program: ExportedProgram, info: ModelInfo, onnx: ModuleType) -> onn
         # The exporter's own takes a size that is dynamic for a number.
         custom_translation_table={torch.ops.aten.remainder.Scalar: remainder},
     ).model_proto
-    onnx.helper.set_model_props(proto, _metadata(info))
-    return proto
 
 
 def write_pt2(args: argparse.Namespace) -> str:
     """A program of torch.export's or, compiled, of AOTInductor's, once it has given the model's logits."""
     _check_suffix(args.path, ".pt2")
     model, info = build_from_checkpoint(args.checkpoint, ema=args.ema)
-    program = _program(model, info.input_size, {0: Dim("batch")})
+    program = export(model, info.input_size, {0: Dim("batch")})
     if args.compile:
         content, run = _compiled(program, info)
     else:
@@ -121,8 +119,8 @@ def _compiled(program: ExportedProgram, info: ModelInfo) -> tuple[bytes, Callabl
         return Path(path).read_bytes(), aoti_load_package(path)
 
 
-def _program(model: nn.Module, size: Grid, shape: dict) -> ExportedProgram:
-    """The model's graph; `shape` says what of the images' is dynamic."""
+def export(model: nn.Module, size: Grid, shape: dict[int, Any]) -> ExportedProgram:
+    """The model's graph for images of (height, width); `shape` says which of their axes are dynamic."""
     images = torch.zeros(2, 3, *size)
     return torch.export.export(
         model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True

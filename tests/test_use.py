@@ -1,0 +1,46 @@
+"""docs/use.md: what it shows runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.export.__main__ import FORMATS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+BLOCKS = {
+    f"{title}-{number}": block
+    for title, section in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.S))
+}
+
+
+def test_there_is_a_block_for_every_use():
+    named = ("torch.fx", "Quantisation", "segmentation", "activation", "LoRA", "Lightning", "Files", "Arithmetic")
+    assert [name for name in named if not any(name in title for title in BLOCKS)] == []
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the other libraries
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_the_lines_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(block, "docs/use.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_formats_that_are_shown_are_those_that_there_are():
+    shown = [shlex.split(line.partition("#")[0]) for line in PAGE.splitlines() if "tools.export CKPT" in line]
+    assert {words[words.index("--to") + 1] for words in shown} | {"original"} == set(FORMATS)
+
+
+def test_a_script_in_a_folder_of_its_own_finds_hugging_faces_package(tmp_path):
+    script = tmp_path / "mine" / "script.py"
+    script.parent.mkdir()
+    script.write_text("import datasets\nprint(datasets.load_dataset.__module__)\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "datasets.load", done.stderr
