@@ -2,6 +2,7 @@
 
 from . import spectformer, svt
 from .convert import to_original, to_ours
+from .layers import set_spectral_precision
 from .loading import WeightMismatch, checkpoint_filter_fn, load_weights
 from .pyramid import Pyramid, sample_mix_box
 from .vanilla import Vanilla
@@ -15,6 +16,7 @@ __all__ = [
     "load_weights",
     "resolve_arch",
     "sample_mix_box",
+    "set_spectral_precision",
     "to_original",
     "to_ours",
 ]

@@ -22,9 +22,28 @@ def to_grid(size: int | tuple[int, int] | list[int]) -> Grid:
     return pair
 
 
+def full_dtype(x: Tensor) -> torch.dtype:
+    """float32 for half-precision tensors, else their own."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes with x in: the precision of autocast, where it is on and x not float64."""
+    device = "cpu" if x.is_meta else x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+@torch.fx.wrap
 def full_precision(x: Tensor) -> Tensor:
     """Half-precision tensors as float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(full_dtype(x))
+
+
+@torch.fx.wrap
+def to_autocast(x: Tensor) -> Tensor:
+    """A tensor in the precision that a linear layer computes with it in."""
+    return x.to(autocast_dtype(x))
 
 
 def autocast_off(x: Tensor) -> torch.autocast:
@@ -44,14 +63,24 @@ def resize_grid(grid: Tensor, size: Grid, align_corners: bool) -> Tensor:
     return resize_image(grid.permute(2, 0, 1), size, align_corners).permute(1, 2, 0).contiguous()
 
 
+SPECTRAL_PRECISIONS = ("half", "float32")  # the default first
+
+
 class GridMixer(nn.Module):
     """Base of the mixers whose weights depend on the (H, W) of the token grid, `grid_size`.
 
-    Each has a static method `resize_weights(weights, grid)`: its weights by name, those that depend on the grid
-    resampled to another one. It leaves alone what it does not know, for the loading of weights to report.
+    `spectral_precision` says what they compute in where other layers compute in half precision: "half", in that, with
+    products that add up in float32; "float32" throughout. Each has a static method `resize_weights(weights, grid)`:
+    its weights by name, those that depend on the grid resampled to another one. It leaves alone what it does not know,
+    for the loading of weights to report.
     """
 
     grid_size: Grid
+    spectral_precision = SPECTRAL_PRECISIONS[0]
+
+    def spectral_input(self, x: Tensor) -> Tensor:
+        """The tokens in the precision to compute in; float64 as they are."""
+        return to_autocast(x) if self.spectral_precision == "half" else full_precision(x)
 
     @torch.no_grad()
     def set_grid_size(self, grid_size: Grid) -> None:
@@ -62,6 +91,19 @@ class GridMixer(nn.Module):
                 owner, _, leaf = name.rpartition(".")
                 setattr(self.get_submodule(owner), leaf, nn.Parameter(weight, old[name].requires_grad))
         self.grid_size = grid_size
+
+
+def set_spectral_precision(model: nn.Module, precision: str) -> None:
+    """Choose the precision of all spectral mixers in a model, one of SPECTRAL_PRECISIONS, see `GridMixer`.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    if precision not in SPECTRAL_PRECISIONS:
+        raise ValueError(f"spectral_precision is one of {', '.join(SPECTRAL_PRECISIONS)}, not {precision!r}")
+    for module in model.modules():
+        if isinstance(module, GridMixer):
+            module.spectral_precision = precision
 
 
 class Attention(nn.Module):
@@ -79,10 +121,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
         qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
+        return self.proj(self.attend(qkv).reshape(batch, height, width, dim))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """(B, N, 3, heads, head_dim) to (B, N, heads, head_dim)."""
         # Unbound before they are transposed to (B, heads, N, head_dim): the backward pass then copies once.
         q, k, v = qkv.unbind(2)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj(x.transpose(1, 2).reshape(batch, height, width, dim))
+        return x.transpose(1, 2)
 
 
 class ClassAttention(nn.Module):

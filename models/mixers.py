@@ -18,7 +18,8 @@ from .scattering import MIXINGS, ScatteringMixer
 from .spectral_gate import SpectralGate
 
 # The one place that chooses what is faster on a CPU: without it, and without the folder, all models are the plain ones.
-FeedForward, ScatteringMixer = cpu.FeedForward, cpu.ScatteringMixer  # noqa: F811
+Attention, FeedForward = cpu.Attention, cpu.FeedForward  # noqa: F811
+ScatteringMixer, SpectralGate = cpu.ScatteringMixer, cpu.SpectralGate  # noqa: F811
 
 Options = Mapping[str, Mapping[str, object]]  # of a mixer's own, by its name in the table
 

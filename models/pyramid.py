@@ -13,7 +13,19 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .base import ImageModel, build_variant, model_cfg, resize_mixers
-from .layers import Block, ClassBlock, Downsample, Grid, Stem, format_grid, init_conv, init_linear, to_grid
+from .layers import (
+    SPECTRAL_PRECISIONS,
+    Block,
+    ClassBlock,
+    Downsample,
+    Grid,
+    Stem,
+    format_grid,
+    init_conv,
+    init_linear,
+    set_spectral_precision,
+    to_grid,
+)
 from .mixers import FeedForward, Options, build_mixer, check_options, stage_mixers
 
 HEAD_DIM = 32
@@ -36,7 +48,8 @@ class Pyramid(ImageModel):
     The class token comes first. `spectral_depths` says how many of each stage's first blocks have `mixer`, by
     default all of stages 1 and 2 "spectral"; the rest have attention. Or `mixers` says what each block has, see
     `stage_mixers`. `mixer_options` holds arguments of mixers by their name. `num_heads` follows from a head's width
-    of 32 unless given. `stem_stride`, 4, 2 or 1, is the first stage's; each of the others doubles it.
+    of 32 unless given. `spectral_precision` says how exact spectral mixers are under autocast, see `GridMixer`.
+    `stem_stride`, 4, 2 or 1, is the first stage's; each of the others doubles it.
 
     With `token_label`, a second linear, `aux_head`, classifies every token of the last stage. In evaluation
     the logits are then class + 0.5 * maximum over tokens. In training `forward(x, box)` swaps the stem's
@@ -74,6 +87,7 @@ class Pyramid(ImageModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
+        spectral_precision: str = SPECTRAL_PRECISIONS[0],
     ):
         dim = embed_dims[-1]
         super().__init__(num_classes, in_chans, img_size, dim, global_pool, drop_rate, dynamic_img_size)
@@ -107,6 +121,7 @@ class Pyramid(ImageModel):
         ]
         self.apply(init_linear)
         self.apply(init_conv)
+        set_spectral_precision(self, spectral_precision)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters exempt from weight decay besides all one-dimensional ones: none."""

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .layers import Grid, GridMixer, autocast_off, full_precision, resize_grid, resize_image
+from .layers import Grid, GridMixer, autocast_off, resize_grid, resize_image
 from .resampling import resampled
 from .wavelet import WAVELET_BACKENDS, padded_grid
-
-torch.fx.wrap("full_precision")  # torch.fx leaves what it wraps whole, where this module calls it
 
 CHANNEL_BLOCKS = 4
 # mixing -> what the high-pass bands go through, in order
@@ -153,7 +151,7 @@ class ScatteringMixer(GridMixer):
     the high-pass bands go through: "channel" or "token", Einstein blending over channels or over tokens; "tensor",
     tensor blending as well; "channel_token", both Einstein blendings, or "token_half", the second alone, on half
     of the channels, while the other half takes a depthwise 3x3 convolution and the two are interleaved channel by
-    channel. Computed in float32 with autocast off, but for the convolution.
+    channel. How exact the rest is under autocast says `spectral_precision`.
 
     Raises:
         ValueError: there is no such mixing or backend, or the channels make no whole blocks.
@@ -193,9 +191,9 @@ class ScatteringMixer(GridMixer):
 
     def scatter(self, x: Tensor) -> Tensor:
         """Transform, blending, inverse transform."""
-        low, bands = self.wavelet(full_precision(x))
+        low, bands = self.wavelet(self.spectral_input(x))
         low = low * resize_low_pass(self.low_pass, low.shape[1:3]).to(low.dtype)
-        return self.wavelet.inverse(low, self.blend(bands), x.shape[1:3]).to(x.dtype)
+        return self.wavelet.inverse(low, self.blend(bands), x.shape[1:3])
 
     def blend(self, bands: Tensor) -> Tensor:
         """Blend the bands (2, 6, B, h, w, C)."""

@@ -8,7 +8,18 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .base import ImageModel, build_variant, model_cfg, resize_mixers
-from .layers import Block, Grid, PatchEmbed, SpectralBlock, format_grid, init_linear, resize_grid, to_grid
+from .layers import (
+    SPECTRAL_PRECISIONS,
+    Block,
+    Grid,
+    PatchEmbed,
+    SpectralBlock,
+    format_grid,
+    init_linear,
+    resize_grid,
+    set_spectral_precision,
+    to_grid,
+)
 from .mixers import FeedForward, Options, block_mixers, build_mixer, check_options
 
 HEAD_DIM = 64
@@ -21,7 +32,8 @@ class Vanilla(ImageModel):
     The first `alpha` of `depth` blocks (the paper's alpha, 4) have `mixer` ("spectral"), the rest attention; or
     `mixers` says what each has, see `block_mixers`. Blocks of attention are residual pairs, all others have one
     residual around mixer and feed-forward network. `mixer_options` holds arguments of mixers by their name.
-    `num_heads` follows from a head's width of 64 unless given.
+    `num_heads` follows from a head's width of 64 unless given. `spectral_precision` says how exact spectral mixers are
+    under autocast, see `GridMixer`.
 
     Raises:
         ValueError: arguments do not fit together, or leave no patch; in `forward`, images have another size, unless
@@ -50,6 +62,7 @@ class Vanilla(ImageModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
+        spectral_precision: str = SPECTRAL_PRECISIONS[0],
     ):
         super().__init__(num_classes, in_chans, img_size, embed_dim, global_pool, drop_rate, dynamic_img_size)
         self.embed_dim = embed_dim
@@ -71,6 +84,7 @@ class Vanilla(ImageModel):
         ]
         self.apply(init_linear)
         trunc_normal_(self.pos_embed, std=0.02)
+        set_spectral_precision(self, spectral_precision)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters exempt from weight decay besides all one-dimensional ones."""

@@ -7,10 +7,8 @@ from torch import nn
 
 from models import ARCHITECTURES
 from models.fourier import AFNO, FNet, FourierOperator
-from models.layers import Attention
 from models.local import AveragePooling, DepthwiseConv
-from models.mixers import MIXERS, ScatteringMixer, block_mixers, build_mixer, stage_mixers
-from models.spectral_gate import SpectralGate
+from models.mixers import MIXERS, Attention, ScatteringMixer, SpectralGate, block_mixers, build_mixer, stage_mixers
 
 # In SVT-H-S with two spectral stages and a token-label head; without weights in the mixers of those seven blocks it
 # has 21,173,232 parameters. Where the paper has the row, its name and what it prints, in millions.

@@ -6,8 +6,22 @@ from small_models import create, images
 from torch import nn
 from torch.nn.utils import prune
 
+from models import set_spectral_precision
+from models.spectral_gate import gate as plain_gate
+from models.wavelet import analysis_matrix, synthesis_matrix
+
 pytest.importorskip("models.cpu", reason="without that folder all layers are the plain ones")
-from models.cpu import FeedForward, ScatteringMixer, feed_forward, private, scattering  # noqa: E402
+from models.cpu import (  # noqa: E402
+    Attention,
+    FeedForward,
+    ScatteringMixer,
+    SpectralGate,
+    attention,
+    feed_forward,
+    private,
+    scattering,
+    spectral_gate,
+)
 
 LAYERS = {
     "feed-forward": lambda: FeedForward(8, 12),
@@ -19,20 +33,39 @@ LAYERS = {
 
 def build(name, dtype=torch.float64):
     torch.manual_seed(0)
-    layer = LAYERS[name]().to(dtype)
+    layer = HALF[name]().to(dtype)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     grid = getattr(layer, "grid_size", (5, 6))
     return layer, torch.randn(5, *grid, 8, dtype=dtype)
 
 
+HALF = {
+    **LAYERS,
+    "spectral gate": lambda: SpectralGate(8, (12, 7)),
+    "spectral gate on an even grid": lambda: SpectralGate(8, (6, 8)),
+    "attention": lambda: Attention(8, 2),
+}
+MODULES = (attention, feed_forward, scattering, spectral_gate)
+
+
 def plainly(monkeypatch):
-    for module in (feed_forward, scattering):
-        monkeypatch.setattr(module, "may_slice", lambda *_: False)
+    for module in MODULES:
+        monkeypatch.setattr(module, "may_slice", lambda *_, **__: False)
+
+
+def in_slices(layer, x):
+    """Whether an operation of that folder's computes what the layer gives."""
+    waiting, found = [layer(x.requires_grad_()).grad_fn], set()
+    while waiting:
+        function = waiting.pop()
+        found.add(type(function).__name__)
+        waiting += [following for following, _ in function.next_functions if following is not None]
+    return any("models_cpu" in name for name in found)
 
 
 def values_and_gradients(layer, x):
-    x = x.clone().requires_grad_()
+    x = x.detach().clone().requires_grad_()
     layer.zero_grad()
     y = layer(x)
     y.pow(3).sum().backward()
@@ -43,10 +76,10 @@ def values_and_gradients(layer, x):
 @pytest.mark.parametrize("name", LAYERS)
 def test_slices_give_the_plain_formulations_values_and_gradients(name, images, monkeypatch):
     layer, x = build(name)
-    for module in (feed_forward, scattering):
+    for module in MODULES:
         monkeypatch.setattr(module, "images_per_slice", lambda *_: images)
     sliced = values_and_gradients(layer, x)
-    assert sliced[0].grad_fn is None and "InSlices" in type(layer(x.requires_grad_()).grad_fn).__name__
+    assert in_slices(layer, x)
     plainly(monkeypatch)
     for one, other in zip(sliced, values_and_gradients(layer, x.detach()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
@@ -95,14 +128,92 @@ def test_inference_and_training_compute_the_same(name, dtype):
     torch.testing.assert_close(y.clone(), layer(x).detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_autocast_is_obeyed(name, monkeypatch):
-    layer, x = build(name, torch.float32)
+def relative_errors(tensors, references):
+    pairs = zip(tensors, references, strict=True)
+    return [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_is_as_exact_in_slices_as_the_plain_formulation(name, monkeypatch):
+    layer, x = build(name)
+    exact = values_and_gradients(layer, x)
+    layer, x = layer.float(), x.float()
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        assert y.dtype == (torch.bfloat16 if name.startswith("feed") else torch.float32)
+        assert layer(x).dtype == torch.bfloat16 and in_slices(layer, x)
+        sliced = relative_errors(values_and_gradients(layer, x), exact)
         plainly(monkeypatch)
-        torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-3)
+        plain = relative_errors(values_and_gradients(layer, x), exact)
+    for one, other in zip(sliced, plain, strict=True):
+        assert one < max(1.5 * other, 0.03)
+
+
+@pytest.mark.parametrize("name", [name for name in HALF if name.startswith(("scattering", "spectral"))])
+def test_spectral_mixers_compute_in_float32_under_autocast_where_told_to(name):
+    layer, x = build(name, torch.float32)
+    exact = layer(x)
+    set_spectral_precision(layer, "float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), exact)
+        set_spectral_precision(layer, "half")
+        assert not torch.equal(layer(x), exact)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", HALF)
+def test_a_compiled_layer_keeps_the_operation_for_batches_of_any_size(name, amp):
+    layer, x = build(name, torch.float32)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        for batch in (x[:4], x[:3]):
+            torch.testing.assert_close(compiled(batch), layer(batch), rtol=1e-2, atol=1e-3)
+        sliced = in_slices(layer, x)
+    assert len(graphs) == 1
+    assert ("models_cpu" in str(graphs[0].graph)) == sliced == (amp or name in LAYERS)
+
+
+def tokens(*shape):
+    torch.manual_seed(0)
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+MATRICES = [matrix(size) for matrix in (analysis_matrix, synthesis_matrix) for size in (5, 6)]
+OPERATIONS = {
+    "feed_forward": lambda: (
+        *(tokens(3, 5, 6, 4), True, tokens(6, 4), tokens(6)),
+        *(tokens(6, 1, 3, 3), tokens(6), tokens(4, 6), tokens(4)),
+    ),
+    "scatter": lambda: (
+        *(tokens(2, 5, 6, 4), True, *MATRICES, tokens(6, 6, 4)),
+        *(tokens(2, 4, 4), tokens(2, 4), tokens(2, 4, 4), tokens(2, 4)),
+    ),
+    "gate": lambda: (tokens(2, 5, 6, 3), True, tokens(5, 4, 3, 2)),
+    "attend": lambda: (tokens(3, 5, 4), tokens(3, 5, 4), tokens(3, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_say_the_truth_about_shapes_and_gradients(name):
+    operation = getattr(torch.ops.models_cpu, name)
+    arguments = OPERATIONS[name]()
+    torch.library.opcheck(operation.default, arguments)
+    assert torch.autograd.gradcheck(lambda *arguments: first(operation(*arguments)), arguments)
+
+
+def first(results):
+    return results[0] if isinstance(results, tuple) else results
+
+
+def test_the_gate_by_products_is_the_gate_by_fft():
+    x, _, weight = OPERATIONS["gate"]()
+    by_products = torch.ops.models_cpu.gate(x, False, weight)[0]
+    # its matrices are made in float32
+    torch.testing.assert_close(by_products, plain_gate(x, weight), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -139,18 +250,15 @@ def test_batched_and_forward_mode_transforms_of_a_layer_still_work(name):
     torch.testing.assert_close(change, (layer(x + 1e-6 * x) - layer(x - 1e-6 * x)) / 2e-6, rtol=1e-4, atol=1e-4)
 
 
-def in_slices(layer, x):
-    return "InSlices" in type(layer(x).grad_fn).__name__
-
-
 def test_models_are_built_of_these_layers():
     model = create("svt_h_s")
     slicing = (FeedForward, ScatteringMixer)
     found = [module for module in model.modules() if isinstance(module, slicing)]
     assert len(found) == 7  # a feed-forward network in each of five blocks and the class block, one mixer
+    assert sum(isinstance(module, Attention) for module in model.modules()) == 4
     ran = []
     for module in found:
-        module.register_forward_hook(lambda _module, _inputs, y: ran.append("InSlices" in type(y.grad_fn).__name__))
+        module.register_forward_hook(lambda _module, _inputs, y: ran.append("models_cpu" in type(y.grad_fn).__name__))
     model(images())
     assert len(ran) == 7 and all(ran)
 

@@ -66,7 +66,7 @@ def test_half_precision_input_comes_back_in_half_precision():
     low, high = DTCWT((8, 8))(x)
     assert low.dtype == high.dtype == torch.bfloat16
     exact, _ = DTCWT((8, 8))(x.float())
-    assert torch.equal(low, exact.bfloat16())
+    assert (low.float() - exact).norm() < 1e-2 * exact.norm()
 
 
 def on_meta_and_back(transform):

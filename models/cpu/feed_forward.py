@@ -1,14 +1,15 @@
 """The feed-forward network in slices of a few images."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import layers
 from .private import can_fuse, convolve_and_activate
-from .slicing import images_per_slice, may_slice, run
+from .slicing import images_per_slice, may_slice, operation
 
 # Entries of a hidden tensor computed together: 16 MiB in float32, measured best of 4 to 32.
 SLICE_ELEMENTS = 2**22
@@ -16,15 +17,15 @@ SLICE_ELEMENTS = 2**22
 
 @register_notrace_module  # by timm's tracer, so that it stays as fast in a graph
 class FeedForward(layers.FeedForward):
-    """`layers.FeedForward`, in slices where that may be, in the weights' own precision."""
+    """`layers.FeedForward`, in slices where that may be."""
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, dwconv, act, fc2 = self.fc1, self.dwconv, self.act, self.fc2
-        if _are_as_built(fc1, dwconv, act, fc2) and not torch.is_autocast_enabled("cpu"):
+        if _are_as_built(fc1, dwconv, act, fc2):
             depthwise = (None, None) if dwconv is None else (dwconv.weight, dwconv.bias)
             weights = (fc1.weight, fc1.bias, *depthwise, fc2.weight, fc2.bias)
             if may_slice(x, weights, tuple(self.children())):
-                return run(FeedForwardInSlices, x, *weights)
+                return feed_forward(layers.to_autocast(x), torch.is_grad_enabled(), *weights)[0]
         return super().forward(x)
 
 
@@ -52,88 +53,127 @@ def _is_depthwise(layer: nn.Module) -> bool:
     )
 
 
-class FeedForwardInSlices(torch.autograd.Function):
-    """The layers of `FeedForward`, all as convolutions over channels-last views.
+@operation("feed_forward")
+def feed_forward(
+    x: Tensor,
+    keep: bool,
+    weight1: Tensor,
+    bias1: Tensor,
+    depthwise: Tensor | None,
+    depthwise_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layers of `FeedForward` on (B, H, W, C), all as convolutions over channels-last views, in the dtype of x.
 
-    Gives the new grid and, where there may be a backward pass (`keep`), what it needs. Of the hidden tensors, the
-    largest of the network, the convolution's output and its GELU are computed anew there; without a convolution
-    there is one less, and both are kept.
+    Gives the new grid and, where there may be a backward pass (`keep`), what it needs: the hidden tensor and, without
+    a convolution, its GELU; else empty ones. Of the hidden tensors, the largest of the network, the convolution's
+    output and its GELU are computed anew in the backward pass.
     """
-
-    generate_vmap_rule = True  # torch.func wants one even where none of the tensors is transformed
-
-    @staticmethod
-    def forward(grid, keep, weight1, bias1, depthwise, depthwise_bias, weight2, bias2):
-        x = grid.contiguous().permute(0, 3, 1, 2)
-        weight1, weight2 = weight1[..., None, None], weight2[..., None, None]
-        y = grid.new_empty(*grid.shape[:3], len(weight2)).permute(0, 3, 1, 2)
-        size = _images_per_slice(x, len(weight1), keep, depthwise)
-        kept = []
-        for part, out in zip(x.split(size), y.split(size), strict=True):
-            h = F.conv2d(part, weight1, bias1)
-            if depthwise is None:
-                activated = F.gelu(h)
-            elif not keep and can_fuse(h):
-                activated = convolve_and_activate(h, depthwise, depthwise_bias)
-            else:
-                activated = torch.ops.aten.gelu_(_convolve(h, depthwise, depthwise_bias))
+    y, hidden, activated = _empty_results(x, keep, weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
+    weight1, bias1, depthwise, depthwise_bias, weight2, bias2 = (
+        weight if weight is None else weight.to(x.dtype)
+        for weight in (weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
+    )
+    more = 2 if keep and depthwise is None else 1  # where all is kept anyway, larger slices are faster
+    for part, out, kept, kept_activated in _in_slices(len(weight1), more, x.contiguous(), y, hidden, activated):
+        h = F.conv2d(_channels_last(part), weight1[..., None, None], bias1)
+        if depthwise is None:
+            a = F.gelu(h)
             if keep:
-                kept += [h, activated] if depthwise is None else [h]
-            out.copy_(F.conv2d(activated, weight2, bias2))
-        return y.permute(0, 2, 3, 1), *kept
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grid, _, weight1, _, depthwise, depthwise_bias, weight2, _ = inputs
-        _, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grid, weight1, depthwise, depthwise_bias, weight2, *kept)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 8
-        grid, weight1, depthwise, depthwise_bias, weight2, *saved = ctx.saved_tensors
-        weight1, weight2 = weight1[..., None, None], weight2[..., None, None]
-        x, grad = grid.contiguous().permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
-        grad_x = torch.empty_like(x)
-        size = _images_per_slice(x, len(weight1), True, depthwise)
-        kept = iter(saved)
-        total: list[Tensor] = []
-        for part, g, out in zip(x.split(size), grad.split(size), grad_x.split(size), strict=True):
-            h = u = next(kept)
-            if depthwise is None:
-                activated = next(kept)
-            else:
-                u = _convolve(h, depthwise, depthwise_bias)
-                activated = F.gelu(u)
-            g, *grads2 = _convolution_backward(g, activated, weight2)
-            g = torch.ops.aten.gelu_backward(g, u)
-            grads_depthwise = []
-            if depthwise is not None:
-                g, *grads_depthwise = _convolution_backward(g, h, depthwise)
-            g, *grads1 = _convolution_backward(g, part, weight1)
-            out.copy_(g)
-            grads = [*grads1, *grads_depthwise, *grads2]
-            total = [sum_.add_(new) for sum_, new in zip(total, grads, strict=True)] if total else grads
-        grad_weight1, grad_bias1, *grads_depthwise, grad_weight2, grad_bias2 = total
-        return (
-            grad_x.permute(0, 2, 3, 1),
-            None,
-            grad_weight1.flatten(1),
-            grad_bias1,
-            *(grads_depthwise or (None, None)),
-            grad_weight2.flatten(1),
-            grad_bias2,
-        )
+                _channels_last(kept_activated).copy_(a)
+        elif can_fuse(h):
+            a = convolve_and_activate(h, depthwise, depthwise_bias)
+        else:
+            a = F.gelu(_convolve(h, depthwise, depthwise_bias))
+        if keep:
+            _channels_last(kept).copy_(h)
+        _channels_last(out).copy_(F.conv2d(a, weight2[..., None, None], bias2))
+    return y, hidden, activated
 
 
-def _images_per_slice(x: Tensor, hidden_dim: int, keep: bool, depthwise: Tensor | None) -> int:
-    # Where all hidden tensors are kept anyway, twice as much at a time is faster.
-    most = 2 * SLICE_ELEMENTS if keep and depthwise is None else SLICE_ELEMENTS
-    return images_per_slice(len(x), hidden_dim * x.shape[2] * x.shape[3], most)
+@feed_forward.register_fake
+def _empty_results(x, keep, weight1, _bias1, depthwise, _depthwise_bias, weight2, _bias2):
+    """Room for what `feed_forward` gives."""
+    hidden = (*x.shape[:3], len(weight1))
+    sizes = (*x.shape[:3], len(weight2)), hidden if keep else (0,), hidden if keep and depthwise is None else (0,)
+    return tuple(x.new_empty(size) for size in sizes)
+
+
+@operation("feed_forward_backward")
+def feed_forward_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    activated: Tensor,
+    weight1: Tensor,
+    depthwise: Tensor | None,
+    depthwise_bias: Tensor | None,
+    weight2: Tensor,
+) -> list[Tensor]:
+    """Gradients of x, both layers' weights and biases, and the convolution's; these add up in their own precision."""
+    grads = _empty_gradients(grad, x, hidden, activated, weight1, depthwise, depthwise_bias, weight2)
+    grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
+    grad_weight1, grad_bias1, grad_weight2, grad_bias2, *grads_depthwise = totals
+    weight1, depthwise, depthwise_bias, weight2 = (
+        weight if weight is None else weight.to(x.dtype) for weight in (weight1, depthwise, depthwise_bias, weight2)
+    )
+    more = 2 if depthwise is None else 1
+    pieces = _in_slices(len(weight1), more, x.contiguous(), hidden, activated, grad.contiguous(), grad_x)
+    for part, h, a, g, out in pieces:
+        u = h
+        if depthwise is not None:
+            u = _convolve(_channels_last(h), depthwise, depthwise_bias).permute(0, 2, 3, 1)
+            a = F.gelu(u)
+        tokens = g.flatten(0, 2)
+        grad_weight2 += tokens.T @ a.flatten(0, 2)
+        grad_bias2 += tokens.sum(0)
+        g = torch.ops.aten.gelu_backward((tokens @ weight2).view_as(u), u)
+        if depthwise is not None:
+            g, *new = _convolution_backward(_channels_last(g), _channels_last(h), depthwise)
+            g = g.permute(0, 2, 3, 1)
+            for total, gradient in zip(grads_depthwise, new, strict=True):
+                total += gradient
+        tokens = g.flatten(0, 2)
+        grad_weight1 += tokens.T @ part.flatten(0, 2)
+        grad_bias1 += tokens.sum(0)
+        torch.mm(tokens, weight1, out=out.flatten(0, 2))
+    return grads
+
+
+@feed_forward_backward.register_fake
+def _empty_gradients(_grad, x, _hidden, _activated, weight1, depthwise, depthwise_bias, weight2):
+    """Room for what `feed_forward_backward` gives."""
+    weights = [weight1, weight1[:, 0], weight2, weight2[:, 0]]
+    weights += [] if depthwise is None else [depthwise, depthwise_bias]
+    return [x.new_empty(x.shape), *(weight.new_empty(weight.shape) for weight in weights)]
+
+
+def _keep(ctx, inputs, output):
+    x, _, weight1, _, depthwise, depthwise_bias, weight2, _ = inputs
+    _, hidden, activated = output
+    ctx.mark_non_differentiable(hidden, activated)
+    ctx.save_for_backward(x, hidden, activated, weight1, depthwise, depthwise_bias, weight2)
+
+
+def _gradients(ctx, grad, *_):
+    grad_x, weight1, bias1, weight2, bias2, *depthwise = feed_forward_backward(grad, *ctx.saved_tensors)
+    return grad_x, None, weight1, bias1, *(depthwise or (None, None)), weight2, bias2
+
+
+feed_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def _in_slices(hidden_dim: int, more: int, *grids: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Grids (B, H, W, C), a few images at a time, of `more` times the usual number; an empty one stays as it is."""
+    batch, height, width, _ = grids[0].shape
+    size = images_per_slice(batch, hidden_dim * height * width, more * SLICE_ELEMENTS)
+    for first in range(0, batch, size):
+        yield tuple(grid[first : first + size] if grid.numel() else grid for grid in grids)
+
+
+def _channels_last(grid: Tensor) -> Tensor:
+    return grid.permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -141,9 +181,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, weight and bias of a pointwise or depthwise convolution that keeps the grid."""
-    groups = x.shape[1] // weight.shape[1]
-    padding = [weight.shape[2] // 2] * 2
+    """Gradients of the input, weight and bias of a depthwise convolution that keeps the grid."""
+    ones = [1, 1]  # padding, stride and dilation
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, [len(weight)], [1, 1], padding, [1, 1], False, [0, 0], groups, [True] * 3
+        grad, x, weight, [len(weight)], ones, ones, ones, False, [0, 0], len(weight), [True] * 3
     )

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 # The operation by which TorchInductor lets oneDNN convolve and activate in one pass.
 _CONVOLUTION_POINTWISE = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_FUSED = (torch.float32, torch.bfloat16)
 # Hooks decide what a layer computes (pruning, spectral norm) or who hears of it. They can be set and removed by public
 # functions, but not asked for.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -20,10 +21,10 @@ def are_hooked(layers: tuple[nn.Module, ...]) -> bool:
 
 def can_fuse(x: Tensor) -> bool:
     """Whether `convolve_and_activate` takes x."""
-    return _CONVOLUTION_POINTWISE is not None and torch.backends.mkldnn.is_available() and x.dtype == torch.float32
+    return _CONVOLUTION_POINTWISE is not None and torch.backends.mkldnn.is_available() and x.dtype in _FUSED
 
 
 def convolve_and_activate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of a depthwise 3x3 convolution that keeps the grid, of (B, C, H, W) in float32."""
+    """GELU of a depthwise 3x3 convolution that keeps the grid, of (B, C, H, W)."""
     ones = [1, 1]  # padding, stride and dilation
     return _CONVOLUTION_POINTWISE(x, weight, bias, ones, ones, ones, len(weight), "gelu", [], "none")

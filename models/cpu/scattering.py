@@ -1,8 +1,8 @@
 """The scattering mixer with channel blending in slices of a few images.
 
-All steps share buffers that stay in cache. Both passes are made of the same two steps, `split` and `join`: one
-is the transpose of the other. In every buffer the images come first, so that each core keeps to images of its
-own: where two do not share a cache, fetching each other's results takes longer than the arithmetic.
+All steps share buffers that stay in cache. Both passes are made of the same two steps, `split` and `join`: one is the
+transpose of the other. Real and imaginary parts lie in planes of their own, whole rows of channels side by side: sums
+and differences then run over long stretches of memory, and the matrix products take a block of channels out of it.
 """
 
 from collections.abc import Iterator
@@ -10,13 +10,12 @@ from collections.abc import Iterator
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import scattering
 from ..layers import autocast_off
 from ..scattering import EinsteinBlending, real_bias, real_matrix
 from ..wavelet import DTCWT, analysis_matrix, fitting, images_of, synthesis_matrix
-from .slicing import images_per_slice, may_slice, run
+from .slicing import images_per_slice, may_slice, operation
 
 # Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 2 to 16.
 SLICE_ELEMENTS = 2**20
@@ -32,27 +31,34 @@ class ScatteringMixer(scattering.ScatteringMixer):
         """Transform, blending, inverse transform."""
         if not self._slices(x):
             return super().scatter(x)
+        signal = self.spectral_input(x)
         wavelet, blend, (height, width) = self.wavelet, self.channel_blend, self.grid_size
         filters = (
-            fitting(wavelet.analysis_height, analysis_matrix, height, x),
-            fitting(wavelet.analysis_width, analysis_matrix, width, x),
-            fitting(wavelet.synthesis_height, synthesis_matrix, height, x),
-            fitting(wavelet.synthesis_width, synthesis_matrix, width, x),
+            fitting(wavelet.analysis_height, analysis_matrix, height, signal),
+            fitting(wavelet.analysis_width, analysis_matrix, width, signal),
+            fitting(wavelet.synthesis_height, synthesis_matrix, height, signal),
+            fitting(wavelet.synthesis_width, synthesis_matrix, width, signal),
         )
         with autocast_off(x):
             # The low-pass image is multiplied by sqrt(2) going in and coming out.
             low_weight = 2 * _even_then_odd(self.low_pass)
-            layer1, layer2 = real_matrix(blend.weight1), real_matrix(blend.weight2)
-            bias1, bias2 = real_bias(blend.bias1), real_bias(blend.bias2)
-            return run(ScatterInSlices, x, *filters, low_weight, layer1, bias1, layer2, bias2)
+            layers = (
+                real_matrix(blend.weight1),
+                real_bias(blend.bias1),
+                real_matrix(blend.weight2),
+                real_bias(blend.bias2),
+            )
+        return scatter(signal, torch.is_grad_enabled(), *filters, low_weight, *layers)[0]
 
     def _slices(self, x: Tensor) -> bool:
         """Whether that may be, and nobody put another layer in the place of one."""
+        if self.mixing != "channel":
+            return False
+        layers = (self.wavelet, self.channel_blend)
+        weights = (self.low_pass, *self.channel_blend.parameters())
         return (
-            self.mixing == "channel"
-            and type(self.wavelet) is DTCWT
-            and type(self.channel_blend) is EinsteinBlending
-            and may_slice(x, (self.low_pass, *self.channel_blend.parameters()), (self.wavelet, self.channel_blend))
+            (type(self.wavelet), type(self.channel_blend)) == (DTCWT, EinsteinBlending)
+            and may_slice(x, weights, layers, half=self.spectral_precision == "half")
             and x.shape[1:3] == self.grid_size
         )
 
@@ -62,26 +68,21 @@ def _even_then_odd(image: Tensor) -> Tensor:
     return image.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).permute(1, 0, 3, 2, 4).reshape(image.shape)
 
 
-def _multiply(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:
-    return torch.bmm(matrix.expand(len(batch), -1, -1), batch, out=out)
-
-
 class _Transform:
     """Splits images (n, H, W, C) into low-pass image and bands, and joins them, in memory used again and again.
 
-    `low` is the low-pass image divided by sqrt(2), even rows and columns before odd ones. It stays where the
-    filters leave it; the bands, by block of channels, are put in order for the matrix products.
+    `low` is the low-pass image divided by sqrt(2), even rows and columns before odd ones. It stays where the filters
+    leave it. Bands are (2, n, 6, h, w, C), real parts first; their order is of no matter here.
     """
 
-    def __init__(self, like: Tensor, filters: Filters, blocks: int):
+    def __init__(self, like: Tensor, filters: Filters):
         (height, _), (width, width_of_image) = (matrix.shape for matrix in filters)
         images, channels = len(like), like.shape[3]
         self.half = like.new_empty(images, height, width_of_image, channels)  # filtered along its height alone
         self.filtered = like.new_empty(images, height, width, channels)
         self.low = self.filtered[:, : height // 2, : width // 2]
-        _, lh, hl, hh = images_of(self.filtered)
-        self.high = [[pixels.unflatten(3, (blocks, -1)) for pixels in image] for image in (hl, hh, lh)]
-        self.bands_shape = (images, blocks, 6, height // 4, width // 4, 2, channels // blocks)
+        self.high = images_of(self.filtered)[1:]
+        self.bands_shape = (2, images, 6, height // 4, width // 4, channels)
 
     def split(self, x: Tensor, filters: Filters, bands: Tensor) -> None:
         """Filter x into `low` and the bands."""
@@ -106,100 +107,173 @@ class _Transform:
         _multiply(height, self.half.flatten(2), out=y.flatten(2))
 
     def empty_bands(self) -> Tensor:
-        """Memory for bands: (images * blocks, positions, size of a block's real and imaginary part)."""
-        images, blocks, *_, size = self.bands_shape
-        return self.filtered.new_empty(self.bands_shape).view(images * blocks, -1, 2 * size)
+        """Memory for bands."""
+        return self.filtered.new_empty(self.bands_shape)
 
-    def _high_pass(self, bands: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-        """Each high-pass image's squares and its two bands, in views (images, rows, columns, blocks, size)."""
-        parts = bands.view(self.bands_shape).permute(2, 5, 0, 3, 4, 1, 6)
-        at15, at45, at75, at105, at135, at165 = (list(band) for band in parts)
-        return zip(self.high, (at15, at45, at75), (at165, at135, at105), strict=True)
+    def _high_pass(self, bands: Tensor) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """Each high-pass image's squares and its two bands, (n, h, w, C) each."""
+        planes = bands.unbind(2)
+        pairs = [tuple(plane) for plane in planes]
+        return zip(self.high, pairs[:3], pairs[3:], strict=True)
 
 
-class ScatterInSlices(torch.autograd.Function):
-    """x (B, H, W, C), the transform's matrices, the weight of `_Transform.low`, two real layers, to y.
+def _multiply(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch, out=out)
 
-    The layers' matrices are (blocks, 2 * size, 2 * size), their biases (blocks, 2 * size). With y come, where there
-    may be a backward pass (`keep`), the coefficients of x, which it needs.
+
+def _by_block(bands: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of bands, (blocks, positions, size) each, as views."""
+    return tuple(plane.flatten(0, -2).unflatten(1, (blocks, -1)).transpose(0, 1) for plane in bands)
+
+
+@operation("scatter")
+def scatter(
+    x: Tensor,
+    keep: bool,
+    analysis_height: Tensor,
+    analysis_width: Tensor,
+    synthesis_height: Tensor,
+    synthesis_width: Tensor,
+    low_weight: Tensor,
+    layer1: Tensor,
+    bias1: Tensor,
+    layer2: Tensor,
+    bias2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (B, H, W, C) with the transform's matrices, the weight of `_Transform.low` and two real layers, scattered.
+
+    The layers' matrices are (blocks, 2 * size, 2 * size), their biases (blocks, 2 * size). With the result come, where
+    there may be a backward pass (`keep`), the coefficients of x, which it needs; else empty tensors.
     """
-
-    generate_vmap_rule = True  # torch.func wants one even where none of the tensors is transformed
-
-    @staticmethod
-    def forward(x, keep, analysis0, analysis1, synthesis0, synthesis1, low_weight, layer1, bias1, layer2, bias2):
-        x = x.contiguous()
-        analysis, synthesis = (analysis0, analysis1), (synthesis0, synthesis1)
-        blocks, y, size, kept = len(layer1), torch.empty_like(x), 0, []
-        for part, out in zip(*_in_slices(x, y), strict=True):
-            if len(part) != size:
-                size = len(part)
-                transform = _Transform(part, analysis, blocks)
-                hidden, blended = transform.empty_bands(), transform.empty_bands()
-                matrix1, add1 = layer1.repeat(size, 1, 1), bias1.repeat(size, 1)[:, None]
-                matrix2, add2 = layer2.repeat(size, 1, 1), bias2.repeat(size, 1)[:, None]
-            bands = transform.empty_bands() if keep else blended
-            transform.split(part, analysis, bands)
-            if keep:
-                kept += [transform.low.clone(), bands]
-            transform.low.mul_(low_weight)
-            torch.baddbmm(add1, bands, matrix1, out=hidden).relu_()
-            torch.baddbmm(add2, hidden, matrix2, out=blended)
-            transform.join(blended, synthesis, out)
-        return y, *kept
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, *matrices, low_weight, layer1, bias1, layer2, _ = inputs
-        _, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*matrices, low_weight, layer1, bias1, layer2, *kept)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 11
-        saved = ctx.saved_tensors  # read once: gradient checkpointing allows no second time
-        *matrices, low_weight, layer1, bias1, layer2 = saved[:8]
-        kept = iter(saved[8:])
-        of_split, of_join = ([matrix.mT for matrix in filters] for filters in (matrices[:2], matrices[2:]))
-        grad = grad.contiguous()
-        blocks, grad_x, size = len(layer1), torch.empty_like(grad), 0
-        grad_low_weight, grad_layer1, grad_layer2 = map(torch.zeros_like, (low_weight, layer1, layer2))
-        grad_bias1, grad_bias2 = torch.zeros_like(bias1), torch.zeros_like(bias1)
-        for part, out in zip(*_in_slices(grad, grad_x), strict=True):
-            if len(part) != size:
-                size = len(part)
-                transform = _Transform(part, of_join, blocks)
-                hidden, grad_hidden, grad_bands = (transform.empty_bands() for _ in range(3))
-                matrix1, add1 = layer1.repeat(size, 1, 1), bias1.repeat(size, 1)[:, None]
-                matrix2 = layer2.repeat(size, 1, 1)
-            low, bands = next(kept), next(kept)
-            transform.split(part, of_join, grad_bands)
-            grad_low_weight += (low * transform.low).sum(0)
-            transform.low.mul_(low_weight)
-            torch.baddbmm(add1, bands, matrix1, out=hidden).relu_()
-            torch.bmm(grad_bands, matrix2.mT, out=grad_hidden)
-            torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
-            grad_layer2 += _by_block(torch.bmm(hidden.mT, grad_bands), blocks)
-            grad_bias2 += _by_block(grad_bands.sum(1), blocks)
-            grad_layer1 += _by_block(torch.bmm(bands.mT, grad_hidden), blocks)
-            grad_bias1 += _by_block(grad_hidden.sum(1), blocks)
-            torch.bmm(grad_hidden, matrix1.mT, out=grad_bands)
-            transform.join(grad_bands, of_split, out)
-        return grad_x, *[None] * 5, grad_low_weight, grad_layer1, grad_bias1, grad_layer2, grad_bias2
+    weights = (
+        analysis_height,
+        analysis_width,
+        synthesis_height,
+        synthesis_width,
+        low_weight,
+        layer1,
+        bias1,
+        layer2,
+        bias2,
+    )
+    y, low, bands = _empty_results(x, keep, *weights)
+    *matrices, low_weight, layer1, bias1, layer2, bias2 = (weight.to(x.dtype) for weight in weights)
+    analysis, synthesis = matrices[:2], matrices[2:]
+    blocks, size = len(layer1), layer1.shape[1] // 2
+    from_real, from_imaginary = layer1.split(size, 1)
+    to_real, to_imaginary = layer2.split(size, 2)
+    bias_real, bias_imaginary = bias2[:, None].split(size, 2)
+    images = 0
+    for part, out, kept_low, kept in _in_slices(x.contiguous(), y, low, bands):
+        if len(part) != images:
+            images = len(part)
+            transform = _Transform(part, analysis)
+            blended = transform.empty_bands()
+            hidden = part.new_empty(blocks, blended[0].numel() // (blocks * size), 2 * size)
+        split = kept if keep else blended
+        transform.split(part, analysis, split)
+        if keep:
+            kept_low.copy_(transform.low)
+        transform.low.mul_(low_weight)
+        real, imaginary = _by_block(split, blocks)
+        torch.baddbmm(bias1[:, None], real, from_real, out=hidden).baddbmm_(imaginary, from_imaginary).relu_()
+        real, imaginary = _by_block(blended, blocks)
+        torch.baddbmm(bias_real, hidden, to_real, out=real)
+        torch.baddbmm(bias_imaginary, hidden, to_imaginary, out=imaginary)
+        transform.join(blended, synthesis, out)
+    return y, low, bands
 
 
-def _by_block(x: Tensor, blocks: int) -> Tensor:
-    """(images * blocks, ...) summed over the images."""
-    return x.unflatten(0, (-1, blocks)).sum(0)
+@scatter.register_fake
+def _empty_results(x, keep, analysis_height, analysis_width, *_):
+    """Room for what `scatter` gives."""
+    batch, *_, channels = x.shape
+    height, width = len(analysis_height) // 2, len(analysis_width) // 2
+    low = (batch, height, width, channels) if keep else (0,)
+    bands = (2, batch, 6, height // 2, width // 2, channels) if keep else (0,)
+    return tuple(x.new_empty(size) for size in (x.shape, low, bands))
 
 
-def _in_slices(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each (B, H, W, C) a few images at a time, at least one for each processor."""
-    elements = 4 * tensors[0][0].numel()
-    most = max(SLICE_ELEMENTS, torch.get_num_threads() * elements)
-    size = images_per_slice(len(tensors[0]), elements, most)
-    return [tensor.split(size) for tensor in tensors]
+@operation("scatter_backward")
+def scatter_backward(
+    grad: Tensor,
+    low: Tensor,
+    bands: Tensor,
+    analysis_height: Tensor,
+    analysis_width: Tensor,
+    synthesis_height: Tensor,
+    synthesis_width: Tensor,
+    low_weight: Tensor,
+    layer1: Tensor,
+    bias1: Tensor,
+    layer2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, the low-pass weight, and both layers' matrices and biases. These add up in their own dtype."""
+    weights = analysis_height, analysis_width, synthesis_height, synthesis_width, low_weight, layer1, bias1, layer2
+    grads = _empty_gradients(grad, low, bands, *weights)
+    grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
+    grad_low_weight, grad_layer1, grad_bias1, grad_layer2, grad_bias2 = totals
+    *matrices, low_weight, layer1, bias1, layer2 = (weight.to(grad.dtype) for weight in weights)
+    of_split, of_join = ([matrix.mT for matrix in filters] for filters in (matrices[:2], matrices[2:]))
+    blocks, size = len(layer1), layer1.shape[1] // 2
+    from_real, from_imaginary = layer1.split(size, 1)
+    to_real, to_imaginary = layer2.split(size, 2)
+    sides = slice(size), slice(size, None)  # real and imaginary part
+    images = 0
+    for part, out, kept_low, kept in _in_slices(grad.contiguous(), grad_x, low, bands):
+        if len(part) != images:
+            images = len(part)
+            transform = _Transform(part, of_join)
+            grad_bands = transform.empty_bands()
+            hidden = part.new_empty(blocks, grad_bands[0].numel() // (blocks * size), 2 * size)
+            grad_hidden = torch.empty_like(hidden)
+        transform.split(part, of_join, grad_bands)
+        grad_low_weight += (kept_low * transform.low).sum(0, dtype=grad_low_weight.dtype)
+        transform.low.mul_(low_weight)
+        real, imaginary = _by_block(kept, blocks)
+        grad_real, grad_imaginary = _by_block(grad_bands, blocks)
+        torch.baddbmm(bias1[:, None], real, from_real, out=hidden).baddbmm_(imaginary, from_imaginary).relu_()
+        torch.bmm(grad_real, to_real.mT, out=grad_hidden).baddbmm_(grad_imaginary, to_imaginary.mT)
+        torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
+        grad_bias1 += grad_hidden.sum(1)
+        for side, band, grad_band in zip(sides, (real, imaginary), (grad_real, grad_imaginary), strict=True):
+            grad_layer2[..., side] += hidden.mT @ grad_band
+            grad_bias2[:, side] += grad_band.sum(1)
+            grad_layer1[:, side] += band.mT @ grad_hidden
+            torch.bmm(grad_hidden, layer1[:, side].mT, out=grad_band)
+        transform.join(grad_bands, of_split, out)
+    return grads
+
+
+@scatter_backward.register_fake
+def _empty_gradients(grad, _low, _bands, _ah, _aw, _sh, _sw, low_weight, layer1, bias1, layer2):
+    """Room for what `scatter_backward` gives."""
+    weights = (low_weight, layer1, bias1, layer2, bias1)
+    return (grad.new_empty(grad.shape), *(weight.new_empty(weight.shape) for weight in weights))
+
+
+def _keep(ctx, inputs, output):
+    _, _, *weights, _ = inputs
+    _, low, bands = output
+    ctx.mark_non_differentiable(low, bands)
+    ctx.save_for_backward(low, bands, *weights)
+
+
+def _gradients(ctx, grad, *_):
+    grad_x, *weights = scatter_backward(grad, *ctx.saved_tensors)
+    return grad_x, *[None] * 5, *weights
+
+
+scatter.register_autograd(_gradients, setup_context=_keep)
+
+
+def _in_slices(x: Tensor, y: Tensor, low: Tensor, bands: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Grids, low-pass images and bands of a few images at a time, at least one for each processor.
+
+    Empty tensors stay as they are.
+    """
+    elements = 4 * x[0].numel()
+    size = images_per_slice(len(x), elements, max(SLICE_ELEMENTS, torch.get_num_threads() * elements))
+    for first in range(0, len(x), size):
+        part = slice(first, first + size)
+        yield x[part], y[part], low[part], bands[:, part] if bands.numel() else bands

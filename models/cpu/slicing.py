@@ -1,27 +1,33 @@
-"""When a layer runs a few images at a time, and how many."""
+"""When a layer runs a few images at a time, in which precision, and how many."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers import autocast_dtype, full_dtype
 from .private import are_hooked
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-def may_slice(x: Tensor, weights: Sequence[Tensor | None], layers: tuple[nn.Module, ...]) -> bool:
+
+def may_slice(
+    x: Tensor, weights: Sequence[Tensor | None] = (), layers: tuple[nn.Module, ...] = (), half: bool = True
+) -> bool:
     """Whether x may pass by the layers, whose weights (or None) these are, and be computed with in slices.
 
-    So it is in full precision on a CPU, if nobody traces or transforms the calls, listens to the layers, or has
-    changed what one does or has weights of.
+    So it is on a CPU, if nobody traces, exports or transforms the calls, listens to the layers, or has changed what
+    one does or has weights of, in the precision of autocast, or without `half` in full precision.
     """
     return (
         not isinstance(x, torch.fx.Proxy)
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and all(tensor is None or (_is_plain(tensor) and tensor.dtype == x.dtype) for tensor in (x, *weights))
+        and all(tensor is None or _is_plain(tensor) for tensor in (x, *weights))
+        and _is_precise_enough(autocast_dtype(x) if half else full_dtype(x), weights)
         and not any("forward" in vars(layer) for layer in layers)
         and not are_hooked(layers)
     )
@@ -29,14 +35,20 @@ def may_slice(x: Tensor, weights: Sequence[Tensor | None], layers: tuple[nn.Modu
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is what it seems: of no subclass, as quantised weights are, and wrapped by no transform."""
-    return type(tensor) in (Tensor, nn.Parameter) and torch.func.debug_unwrap(tensor) is tensor
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return torch.compiler.is_compiling() or torch.func.debug_unwrap(tensor) is tensor
 
 
-def run(function: type[torch.autograd.Function], x: Tensor, *weights: Tensor | None) -> Tensor:
-    """The first result of a function of x, of whether there may be a backward pass, and of weights."""
-    if torch.is_grad_enabled():
-        return function.apply(x, True, *weights)[0]
-    return function.forward(x, False, *weights)[0]  # which spares a tenth of a millisecond
+def _is_precise_enough(dtype: torch.dtype, weights: Sequence[Tensor | None]) -> bool:
+    """Whether the weights are in that precision, or in full precision where that is half precision."""
+    fitting = (dtype, torch.float32) if dtype == torch.bfloat16 else (dtype,)
+    return dtype in DTYPES and all(weight is None or weight.dtype in fitting for weight in weights)
+
+
+def operation(name: str) -> Callable[[Callable], Any]:
+    """Makes a function an operation of this package's that torch.compile calls and does not look into."""
+    return torch.library.custom_op(f"{__name__.partition('.')[0]}_cpu::{name}", mutates_args=())
 
 
 def images_per_slice(images: int, elements_per_image: int, most: int) -> int:

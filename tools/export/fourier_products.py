@@ -1,12 +1,11 @@
 """The spectral gate as products with real matrices, for runtimes whose Fourier transform is slow or missing."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import Grid
+from models.fourier_matrices import fourier_matrices
 from models.spectral_gate import SpectralGate
 
 
@@ -47,38 +46,6 @@ class FourierProducts(nn.Module):
         y = matrices["rows_back"] @ torch.cat(filtered, 1).flatten(2)
         y = y.unflatten(1, (2, height)).unflatten(3, (frequencies, channels)).transpose(1, 2).flatten(2, 3)
         return matrices["columns_back"] @ y
-
-
-def fourier_matrices(grid: Grid) -> dict[str, Tensor]:
-    """The orthonormal transform of a real (H, W) grid and its inverse, float32, by axis.
-
-    columns (2 * (W // 2 + 1), W): to real and imaginary parts; rows and rows_back (2H, 2H): of complex numbers;
-    columns_back (W, 2 * (W // 2 + 1)): to real numbers, which like `irfft` takes the spectrum's other half for granted.
-    """
-    height, width = grid
-    cosine, sine = _waves(torch.arange(height), height)
-    rows = torch.cat((torch.cat((cosine, sine), 1), torch.cat((-sine, cosine), 1)))
-    frequencies = torch.arange(width // 2 + 1)
-    cosine, sine = _waves(frequencies, width)
-    # All but the first frequency and, of an even width, the last stand for their mirror images too.
-    times = torch.where((frequencies == 0) | (2 * frequencies == width), 1.0, 2.0)
-    return {
-        "columns": torch.cat((cosine, -sine)),
-        "rows": rows,
-        "rows_back": rows.T,
-        "columns_back": torch.cat((cosine.T * times, -sine.T * times), 1),
-    }
-
-
-def _waves(frequencies: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(frequencies, size) cosines and sines, each row of norm 1 with the other's.
-
-    Of tensors alone: Python's arithmetic would fix a size that is to be dynamic. The remainder, of integers, keeps
-    angles within one turn, where float32 is exact enough.
-    """
-    turns = (frequencies[:, None] * torch.arange(size) % size).float() / size
-    length = torch.full((), size, dtype=torch.float32).sqrt()
-    return (2 * math.pi * turns).cos() / length, (2 * math.pi * turns).sin() / length
 
 
 def with_fourier_products(model: nn.Module, dynamic: bool) -> nn.Module:
