@@ -167,7 +167,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_detector(args, dist, state)
         return
     model, info = build_from_checkpoint(
-        args.model_path, args.arch, ema=args.ema, input_size=args.input_size, model_kwargs=args.model_kwargs
+        args.model_path,
+        args.arch,
+        state=state,
+        ema=args.ema,
+        input_size=args.input_size,
+        model_kwargs=args.model_kwargs,
     )
     model = model.to(dist.device)
     if args.tta:

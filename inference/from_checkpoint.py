@@ -66,6 +66,7 @@ def build_from_checkpoint(
     path: str | Path,
     arch: str | None = None,
     *,
+    state: Mapping[str, Any] | None = None,
     ema: bool | None = None,
     input_size: tuple[int, int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -75,6 +76,7 @@ def build_from_checkpoint(
     Args:
         path: a checkpoint of ours, of the authors' or of timm.
         arch: the model's name, needed only where the checkpoint neither says nor shows it.
+        state: the file's content, where it has been read already.
         ema: the averaged weights, the trained ones, or (None) the averaged ones if there are any.
         input_size: (height, width) to build it for, by default its own; weights are resized.
         model_kwargs: constructor arguments beside those of the checkpoint.
@@ -83,7 +85,7 @@ def build_from_checkpoint(
         UserError: the file is unusable, contradicts `arch`, or is of no known model.
     """
     path = Path(path)
-    state = checkpoints.load(path)
+    state = checkpoints.load(path) if state is None else state
     weights = checkpoints.weights(state, ema, path)
     shapes = our_shapes(weights, path)
     name, told_kwargs = _identify(state, shapes, arch, path)

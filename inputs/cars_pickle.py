@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from inputs.files import open_file
 from inputs.image_sets import ImageDataset, ImageFiles, class_number
 from inputs.request import Request
+from runtime.files import read_file
 from utils import UserError, one_line
 
 PICKLE = "cars_anno.pkl"
@@ -57,12 +57,8 @@ def _read_plain_pickle(path: Path) -> Any:
     Raises:
         UserError: the file is damaged, too large, or holds anything else.
     """
-    with open_file(path) as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{path}: larger than {MAX_BYTES} bytes, not an annotation file")
     try:
-        return _PlainUnpickler(io.BytesIO(content)).load()
+        return _PlainUnpickler(io.BytesIO(read_file(path, MAX_BYTES))).load()
     except Exception as error:  # a damaged stream makes the unpickler fail in any way
         raise UserError(f"{path}: not a readable annotation file: {one_line(error)}") from error
 

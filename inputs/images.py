@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from inputs.files import open_file
+from runtime.files import open_file
 from utils import UserError, one_line
 
 

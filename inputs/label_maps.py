@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inputs.files import open_file
 from inputs.image_sets import NamedImages
+from runtime.files import open_file
 from runtime.pickles import Unusable
 from runtime.untrusted import load_torch
 from utils import UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inputs.files import open_file
+from runtime.files import open_file
 from utils import UserError
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from inputs.files import open_file
 from inputs.image_sets import ImageDataset, class_number, count_classes
 from inputs.images import BadImage, read_image
 from inputs.request import Request
+from runtime.files import open_file
 from utils import UserError, one_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from models.loading import unwrap
 from runtime.contents import COUNT, checked
+from runtime.files import open_file
 from runtime.pickles import Unusable
 from runtime.schema import Fields, Number, parse_json
 from runtime.tensor_files import CHUNK, HEX_DIGITS, load_tensors
-from runtime.untrusted import END_RECORD, load_torch, open_file
+from runtime.untrusted import END_RECORD, load_torch
 from utils import UserError, atomic_write, one_line, quote
 
 MAX_FILE_BYTES = 64 * 2**30
@@ -168,7 +169,7 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
 
 def read_label(path: str | os.PathLike) -> dict[str, float] | None:
     """What `save` noted at the end of the file; None if it is not one of `save`'s. Verifies no digest."""
-    with contextlib.suppress(OSError, Unusable), open_file(path) as file:
+    with contextlib.suppress(OSError), open_file(path) as file:
         found = _find_comment(file, os.fstat(file.fileno()).st_size)
         return None if found is None else json.loads(found["label"])
     return None

@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runtime.checkpoints import load, read_label
-from runtime.pickles import Unusable
+from runtime.files import read_file
 from runtime.schema import Items, Text, parse_json
-from runtime.untrusted import read_file
 from utils import UserError, atomic_write, cannot_write, make_directory, sync_directory, tell
 
 CHECKPOINTS = "checkpoint*.pth"
@@ -178,7 +177,7 @@ def _finish(folder: Path) -> None:
         names = parse_json(read_file(note, 2**20))
         if Items(Text()).problem(names) or not all(fnmatch(name, CHECKPOINTS) and "/" not in name for name in names):
             raise ValueError("not the names of checkpoints")
-    except (Unusable, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{note}: it is not the list of files to move that a run wrote; move it away") from error
     try:
         for name in names:

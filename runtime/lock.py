@@ -11,8 +11,7 @@ import socket
 import time
 from pathlib import Path
 
-from runtime.pickles import Unusable
-from runtime.untrusted import open_file
+from runtime.files import open_file
 from utils import UserError, cannot_write, tell
 
 LOCK = ".lock"
@@ -88,6 +87,6 @@ class DirectoryLock:
 
 def _holder(path: Path) -> str:
     """Who wrote the file of the lock."""
-    with contextlib.suppress(OSError, Unusable), open_file(path) as file:
+    with contextlib.suppress(OSError), open_file(path) as file:
         return file.read(1000).decode(errors="replace").strip() or "just starting"
     return "its .lock was deleted"

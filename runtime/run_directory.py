@@ -14,13 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 from runtime import checkpoints
 from runtime.contents import COUNT
 from runtime.curves import Plot, draw_curves
+from runtime.files import read_file
 from runtime.lineage import LOG, Lineage, begin, finish_moves
 from runtime.lock import LOCK, DirectoryLock
-from runtime.pickles import Unusable
 from runtime.processes import Distributed
 from runtime.provenance import describe_run
 from runtime.schema import Either, Fields, Number, Text, Typed, parse_json
-from runtime.untrusted import read_file
 from runtime.weights_and_biases import WeightsAndBiases
 from utils import (
     TEMPORARY_SUFFIX,
@@ -30,7 +29,6 @@ from utils import (
     atomic_write,
     cannot_write,
     make_directory,
-    one_line,
 )
 
 ARGS = "args.yaml"
@@ -247,8 +245,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         lines = read_file(path, MAX_LOG_BYTES).splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, Unusable) as error:
-        raise UserError(f"{path}: it is not a log ({one_line(error)}); move it away to start a new one") from error
+    except OSError as error:
+        raise UserError(f"{path}: it is not a log ({error.strerror}); move it away to start a new one") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -2,10 +2,8 @@
 
 import argparse
 import io
-import os
 import pathlib
 import re
-import stat
 import struct
 import warnings
 import zipfile
@@ -35,41 +33,6 @@ NOT_TORCHS_OWN = [
     (pathlib.PosixPath, "pathlib.PosixPath"),
     (pathlib.PosixPath, "pathlib._local.PosixPath"),
 ]
-
-
-def open_file(path: str | os.PathLike) -> BinaryIO:
-    """Open a file for reading; pipes and devices, which might block or never end, are not opened at all.
-
-    Raises:
-        Unusable: it is something else than a file.
-        OSError: it cannot be opened.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except ValueError as error:  # a name that none can have
-        raise Unusable(one_line(error)) from error
-    if not stat.S_ISREG(mode):
-        raise Unusable("it is not a file")
-    # Another one may have taken its place by now: not to wait for it.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise Unusable("it is not a file")
-    return file
-
-
-def read_file(path: str | os.PathLike, longest: int) -> bytes:
-    """The content of a file of at most `longest` bytes.
-
-    Raises:
-        Unusable: it is something else than a file, or larger.
-        OSError: it cannot be read.
-    """
-    with open_file(path) as file:
-        content = file.read(longest + 1)
-    if len(content) > longest:
-        raise Unusable(f"it has more than {longest:,} bytes")
-    return content
 
 
 def load_torch(file: BinaryIO, size: int, checked: bool = False) -> Any:

@@ -148,7 +148,7 @@ def test_rows_that_stand_twice_are_kept_once(tmp_path):
         (b'{"epoch": 1, "name": "\xff\xfe"}', "line 2 is not a row"),
         (b"[" * 100_000, "line 2 is not a row"),
         (b"[1]", "line 2 is not a row"),
-        (None, "it is not a file"),
+        (None, "not a regular file"),
     ],
     ids=lambda value: str(value)[:30],
 )

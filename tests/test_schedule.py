@@ -9,7 +9,7 @@ import torch
 
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS
-from training.optimizer import build_optimizer, build_scheduler
+from training.optimizer import build_optimizer, build_scheduler, highest_rate
 from training.options import parse_args
 from utils import UserError
 
@@ -44,6 +44,12 @@ def test_cooldown_runs_at_the_smallest_rate():
         scheduler.step(epoch)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[3:] == [args.min_lr] * 2 and rates[2] > args.min_lr
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(5, 1.0), (40, 0.5)], ids=["ends", "never ends"])
+def test_the_highest_rate_of_a_schedule_of_any_length_is_found_at_once(warmup, expected):
+    args = parse("--epochs", "20", "--warmup-epochs", str(warmup), "--warmup-lr", "0", "--sched-on-updates")
+    assert highest_rate(args, 1.0, updates_per_epoch=10**8) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(

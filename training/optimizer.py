@@ -15,6 +15,7 @@ from training.model import layers_of
 from utils import UserError, one_line
 
 LR_BATCH = 512  # --lr is for this many images an update (DeiT)
+SAMPLED_STEPS = 1000  # of a schedule that is looked at beforehand
 APEX = "build NVIDIA apex from its source, https://github.com/NVIDIA/apex (PyPI's package apex is unrelated)"
 
 
@@ -99,12 +100,15 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
 
 
 def highest_rate(args: argparse.Namespace, peak: float, updates_per_epoch: int) -> float:
-    """The largest learning rate of all epochs, for a schedule whose peak is `peak`."""
+    """The largest learning rate of a run whose schedule's peak is `peak`, among some thousand of its steps.
+
+    The last is one of them: where a warm-up never ends, it has the largest.
+    """
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     scheduler = build_scheduler(args, optimizer, updates_per_epoch)
     rates = [optimizer.param_groups[0]["lr"]]
     steps = args.epochs * updates_per_epoch if args.sched_on_updates else args.epochs
-    for number in range(steps - 1):
+    for number in reversed(range(steps - 2, -1, -(1 + steps // SAMPLED_STEPS))):
         (scheduler.step_update if args.sched_on_updates else scheduler.step)(number)
         rates.append(optimizer.param_groups[0]["lr"])
     return max(rates)

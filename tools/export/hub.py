@@ -43,8 +43,9 @@ RECIPE = (
 
 def write_hub(args: argparse.Namespace) -> str:
     """config.json, model.safetensors and README.md in a folder, and the same on the Hub if --push asks for it."""
-    model, info = build_from_checkpoint(args.checkpoint, ema=args.ema)
-    card = model_card(checkpoints.load(args.checkpoint), model, info, args.push or f"local-dir:{args.path}")
+    state = checkpoints.load(args.checkpoint)
+    model, info = build_from_checkpoint(args.checkpoint, state=state, ema=args.ema)
+    card = model_card(state, model, info, args.push or f"local-dir:{args.path}")
     made = {
         "model_config": {"label_names": list(info.labels), "pretrained_cfg": preprocessing(info)},
         "model_args": construction(model, info),

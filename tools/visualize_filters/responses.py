@@ -45,16 +45,9 @@ def orientation_energies(
     energies = []
     for mixer in mixers:
         before = bands[mixer.wavelet]
-        after = blended(mixer, before) - blended(mixer, torch.zeros_like(before[:, :, :1]))
+        after = mixer.blend(before) - mixer.blend(torch.zeros_like(before[:, :, :1]))
         energies.append((energy(before), energy(after)))
     return energies
-
-
-def blended(mixer: ScatteringMixer, bands: Tensor) -> Tensor:
-    """What a mixer's inverse transform gets for bands (2, 6, B, h, w, C)."""
-    for name in ("channel_blend", "token_blend"):
-        bands = getattr(mixer, name)(bands) if hasattr(mixer, name) else bands
-    return bands
 
 
 def energy(bands: Tensor) -> Tensor:
