@@ -19,7 +19,7 @@ from training.model_bounds import check_arguments, check_size
 from utils import UserError, one_line
 
 from .fields import read_fields
-from .recognise import Shapes, native_size, our_shapes, recognise
+from .recognise import Shapes, native_size, our_shapes, recognise, stem_stride
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def build_from_checkpoint(
     state = checkpoints.load(path) if state is None else state
     weights = checkpoints.weights(state, ema, path)
     shapes = our_shapes(weights, path)
-    name, told_kwargs = _identify(state, shapes, arch, path)
+    name, told_kwargs = _identify(state, shapes, arch, model_kwargs or {}, path)
     cfg = _pretrained_cfg(name, path)
     if timm.is_model(name):
         check_arguments(name, told_kwargs, f"{path}: model_kwargs")
         check_arguments(name, model_kwargs or {}, "--model-kwargs")
     kwargs = told_kwargs | dict(model_kwargs or {})
     told = read_fields(state, cfg, path)
-    told_size = told["input_size"] or native_size(shapes)
+    told_size = told["input_size"] or native_size(shapes, stem_stride(name, kwargs))
     size = input_size or told_size or tuple(cfg.input_size[1:])
     num_classes = state.get("num_classes") or _count_classes(shapes, cfg, path)
     check_size(partial(create_model, name, num_classes, told_size or size, kwargs), weights, str(path))
@@ -111,10 +111,14 @@ def build_from_checkpoint(
     return model.eval(), info
 
 
-def _identify(state: Mapping[str, Any], shapes: Shapes, arch: str | None, path: Path) -> tuple[str, dict[str, Any]]:
+def _identify(
+    state: Mapping[str, Any], shapes: Shapes, arch: str | None, model_kwargs: Mapping[str, Any], path: Path
+) -> tuple[str, dict[str, Any]]:
     """(name, constructor arguments): as the checkpoint says, else as its weights show, else `arch`."""
     if state.get("arch") is None:
-        fitting, kwargs = recognise(shapes)
+        fitting, kwargs, untold = recognise(shapes)
+        if untold and "mixers" not in model_kwargs:
+            raise UserError(f"{path}: its weights, of {' or '.join(fitting)}, do not show {untold}")
     else:
         fitting, kwargs = (_full_name(state["arch"]),), dict(state.get("model_kwargs") or {})
     if arch is None:

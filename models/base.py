@@ -74,11 +74,6 @@ class ImageModel(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
-
     def _check_input(self, x: Tensor) -> None:
         if not self.dynamic_img_size:
             check_image_size(x, self.img_size)
@@ -88,6 +83,13 @@ class ImageModel(nn.Module):
         self.img_size = to_grid(img_size)
         self._traits = dict(getattr(self, "_traits", {}), img_size=self.img_size)
         self._model_args = dict(getattr(self, "_model_args", {}), img_size=self.img_size)
+
+
+def run_block(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    """`block(x)`, its activations kept for the backward pass, or to be computed again there."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
 
 
 @torch.fx.wrap

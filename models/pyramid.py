@@ -12,7 +12,7 @@ from timm.layers import calculate_drop_path_rates
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .base import ImageModel, build_variant, model_cfg, resize_mixers
+from .base import ImageModel, build_variant, model_cfg, resize_mixers, run_block
 from .layers import (
     SPECTRAL_PRECISIONS,
     Block,
@@ -40,6 +40,13 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = run_block(block, x, self.grad_checkpointing)
+        return self.norm(x)
 
 
 class Pyramid(ImageModel):
@@ -154,11 +161,11 @@ class Pyramid(ImageModel):
         self.token_label_size = grids[-1]
         self._record_input_size(img_size)
 
-    def _run_stage(self, stage: Stage, x: Tensor) -> Tensor:
-        x = stage.downsample(x)
-        for block in stage.blocks:
-            x = self._run_block(block, x)
-        return stage.norm(x)
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        super().set_grad_checkpointing(enable)
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     def _add_class_token(self, x: Tensor) -> Tensor:
         """The last stage's grid to normalised tokens (B, 1 + N, C)."""
@@ -169,7 +176,7 @@ class Pyramid(ImageModel):
         self._check_input(x)
         x = self.stem(x)
         for stage in self.stages:
-            x = self._run_stage(stage, x)
+            x = stage(x)
         return self._add_class_token(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -195,7 +202,7 @@ class Pyramid(ImageModel):
         box = given_or_sampled(box, grid)
         x = swap_box(self.stem(x), box, scale=2 ** (len(self.stages) - 1))
         for stage in self.stages:
-            x = self._run_stage(stage, x)
+            x = stage(x)
         x = self._add_class_token(x)
         token_logits = self.aux_head(x[:, 1:])
         token_logits = swap_box(token_logits.unflatten(1, grid), box).flatten(1, 2)
@@ -227,7 +234,7 @@ class Pyramid(ImageModel):
         x = self.stem(x)
         intermediates = []
         for i, stage in enumerate(stages):
-            x = self._run_stage(stage, x)
+            x = stage(x)
             if i in take:
                 last_stage = i == len(self.feature_info) - 1
                 grid = format_grid(self.norm(x) if norm and last_stage else x, output_fmt)

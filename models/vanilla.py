@@ -7,7 +7,7 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .base import ImageModel, build_variant, model_cfg, resize_mixers
+from .base import ImageModel, build_variant, model_cfg, resize_mixers, run_block
 from .layers import (
     SPECTRAL_PRECISIONS,
     Block,
@@ -122,7 +122,7 @@ class Vanilla(ImageModel):
         """Images to normalised tokens (B, N, embed_dim)."""
         x = self._embed(x)
         for block in self.blocks:
-            x = self._run_block(block, x)
+            x = run_block(block, x, self.grad_checkpointing)
         return self.norm(x).flatten(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Vanilla(ImageModel):
         intermediates = []
         x = self._embed(x)
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x)
+            x = run_block(block, x, self.grad_checkpointing)
             if i in take:
                 intermediates.append(format_grid(self.norm(x) if norm else x, output_fmt))
         if intermediates_only:

@@ -25,6 +25,7 @@ from inference import explanations, prediction, recognise, reports
 from inference.from_checkpoint import build_from_checkpoint
 from inference.mirrored import average_mirrored
 from inputs.transforms import build_transform
+from runtime import checkpoints
 from runtime.processes import Distributed
 from tests.golden import recipe
 from tests.untrained import PYRAMID, VANILLA, save
@@ -77,7 +78,7 @@ def test_bare_weights_of_the_authors_show_their_model(variant, arch, arguments):
     with torch.device("meta"):
         ours = models.to_ours({name: torch.empty(shape) for name, shape in names.items()})
     shapes = {name: tuple(value.shape) for name, value in ours.items()}
-    assert recognise.recognise(shapes) == ((arch,), arguments)
+    assert recognise.recognise(shapes) == ((arch,), arguments, "")
     assert recognise.native_size(shapes) == (224, 224)
 
 
@@ -94,8 +95,54 @@ def test_bare_weights_of_another_resolution_show_it(arch, size):
     with torch.device("meta"):
         model = timm.create_model(arch, img_size=size)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert recognise.recognise(shapes)[0] == (arch,)
+    assert recognise.recognise(shapes).names == (arch,)
     assert recognise.native_size(shapes) == size
+
+
+def bare_weights_of(path, arch, arguments):
+    """Saves a model's weights without a word about them; returns the model."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=10, **arguments).eval()
+    torch.save(model.state_dict(), path)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments"),
+    [
+        ("spectformer_h_n", {}),
+        ("svt_h_n", {"mixing": "tensor"}),
+        ("svt_h_n", {"mixing": "token_half", "spectral_depths": (0, 1, 0, 0)}),
+        ("svt_h_n", {"mixers": "fno/afno,scattering_channel/conv*3/attention", "img_size": 64}),
+        ("spectformer_ti", {"mixers": "attention*2,spectral*10", "patch_size": 8, "img_size": (32, 48)}),
+    ],
+    ids=str,
+)
+def test_bare_weights_show_the_mixers_patches_and_strides_of_their_model(arch, arguments, tmp_path):
+    expected = bare_weights_of(tmp_path / "bare.pth", arch, arguments)
+    model, info = build_from_checkpoint(tmp_path / "bare.pth")
+    images = torch.randn(1, 3, *expected.img_size)
+    assert info.arch == arch and info.input_size == expected.img_size
+    assert torch.equal(model(images), expected(images))
+
+
+def test_of_mixers_without_weights_it_is_said_what_to_give(tmp_path):
+    path = tmp_path / "bare.pth"
+    expected = bare_weights_of(path, "spectformer_h_n", {"mixers": "pool/spectral,pool/attention*3/attention"})
+    mixers = r"none\*1/spectral\*1,none\*1/attention\*3/attention\*1"
+    with pytest.raises(
+        UserError, match=rf"{path}: .*spectformer_h_n.*block 1 of stage 1.*--model-kwargs mixers={mixers}"
+    ):
+        build_from_checkpoint(path)
+    model, _ = build_from_checkpoint(path, model_kwargs={"mixers": "pool/spectral,pool/attention*3/attention"})
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model(images), expected(images))
+
+
+def test_a_stride_that_bare_weights_cannot_show_is_taken_from_the_command_line(tmp_path):
+    bare_weights_of(tmp_path / "bare.pth", "spectformer_h_n", {"stem_stride": 1})
+    _, info = build_from_checkpoint(tmp_path / "bare.pth", model_kwargs={"stem_stride": 1})
+    assert info.input_size == (32, 32)
 
 
 def test_a_bare_file_gives_the_golden_logits(tmp_path):
@@ -270,6 +317,16 @@ def test_a_results_file_is_replaced_and_nothing_else(tmp_path):
     with pytest.raises(UserError, match="a.pth"):
         run("--model-path", tmp_path / "a.pth", "--output", tmp_path / "a.pth")
     assert precious.read_text() == "[1, 2]"
+
+
+def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
+    save(tmp_path / "a.pth")
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    read = []
+    load = checkpoints.load
+    monkeypatch.setattr(checkpoints, "load", lambda path: read.append(path) or load(path))
+    run("--model-path", tmp_path / "a.pth", "--image", tmp_path / "image.png")
+    assert read == [tmp_path / "a.pth"]
 
 
 def test_classes_that_are_not_the_checkpoints_are_refused(tmp_path):

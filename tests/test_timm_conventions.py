@@ -11,6 +11,7 @@ from timm.models._input import get_model_input_config
 from timm.optim import create_optimizer_v2
 
 from models import ARCHITECTURES, Pyramid
+from models.layers import Block
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -153,13 +154,17 @@ def test_position_embeddings_are_not_decayed():
 @pytest.mark.parametrize("name", KINDS)
 def test_gradient_checkpointing_changes_no_gradient(name):
     model = create(name)
-    gradients = []
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    gradients, runs = [], []
+    for block in blocks:
+        block.norm1.register_forward_hook(lambda *_: runs.append(model.grad_checkpointing))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         model.eval()(images()).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    assert (runs.count(False), runs.count(True)) == (len(blocks), 2 * len(blocks))
 
 
 @pytest.mark.parametrize("name", KINDS)

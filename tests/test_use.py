@@ -13,10 +13,10 @@ from tools.export.__main__ import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
-BLOCKS = {
-    f"{title}-{number}": block
-    for title, section in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.S))
+BLOCKS = {  # each with as many empty lines before it as the page has lines, so that errors name the page's
+    f"{section[1]}, {number}": "\n" * PAGE[: section.start(2) + block.start(1)].count("\n") + block[1]
+    for section in re.finditer(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    for number, block in enumerate(re.finditer(r"```python\n(.*?)```", section[2], re.S), 1)
 }
 
 
