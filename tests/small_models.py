@@ -15,6 +15,11 @@ def is_vanilla(name):
     return timm.get_pretrained_cfg_value(name, "first_conv").startswith("patch_embed")
 
 
+def is_small(name):
+    """Whether it is for images of 32 pixels."""
+    return name.endswith("_n")
+
+
 def create(name, **arguments):
     torch.manual_seed(0)
     small = VANILLA if is_vanilla(name) else PYRAMID

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from small_models import KINDS, PYRAMID, VANILLA, create, images, is_vanilla
+from small_models import KINDS, PYRAMID, VANILLA, create, images, is_small, is_vanilla
 from timm.models import group_parameters
 from timm.models._input import get_model_input_config
 from timm.optim import create_optimizer_v2
@@ -30,8 +30,9 @@ def test_default_cfg_describes_the_model(name):
     cfg = model.default_cfg
     assert cfg["architecture"] in (name, name.replace("svt_", "svt_h_"))
     assert cfg["pool_size"] is None  # unpooled features are a sequence
-    assert cfg["input_size"] == (3, 224, 224) and cfg["num_classes"] == 1000 and cfg["license"] == "mit"
-    assert cfg["crop_pct"] == (0.96 if isinstance(model, Pyramid) else 0.875)
+    assert cfg["num_classes"] == 1000 and cfg["license"] == "mit"
+    size, crop = (32, 1.0) if is_small(name) else (224, 0.875 if is_vanilla(name) else 0.96)
+    assert cfg["input_size"] == (3, size, size) and cfg["crop_pct"] == crop
     assert cfg["interpolation"] == "bicubic" and cfg["mean"] == (0.485, 0.456, 0.406)
     assert not cfg.get("url")
     assert {f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.weight"} <= model.state_dict().keys()
@@ -116,13 +117,13 @@ def test_chosen_intermediates_can_stop_early_and_prune_the_rest(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_features_only(name):
     model = create(name, features_only=True)
-    pyramid = not is_vanilla(name)
-    assert model.feature_info.reduction() == ([4, 8, 16, 32] if pyramid else [16, 16, 16])
+    strides = [16] * 3 if is_vanilla(name) else [2, 4, 8, 16] if is_small(name) else [4, 8, 16, 32]
+    assert model.feature_info.reduction() == strides
     features = model(images())
     assert [f.shape[1] for f in features] == model.feature_info.channels()
-    assert [64 // f.shape[2] for f in features] == model.feature_info.reduction()
+    assert [64 // f.shape[2] for f in features] == strides
     chosen = create(name, features_only=True, out_indices=(0, 2))(images())
-    assert [f.shape[2] for f in chosen] == ([16, 4] if pyramid else [4, 4])
+    assert [64 // f.shape[2] for f in chosen] == strides[:3:2]
 
 
 @pytest.mark.parametrize("name", KINDS)
