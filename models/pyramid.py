@@ -50,13 +50,10 @@ class Stage(nn.Module):
 
 
 class Pyramid(ImageModel):
-    """Images (B, in_chans, H, W) to logits (B, num_classes); features are tokens (B, 1 + N, C).
+    """The body of SpectFormer-H and SVT-H: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    The class token comes first. `spectral_depths` says how many of each stage's first blocks have `mixer`, by
-    default all of stages 1 and 2 "spectral"; the rest have attention. Or `mixers` says what each block has, see
-    `stage_mixers`. `mixer_options` holds arguments of mixers by their name. `num_heads` follows from a head's width
-    of 32 unless given. `spectral_precision` says how exact spectral mixers are under autocast, see `GridMixer`.
-    `stem_stride`, 4, 2 or 1, is the first stage's; each of the others doubles it.
+    Stem, four stages of blocks that halve the grid from one to the next, and a class block that sums the last grid up
+    in a class token. Features are tokens (B, 1 + N, C), the class token first.
 
     With `token_label`, a second linear, `aux_head`, classifies every token of the last stage. In evaluation
     the logits are then class + 0.5 * maximum over tokens. In training `forward(x, box)` swaps the stem's
@@ -64,6 +61,30 @@ class Pyramid(ImageModel):
     (B, h * w, num_classes), swapped back, and the box: (x1, y1, x2, y2) on the last stage's grid
     `token_label_size`, x along the width, drawn by `sample_mix_box` unless given. It may be a tensor of four
     integers, for the values of which a compiled model is not compiled anew.
+
+    Args:
+        img_size: in pixels, a side or (height, width). Filters and blending weights fit its grids; `set_input_size`
+            resamples them for another one.
+        in_chans: of the images.
+        num_classes: 0 for none, and features (B, C) in the place of logits.
+        global_pool: what is classified: "token", the class token; "avg", the mean of the others; "", all tokens.
+        stem_width: channels of the stem's convolutions.
+        stem_stride: of the first stage, 4, 2 or 1; each of the others doubles it.
+        embed_dims: channels of each stage.
+        depths: blocks of each stage.
+        num_heads: of attention in each stage; by default a head is 32 channels wide.
+        mlp_ratios: hidden channels of the feed-forward networks as multiples of a stage's.
+        spectral_depths: how many of each stage's first blocks have `mixer`, by default all of stages 1 and 2; the rest
+            have attention.
+        mixer: a name in `models.mixers.MIXERS`, by default "spectral".
+        mixers: in the place of both, what each block has: lists, or "spectral*3/conv*4/attention*6/attention*3".
+        mixer_options: arguments of mixers by their name, such as {"afno": {"blocks": 4}}.
+        token_label: see above.
+        drop_rate: of dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        dynamic_img_size: take images of any size, for which weights are resampled each time.
+        spectral_precision: how exact spectral mixers are under autocast: "half", in its precision with products that
+            add up in float32, or "float32" throughout.
 
     Raises:
         ValueError: arguments do not fit together; in `forward`, images have another size, unless
@@ -191,6 +212,7 @@ class Pyramid(ImageModel):
         return self.token_label and self.num_classes > 0
 
     def forward(self, x: Tensor, box: Box | None = None) -> Tensor | tuple[Tensor, Tensor, Box]:
+        """Images (B, in_chans, H, W) to logits (B, num_classes); with token labels, in training, see the class."""
         if self.training and self._labels_tokens:
             return self._forward_mixed(x, box)
         check_box(box, self.token_label)

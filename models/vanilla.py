@@ -27,13 +27,31 @@ ALPHA = 4
 
 
 class Vanilla(ImageModel):
-    """Images (B, in_chans, H, W) to logits (B, num_classes); features are tokens (B, N, embed_dim).
+    """The body of the vanilla SpectFormer and SVT: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    The first `alpha` of `depth` blocks (the paper's alpha, 4) have `mixer` ("spectral"), the rest attention; or
-    `mixers` says what each has, see `block_mixers`. Blocks of attention are residual pairs, all others have one
-    residual around mixer and feed-forward network. `mixer_options` holds arguments of mixers by their name.
-    `num_heads` follows from a head's width of 64 unless given. `spectral_precision` says how exact spectral mixers are
-    under autocast, see `GridMixer`.
+    Blocks of attention are residual pairs, all others have one residual around mixer and feed-forward network. Features
+    are tokens (B, N, embed_dim).
+
+    Args:
+        img_size: in pixels, a side or (height, width). Position embeddings and filters fit its grid; `set_input_size`
+            resamples them for another one.
+        patch_size: pixels of a patch's side.
+        in_chans: of the images.
+        num_classes: 0 for none, and features (B, embed_dim) in the place of logits.
+        global_pool: what is classified: "avg", the mean of the tokens; "", each of them.
+        embed_dim: channels.
+        depth: blocks.
+        num_heads: of attention; by default a head is 64 channels wide.
+        mlp_ratio: hidden channels of the feed-forward networks as a multiple of `embed_dim`.
+        alpha: how many of the first blocks have `mixer`, by default the paper's 4; the others have attention.
+        mixer: a name in `models.mixers.MIXERS`, by default "spectral".
+        mixers: in the place of both, what each block has: a list of names, or a text like "spectral*4,attention*8".
+        mixer_options: arguments of mixers by their name, such as {"afno": {"blocks": 4}}.
+        drop_rate: of dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        dynamic_img_size: take images of any size, for which weights are resampled each time.
+        spectral_precision: how exact spectral mixers are under autocast: "half", in its precision with products that
+            add up in float32, or "float32" throughout.
 
     Raises:
         ValueError: arguments do not fit together, or leave no patch; in `forward`, images have another size, unless
@@ -126,6 +144,7 @@ class Vanilla(ImageModel):
         return self.norm(x).flatten(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(

@@ -1,9 +1,12 @@
+import inspect
+import re
+
 import pytest
 import timm
 import torch
 from small_models import create, images, is_vanilla
 
-from models import ARCHITECTURES, Pyramid, resolve_arch, sample_mix_box, set_spectral_precision, to_original
+from models import ARCHITECTURES, Pyramid, Vanilla, resolve_arch, sample_mix_box, set_spectral_precision, to_original
 from models.flops import count_flops, flops_by_kind
 from models.mixers import MIXERS, Attention, ScatteringMixer, SpectralGate, build_mixer
 from models.pyramid import stage_grids
@@ -352,3 +355,11 @@ def test_arguments_that_make_no_sense_are_refused(arguments):
     arguments = dict(arguments)
     with pytest.raises(ValueError):
         timm.create_model(arguments.pop("name"), **arguments)
+
+
+@pytest.mark.parametrize("body", [Pyramid, Vanilla], ids=lambda body: body.__name__)
+def test_help_says_what_each_argument_and_method_is(body):
+    told = re.findall(r"^    (\w+): ", inspect.getdoc(body), re.M)
+    assert list(inspect.signature(body).parameters) == [name for name in told if name != "ValueError"]
+    methods = {name: value for name, value in vars(body).items() if callable(value) and not name.startswith("_")}
+    assert [name for name, method in methods.items() if not method.__doc__] == []

@@ -39,7 +39,7 @@ class Classification(Task):
         Plot(
             "loss_plot.png",
             (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),),
-            "Mixing images and smoothing labels raise the training loss: it does not compare with that of the test.",
+            "Mixup, cutmix and label smoothing raise the training loss: it does not compare with the test loss.",
         ),
         Plot(
             "acc_plot.png",
