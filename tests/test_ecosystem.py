@@ -4,6 +4,9 @@ import json
 import warnings
 
 import pytest
+import safetensors.torch
+import timm
+import timm.data
 import torch
 from small_models import KINDS, create, images
 from timm.models import save_for_hf
@@ -22,6 +25,19 @@ def test_transformers_wrapper_gives_the_same_logits(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     wrapper = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(wrapper(pixel_values=images()).logits, model(images()))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_timms_scripts_build_and_load_it(name, tmp_path):
+    """The calls of timm's train.py, validate.py and benchmark.py: most of their arguments are None."""
+    expected = create(name).eval()
+    safetensors.torch.save_model(expected, str(tmp_path / "w.safetensors"))
+    nothing = dict.fromkeys(["drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps"])
+    given = {"in_chans": 3, "drop_rate": 0.0, "scriptable": False, "checkpoint_path": str(tmp_path / "w.safetensors")}
+    model = create(name, pretrained=False, **nothing, **given).eval()
+    assert torch.equal(model(images()), expected(images()))
+    config = timm.data.resolve_data_config({"img_size": 64}, model=model, use_test_size=True)
+    assert config["input_size"] == (3, 64, 64) and config["interpolation"] == "bicubic"
 
 
 def filled_by_hand(model):
