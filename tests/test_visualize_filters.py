@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.scattering import ScatteringMixer
+from models.scattering import HALVED, MIXINGS, ScatteringMixer
 from models.spectral_gate import SpectralGate
 from tests.untrained import PYRAMID, VANILLA, save
 from tools.visualize_filters.__main__ import main
@@ -35,7 +35,7 @@ def test_kernels_and_responses_are_what_the_gate_computes(grid):
     torch.testing.assert_close(torch.fft.ifft2(torch.fft.fft2(signal) * responses).real, expected)
 
 
-@pytest.mark.parametrize("mixing", ["channel", "token", "channel_token"])
+@pytest.mark.parametrize("mixing", MIXINGS)
 def test_energies_are_those_of_the_transform_and_of_what_is_inverted(mixing):
     torch.manual_seed(0)
     mixer = ScatteringMixer(32, (8, 8), mixing)
@@ -47,7 +47,7 @@ def test_energies_are_those_of_the_transform_and_of_what_is_inverted(mixing):
     ((before, after),) = orientation_energies(mixer, [mixer], x)
     with torch.no_grad():
         mixer(torch.zeros_like(x))
-        _, high = mixer.wavelet(x[..., 16:] if mixing == "channel_token" else x)
+        _, high = mixer.wavelet(x[..., 16:] if mixing in HALVED else x)
     changed = inverted[0] - inverted[1]
     torch.testing.assert_close(before.float(), high.square().sum((0, -1)).mean(1))
     torch.testing.assert_close(after.float(), changed.square().sum((0, -1)).mean(1))
@@ -69,6 +69,11 @@ def test_a_grating_has_its_energy_in_its_own_orientation():
         ("spectformer_h_s", STAGES | {"spectral_depths": (2, 1, 0, 0)}, GATES),
         ("svt_h_s", STAGES | {"spectral_depths": (1, 1, 0, 0)}, SCATTERING),
         ("svt_h_s", STAGES | {"spectral_depths": (1, 0, 0, 0), "mixing": "token"}, SCATTERING),
+        (
+            "svt_h_s",
+            STAGES | {"mixers": "scattering_tensor,scattering_token_half/spectral/conv/pool"},
+            GATES | SCATTERING,
+        ),
     ],
 )
 def test_every_kind_of_model_gets_its_figures(tmp_path, arch, kwargs, expected):

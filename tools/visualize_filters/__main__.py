@@ -2,9 +2,9 @@
 
 Spectral gates: the magnitude of their frequency response over the whole plane, zero frequency in the centre
 (gates_magnitude), and the kernels with which they convolve (gates_kernels). Scattering layers: the low-pass
-weights (scattering_low_pass), the matrices of Einstein blending (scattering_blending), and the energy of the
+weights (scattering_low_pass), the weights that blend the bands (scattering_blending), and the energy of the
 six oriented bands of one image before and after it (scattering_orientations). That energy depends on the
-image, because a layer has the same weights for all orientations.
+image: Einstein blending has the same weights for all orientations.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def scattering_figures(
             label_axes=position_axes,
         ),
         "scattering_blending": draw_blending(
-            mixers, f"{info.arch}: Einstein blending, |W| from input (down) to output (across)"
+            mixers, f"{info.arch}: blending of the bands, |W|; matrices from input (down) to output (across)"
         ),
         "scattering_orientations": draw_orientations(
             displayable(image, info).numpy(), energies, f"{info.arch}: oriented bands of an image after blending"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference.figures import as_label
 from models.layers import Grid
-from models.scattering import ScatteringMixer
+from models.scattering import MIXINGS, ScatteringMixer
 from utils import UserError
 
 ORIENTATIONS = ("15°", "45°", "75°", "105°", "135°", "165°")
@@ -164,20 +164,13 @@ def draw_shares(axes: Axes, before: Tensor, after: Tensor) -> None:
 
 
 def draw_blending(mixers: dict[str, ScatteringMixer], title: str) -> Figure:
-    """A row a layer: |W1| and |W2| of Einstein blending, at most four blocks of each."""
+    """A row a layer: what its `blending_weights` are."""
     figure, axes = panel_grid(len(mixers), 8)
     figure.suptitle(title, fontsize=FONT + 2)
     for row, (name, mixer) in zip(axes, mixers.items(), strict=True):
-        blend, unit = (mixer.token_blend, "row") if mixer.mixing == "token" else (mixer.channel_blend, "block")
-        shown = chosen_channels([4], blend.weight1.shape[1])
-        magnitudes = [weight.detach().norm(dim=0)[shown].numpy() for weight in (blend.weight1, blend.weight2)]
-        panels = [
-            (f"|W{layer}| {unit} {block}", matrix)
-            for layer, stack in enumerate(magnitudes, 1)
-            for block, matrix in zip(shown, stack, strict=True)
-        ]
-        limit = float(np.quantile(np.stack(magnitudes), 0.999)) or 1.0
-        for panel, (label, matrix) in zip(row, panels, strict=False):
+        panels = blending_weights(mixer)
+        limit = float(np.quantile(np.stack([*panels.values()]), 0.999)) or 1.0
+        for panel, (label, matrix) in zip(row, panels.items(), strict=False):
             image = panel.imshow(matrix, cmap="magma", vmin=0, vmax=limit)
             bare(panel, label)
         for empty in row[len(panels) :]:
@@ -185,3 +178,22 @@ def draw_blending(mixers: dict[str, ScatteringMixer], title: str) -> Figure:
         name_row(row[0], name)
         colour_bar(figure, image, row, "magnitude")
     return figure
+
+
+def blending_weights(mixer: ScatteringMixer) -> dict[str, np.ndarray]:
+    """Magnitudes of what a mixer's first blending multiplies the bands by, by what to write above them.
+
+    Einstein blending: matrices of both layers, at most four blocks of each. Tensor blending: the mean over channels, an
+    (h, w) plane an orientation.
+    """
+    if mixer.mixing == "tensor":
+        planes = mixer.tensor_blend.weight.detach().unflatten(0, (2, 6)).norm(dim=0).mean(-1)
+        return {f"|W| {angle}": plane.numpy() for angle, plane in zip(ORIENTATIONS, planes, strict=True)}
+    name = MIXINGS[mixer.mixing][0]
+    blend, unit = mixer.get_submodule(name), "row" if name == "token_blend" else "block"
+    shown = chosen_channels([4], blend.weight1.shape[1])
+    return {
+        f"|W{layer}| {unit} {block}": matrix
+        for layer, weight in enumerate((blend.weight1, blend.weight2), 1)
+        for block, matrix in zip(shown, weight.detach().norm(dim=0)[shown].numpy(), strict=True)
+    }
