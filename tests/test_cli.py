@@ -153,10 +153,10 @@ def test_the_strongest_layer_wins(tmp_path):
 
 def test_model_kwargs_of_the_command_line_change_single_ones_of_the_config(tmp_path):
     path = config(tmp_path, "model_kwargs: {depth: 4, embed_dim: 64}\n")
-    assert parse(path, "--model-kwargs", "depth=2", "depths=(1,2)").model_kwargs == {
+    assert parse(path, "--model-kwargs", "depth=2", "mixers=('fnet','pool')").model_kwargs == {
         "depth": 2,
         "embed_dim": 64,
-        "depths": (1, 2),
+        "mixers": ("fnet", "pool"),
     }
 
 
@@ -187,6 +187,11 @@ def test_without_data_path_the_digits_are_trained():
         (["--input-size", "1x2x3"], "no image size"),
         (["--amp", "fp8"], "fp8"),
         (["--model-kwargs", "depth"], "key=value"),
+        (["--model-kwargs", "checkpoint_path='/etc/passwd'"], "'checkpoint_path': no argument of spectformer_xs"),
+        (["--model-kwargs", "pretrained=True", "--arch", "resnet18"], "'pretrained': no argument of resnet18"),
+        (["--model-kwargs", "img_size=64"], "'img_size': no argument"),
+        (["--model-kwargs", "in_chans=1"], "3 channels"),
+        (["--model-kwargs", "depth=1" + "0" * 400], "'depth'.* is a number of"),
         (["--token-label"], "--token-label-data"),
         (["--token-label", "--token-label-data", "m", "--mixup", "0.2"], "MixToken"),
         (["--eval"], "--resume PATH or --finetune PATH"),
@@ -272,7 +277,7 @@ def test_help_fits_eighty_columns(main):
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("--aa", "none", "--opt-betas", "0.9", "0.95", "--model-kwargs", "depth=4", "a=(1, 2)")]
+    "words", [(), ("--aa", "none", "--opt-betas", "0.9", "0.95", "--model-kwargs", "global_pool=avg", "num_heads=(1, 2)")]
 )
 @pytest.mark.parametrize("main", MAINS)
 def test_a_printed_config_is_a_complete_one(main, words, tmp_path, capsys):

@@ -55,7 +55,7 @@ def test_fine_tuning_takes_no_argument_from_a_file_that_is_not_the_models_own(tm
 
 
 def test_the_models_own_arguments_are_taken_ours_and_timms(tmp_path):
-    assert {"depth", "alpha", "drop_path_rate", "img_size"} <= constructor_arguments("spectformer_ti")
+    assert {"depth", "alpha", "drop_path_rate", "in_chans"} <= constructor_arguments("spectformer_ti")
     assert {"mixing", "wavelet_backend", "spectral_depths", "token_label"} <= constructor_arguments("svt_h_s")
     assert constructor_arguments("svt_s") == constructor_arguments("svt_h_s")  # another name of it
     assert {"layers", "stem_type", "drop_path_rate"} <= constructor_arguments("resnet10t")  # its class takes no others

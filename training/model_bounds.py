@@ -23,10 +23,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from runtime.contents import FIELDS
 from utils import UserError, one_line, quote
 
-# Where a model and its weights come from and how it is run, wherever a constructor takes it.
+# Where a model and its weights come from and how it is run, wherever a constructor takes it; and what is said apart.
 NOT_OF_THE_MODEL = {
     "device",
     "dtype",
+    "img_size",  # a checkpoint's input_size, a run's --input-size
+    "num_classes",
     *inspect.signature(timm.create_model).parameters,
     *inspect.signature(build_model_with_cfg).parameters,
 }

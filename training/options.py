@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 
 import models
@@ -33,6 +34,7 @@ from training.arguments import (
     switch,
 )
 from training.model import described_model
+from training.model_bounds import check_arguments
 from utils import UserError, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,7 +294,10 @@ def check(args: argparse.Namespace) -> None:
         (args.eval and args.dry_run, "--eval and --dry-run exclude each other"),
         (args.sync_bn and args.freeze_bn, "--sync-bn and --freeze-bn exclude each other"),
         (args.warmup_updates and not args.sched_on_updates, "--warmup-updates needs --sched-on-updates"),
+        (args.model_kwargs.get("in_chans", 3) != 3, "--model-kwargs in_chans: images have 3 channels"),
     )
+    if timm.is_model(name := models.resolve_arch(args.arch)):
+        check_arguments(name, args.model_kwargs, "--model-kwargs")
     for name, value in vars(args).items():
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"--{name.replace('_', '-')}: no name has a NUL in it")
