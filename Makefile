@@ -64,7 +64,7 @@ demo-transfer: $(VENV)/installed  ## pre-train on five digits, transfer to the o
 test: $(VENV)/installed-tests  ## the whole suite
 	$(RUN) -m pytest -q -n 2 --dist worksteal
 
-test-fast: $(VENV)/installed-tests  ## the tests that start no processes and train nothing, in a minute
+test-fast: $(VENV)/installed-tests  ## the tests that start no process and are over in a quarter of a second: a minute
 	$(RUN) -m pytest -q -n 2 -m fast
 
 reliability: $(VENV)/installed-tests  ## every promise at its full count; writes docs/reliability.md

@@ -277,7 +277,8 @@ def test_help_fits_eighty_columns(main):
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("--aa", "none", "--opt-betas", "0.9", "0.95", "--model-kwargs", "global_pool=avg", "num_heads=(1, 2)")]
+    "words",
+    [(), ("--aa", "none", "--opt-betas", "0.9", "0.95", "--model-kwargs", "global_pool=avg", "num_heads=(1, 2)")],
 )
 @pytest.mark.parametrize("main", MAINS)
 def test_a_printed_config_is_a_complete_one(main, words, tmp_path, capsys):
