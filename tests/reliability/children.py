@@ -6,12 +6,16 @@ import contextlib
 import importlib
 import io
 import json
+import random
 import resource
 import shutil
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +23,8 @@ from unittest import mock
 import mutations
 import numpy as np
 import torch
-from harness import digest
+import wrong_inputs
+from harness import digest, one_line
 
 import engine
 from datasets import build_data
@@ -128,11 +133,92 @@ def mutated_checkpoints(
     Path(report).write_text(json.dumps(results))
 
 
+def limit_memory(mebibytes: int) -> None:
+    """Let this process have so much more memory than it has."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), resource.RLIM_INFINITY))
+
+
+def watched(cases: str, forbidden: str, report: str) -> None:
+    """Run command lines like `commands`; "opened" of each result: connections, programs and the forbidden file."""
+    opened: list[str] = []
+
+    def audit(event: str, args: tuple) -> None:
+        if event in ("socket.connect", "socket.getaddrinfo", "urllib.Request", "subprocess.Popen", "os.system"):
+            opened.append(f"{event} {args!r:.100}")
+        elif event == "open" and str(args[0]) == forbidden:
+            opened.append(forbidden)
+
+    sys.addaudithook(audit)
+    results = []
+    with mock.patch.object(engine, "train_one_epoch", _accept):
+        for main, *argv in json.loads(Path(cases).read_text()):
+            opened.clear()
+            results.append(run_command(main, argv) | {"opened": list(opened)})
+    Path(report).write_text(json.dumps(results))
+
+
+class TooLong(BaseException):
+    """An input took more of the processor's time than any may."""
+
+
+@contextlib.contextmanager
+def bounded(mebibytes: int, seconds: float) -> Iterator[None]:
+    """At most so much more memory in the block, and so much of the processor's time: else `TooLong`."""
+
+    def end(*_: object) -> None:
+        raise TooLong
+
+    limit_memory(mebibytes)
+    before = signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def wrong(kind: str, number: int, sources: dict[str, Any], memory: int, seconds: float, report: str) -> None:
+    """Meet so many inputs of a kind; {"label", "outcome", "message", "seconds"} of each."""
+    results = []
+    inputs = wrong_inputs.KINDS[kind](random.Random(kind), wrong_inputs.Sources(**sources))
+    with mock.patch.object(engine, "train_one_epoch", _accept):
+        for label, named, trial in islice(inputs, number):
+            began = time.process_time()
+            outcome, message = meet(named, trial, memory, seconds)
+            results.append(
+                {"label": label, "outcome": outcome, "message": message, "seconds": time.process_time() - began}
+            )
+    Path(report).write_text(json.dumps(results))
+
+
+def meet(named: str, trial: Callable[[], object] | Sequence[str], memory: int, seconds: float) -> tuple[str, str]:
+    """("accepted", "refused" in one line that has `named`, or what else happened; the message)."""
+    try:
+        with bounded(memory, seconds):
+            if callable(trial):
+                trial()
+                return "accepted", ""
+            result = run_command(trial[0], trial[1:])
+    except TooLong:
+        return f"longer than {seconds} s", traceback.format_exc()[-1500:]
+    except UserError as error:
+        result = {"code": error.exit_code, "err": str(error)}
+    except BaseException:  # whatever else comes out is the finding
+        return "crashed", traceback.format_exc()[-1500:]
+    if result["code"] in (0, "accepted"):
+        return "accepted", ""
+    told = result["err"]
+    if result["code"] == 2 and one_line(told) and named in told and 15 < len(told) < 6000:
+        return "refused", told[:200]
+    return f"exit {result['code']}", told[-1500:]
+
+
 def load_all(paths: Sequence[str], report: str, memory: int) -> None:
     """`checkpoints.load` of many files, with ``memory`` MiB to allocate; what came of each."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + (memory << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit_memory(memory)
     results = []
     for path in paths:
         try:

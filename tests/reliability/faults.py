@@ -390,7 +390,35 @@ def file_limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+# -------------------------------------------------------------------------------------------- outputs
+def lose_output(streams: Sequence[int], way: str) -> None:
+    """Nobody takes what these descriptors get: their disk is full, they are closed, their reader has left or leaves
+    after the third update."""
+    ends = []
+    for number in streams:
+        if way == "closed":
+            os.close(number)
+            continue
+        if way == "full":
+            end = os.open("/dev/full", os.O_WRONLY)
+        else:
+            reader, end = os.pipe()
+            ends.append(reader)
+        os.dup2(end, number)
+        os.close(end)
+
+    def leave(context: Any = None) -> None:
+        while ends:
+            os.close(ends.pop())
+
+    if way == "left":
+        leave()
+    updates = iter(range(3))
+    on_updated(lambda context: leave() if next(updates, None) is None else None)
+
+
 FAULTS = {
+    "lose_output": lose_output,
     "at": at,
     "kill_anywhere": kill_anywhere,
     "trace_updates": trace_updates,

@@ -284,10 +284,15 @@ class Launcher:
         base: Sequence[str] = TINY,
         main: str = "main_spectformer",
         directory: Path | str | None = None,
+        second: Sequence[str] = (),
     ) -> list[Child]:
-        """Start a training in ``world`` processes; ``faults`` strike ``faulty_rank`` (None: every rank)."""
+        """Start a training in ``world`` processes; ``faults`` strike ``faulty_rank`` (None: every rank).
+
+        ``second``: flags that the second process alone is given.
+        """
         each = [list(faults) if faulty_rank in (None, rank) else [] for rank in range(world)]
-        return self.train_each(run_dir, each, *flags, workers=workers, base=base, main=main, directory=directory)
+        how = {"workers": workers, "base": base, "main": main, "directory": directory, "second": second}
+        return self.train_each(run_dir, each, *flags, **how)
 
     def train_each(
         self,
@@ -298,6 +303,7 @@ class Launcher:
         base: Sequence[str] = TINY,
         main: str = "main_spectformer",
         directory: Path | str | None = None,
+        second: Sequence[str] = (),
     ) -> list[Child]:
         """Start a training of as many processes as there are entries in ``faults``, each with its own."""
         argv = [*base, "--output-dir", str(run_dir), "--num-workers", str(workers), *flags]
@@ -316,7 +322,8 @@ class Launcher:
                     "MASTER_PORT": port,
                 }
             )
-            children.append(self.start("faults:train", directory, launched, main=main, argv=argv, faults=own))
+            own_argv = [*argv, *second] if rank == 1 else argv
+            children.append(self.start("faults:train", directory, launched, main=main, argv=own_argv, faults=own))
         return children
 
     def complete(self, run_dir: Path, *flags: str, **how: Any) -> list[Child]:

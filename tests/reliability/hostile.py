@@ -73,6 +73,21 @@ def with_our_digest(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+def foreign(canary: Path) -> Iterator[tuple[str, Any]]:
+    """(name, value) of arguments by which timm would find weights, files and servers."""
+    yield "pretrained", True
+    for field in ("url", "file", "hf_hub_id", "hf_hub_filename", "custom_load", "source", "state_dict"):
+        value = {"url": "http://127.0.0.1:9/weights.pth", "hf_hub_id": "a/b"}.get(field, str(canary))
+        yield "pretrained_cfg", {field: value}
+        yield "pretrained_cfg_overlay", {field: value}
+    yield "checkpoint_path", str(canary)
+    yield "cache_dir", str(canary)
+    yield "pretrained_strict", False
+    yield "pretrained_filter_fn", "os.system"
+    yield "features_only", True
+    yield "kwargs_filter", ["depth"]
+
+
 def executing(marker: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of files that create ``marker`` if anything in them runs."""
     shell = f"touch {marker}"

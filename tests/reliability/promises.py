@@ -32,4 +32,9 @@ PROMISES = {
     15: Promise("mismatches are told", "20/20 exit 2 with the keys", 20),
     16: Promise("old files load", "100 %", 1),
     17: Promise("two runs, one directory", "10/10 refused; a stale lock clears", 10),
+    18: Promise("branches: auto goes on with the one written last", "20/20, killed anywhere while it goes back", 20),
+    19: Promise("output that nobody takes ends nothing", "12/12: the same files, exit 0", 12),
+    20: Promise("the same arguments everywhere", "16/16: all processes exit 2 in one line", 16),
+    21: Promise("bounded input", "12,000/12,000 wrong inputs: one line, 1 GiB and 10 s at most", 12000),
+    22: Promise("no request, no foreign file", "0 of 100 or more checkpoints and flags open one", 100),
 }
