@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from inputs.catalogue import build_dataset, dataset_spec
-from inputs.image_sets import ImageDataset
+from inputs.image_sets import ImageDataset, PartOfEachClass
 from inputs.label_map_trace import TokenLabelTransform
 from inputs.label_maps import check_label_maps
 from inputs.labelled_images import KeyedImages
@@ -63,6 +63,8 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
     if train_set.class_names != data.class_names:
         difference = ", ".join(sorted(set(train_set.class_names) ^ set(data.class_names))[:10])
         raise UserError(f"--data-set {args.data_set}: classes of training or validation alone: {difference}")
+    if args.train_part is not None:
+        train_set = PartOfEachClass(train_set, *args.train_part)
     if args.token_label_data and dist.is_main:
         check_label_maps(train_set, args.token_label_data, data.num_classes)
     sampler = KeyedSampler(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from inputs.images import read_image
-from utils import UserError
+from utils import UserError, key_seed
 
 MAX_CLASSES = 1_000_000  # a label beyond it is damage; there is a name in memory for each
 
@@ -72,20 +72,14 @@ class ImageArrays:
         return f"{self._name}[{index}]"
 
 
-class ClassSubset:
-    """The images of some classes of a data set, labelled 0, 1, … in the order of the classes given."""
+class Subset:
+    """Some images of a data set, by their indices."""
 
-    def __init__(self, dataset: ImageDataset, classes: Sequence[str]):
-        """classes: names or numbers. Raises UserError for an unknown or a repeated one."""
-        chosen = [_class_number(dataset.class_names, name) for name in classes]
-        if len(set(chosen)) != len(chosen):
-            raise UserError(f"--classes {','.join(classes)}: a class is named twice")
-        new_label = np.full(len(dataset.class_names), -1)
-        new_label[chosen] = range(len(chosen))
+    def __init__(self, dataset: ImageDataset, indices: np.ndarray):
         self._dataset = dataset
-        self._indices = np.flatnonzero(np.isin(dataset.labels, chosen))
-        self.labels = new_label[dataset.labels[self._indices]]
-        self.class_names = tuple(dataset.class_names[old] for old in chosen)
+        self._indices = indices
+        self.labels = dataset.labels[indices]
+        self.class_names = dataset.class_names
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -95,6 +89,33 @@ class ClassSubset:
 
     def path(self, index: int) -> str:
         return self._dataset.path(int(self._indices[index]))
+
+
+class ClassSubset(Subset):
+    """The images of some classes of a data set, labelled 0, 1, … in the order of the classes given."""
+
+    def __init__(self, dataset: ImageDataset, classes: Sequence[str]):
+        """classes: names or numbers. Raises UserError for an unknown or a repeated one."""
+        chosen = [_class_number(dataset.class_names, name) for name in classes]
+        if len(set(chosen)) != len(chosen):
+            raise UserError(f"--classes {','.join(classes)}: a class is named twice")
+        super().__init__(dataset, np.flatnonzero(np.isin(dataset.labels, chosen)))
+        new_label = np.full(len(dataset.class_names), -1)
+        new_label[chosen] = range(len(chosen))
+        self.labels = new_label[self.labels]
+        self.class_names = tuple(dataset.class_names[old] for old in chosen)
+
+
+class PartOfEachClass(Subset):
+    """A share of each class's images, one at least; which of them depends on the seed alone."""
+
+    def __init__(self, dataset: ImageDataset, share: float, seed: int):
+        kept = []
+        for label, name in enumerate(dataset.class_names):
+            found = np.flatnonzero(dataset.labels == label)
+            shuffled = np.random.default_rng(key_seed(seed, "train-part", name)).permutation(found)
+            kept.append(shuffled[: max(round(share * len(found)), 1)])
+        super().__init__(dataset, np.sort(np.concatenate(kept)))
 
 
 def _class_number(class_names: Sequence[str], name: str) -> int:

@@ -240,7 +240,7 @@ def test_a_mistake_in_a_config_names_file_and_key(tmp_path, text, expected):
     assert "config.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
-CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+CONFIGS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(ROOT.glob("configs/studies/*")))  # those are tables of runs
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -282,7 +282,7 @@ def test_help_fits_eighty_columns(main):
 )
 @pytest.mark.parametrize("main", MAINS)
 def test_a_printed_config_is_a_complete_one(main, words, tmp_path, capsys):
-    words = (*words, "--val-split", "0.2:7", "--input-size", "32x48", "--seed", "3")
+    words = (*words, "--val-split", "0.2:7", "--train-part", "0.5", "--input-size", "32x48", "--seed", "3")
     with pytest.raises(SystemExit) as left:
         parse(*words, "--print-config", main=main)
     assert left.value.code == 0
@@ -290,6 +290,13 @@ def test_a_printed_config_is_a_complete_one(main, words, tmp_path, capsys):
     assert set(yaml.safe_load(printed)) >= {"lr", "arch", "output_dir", "val_split"}
     again, asked = (json.dumps(vars(parse(*line, main=main))) for line in ([config(tmp_path, printed)], words))
     assert again == asked  # a config's lists are a command line's tuples
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "x", "0.5:-1"])
+def test_a_part_to_train_on_is_not_empty_and_at_most_the_whole(value):
+    assert parse("--train-part", "1").train_part == (1.0, 0)
+    with pytest.raises(UserError, match="--train-part"):
+        parse(f"--train-part={value}")
 
 
 @pytest.mark.parametrize("value", ["0", "1", "1.5", "x", "0.5:-1", "0.5:x", ":3"])

@@ -33,6 +33,7 @@ DEFAULTS = {
     "download": False,
     "inat_category": "name",
     "val_split": None,
+    "train_part": None,
     "classes": None,
     "batch_size": 4,
     "num_workers": 0,
@@ -170,6 +171,22 @@ def test_a_folder_without_validation_is_split_by_a_seed_of_its_own(tmp_path, spl
         len(build_dataset("FOLDER", tmp_path, part, val_split=(share, 0))) for part, share in ((0, 1e-3), (1, 0.999))
     ]
     assert smallest == [2, 2]
+
+
+def test_a_part_of_each_class_is_trained_on_and_all_is_validated_on(tmp_path):
+    make_tree(tmp_path, ("ant", "bee"), images=10)
+    found = {}
+    for train_part, seed in (((0.3, 0), 0), ((0.3, 0), 5), ((0.3, 1), 0), ((1.0, 0), 0)):
+        args = arguments(data_set="FOLDER", data_path=tmp_path, batch_size=2, train_part=train_part, seed=seed)
+        data = build_data(args, Distributed())
+        train = data.train.dataset
+        paths = {train.path(i) for i in range(len(train))}
+        assert len(paths) == 20 * train_part[0] and len(data.val.dataset) == 20
+        assert found.setdefault(train_part, paths) == paths
+    assert found[0.3, 0] != found[0.3, 1] and {os.path.basename(os.path.dirname(path)) for path in found[0.3, 1]} == {
+        "ant",
+        "bee",
+    }
 
 
 def test_what_cannot_be_split_is_told(tmp_path):

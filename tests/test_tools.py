@@ -20,6 +20,7 @@ TOOLS = [
     "generate_token_labels",
     "reliability",
     "save_images",
+    "study",
     "verify_dataset",
     "visualize_filters",
 ]

@@ -137,10 +137,15 @@ def integers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def split_share(text: str) -> tuple[float, int]:
+def split_share(text: str, most: float = 0.999999) -> tuple[float, int]:
     """``"0.1"`` -> (0.1, 0); ``"0.1:7"`` -> (0.1, 7): a share between 0 and 1, and the seed of the choice."""
     share, _, seed = str(text).partition(":")
-    return number(float, 1e-6, 0.999999)(share), COUNT(seed or "0")
+    return number(float, 1e-6, most)(share), COUNT(seed or "0")
+
+
+def part(text: str) -> tuple[float, int]:
+    """`split_share`, which may be the whole, 1."""
+    return split_share(text, most=1)
 
 
 def policy(text: str) -> str:
@@ -164,46 +169,62 @@ def policy(text: str) -> str:
 def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
     """What a YAML file sets, as attributes of the parsed arguments.
 
-    The file is turned into the words of a command line, which the parser reads. A run's ``args.yaml`` holds its
-    arguments under ``args``; of these, where that run wrote and what it went on from are left out.
+    A run's ``args.yaml`` holds its arguments under ``args``; of these, where that run wrote and what it went on from
+    are left out.
 
     Raises:
         UserError: naming the file, and the key that is unknown or has a wrong value.
     """
-    content = _read_yaml(path)
+    where = f"--config {path}"
+    content = read_yaml(path, where)
     if isinstance(content.get("args"), dict) and "command" in content:
         content = {key: value for key, value in content["args"].items() if value is not None}
         for place in ("config", "output_dir", "resume", "eval"):
             content.pop(place, None)
+    return parser.given(words_of(content, parser, where))
+
+
+def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
+    """A mapping of flags to values as the words of a command line, which the parser understands.
+
+    Raises:
+        UserError: naming `where` it stands, and the key that is unknown or has a wrong value.
+    """
     settings, words = parser.settings(), []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in settings:
-            raise UserError(f"--config {path}: unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
+            raise UserError(f"{where}: unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
         try:
             words += _words(settings[name], value)
         except ValueError as error:
-            raise UserError(f"--config {path}: {key}: {error}") from error
+            raise UserError(f"{where}: {key}: {error}") from error
     try:
-        return parser.given(words)
+        parser.given(words)
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
+    return words
 
 
-def _read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | Path, where: str) -> dict:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        UserError: it holds none; the message begins with `where`.
+    """
     try:
         path = Path(path)
         if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"--config {path}: larger than a file of flags can be")
+            raise UserError(f"{where}: larger than a file of flags can be")
         if path.exists() and not path.is_file():
-            raise UserError(f"--config {path}: not a file")
+            raise UserError(f"{where}: not a file")
         content = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
+        raise UserError(f"{where}: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected lines of 'flag: value'")
+        raise UserError(f"{where}: expected lines of 'flag: value'")
     return content
 
 
@@ -243,6 +264,7 @@ LISTED: dict[Callable, Callable[[list], str]] = {
     image_size: lambda sides: "x".join(map(str, sides)),
     class_list: lambda names: ",".join(map(str, names)),
     split_share: lambda parts: ":".join(map(str, parts)),
+    part: lambda parts: ":".join(map(str, parts)),
     integers: lambda numbers: ",".join(map(str, numbers)),
 }
 

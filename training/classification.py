@@ -110,7 +110,7 @@ class Classification(Task):
         }
 
     def sample_settings(self) -> dict[str, Any]:
-        names = ("data_set", "repeated_aug", "inat_category", "val_split")
+        names = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part")
         return {name: getattr(self.args, name) for name in names}
 
     def record(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg
 
 import models
 from inputs.inaturalist import RANKS
-from training.arguments import AMOUNT, FRACTION, Parser, class_list, number, policy, split_share, switch
+from training.arguments import AMOUNT, FRACTION, Parser, class_list, number, part, policy, split_share, switch
 from training.options import TaskFlags, refuse
 
 JITTER = number(float, 0, 10)
@@ -40,6 +40,12 @@ def add_data_flags(parser: Parser) -> None:
         type=split_share,
         metavar="P[:SEED]",
         help="of class folders without val/: keep this part of each class for validation, the same for every --seed",
+    )
+    add(
+        "--train-part",
+        type=part,
+        metavar="P[:SEED]",
+        help="train on this part of each class's images, the same for every --seed",
     )
     add("--classes", type=class_list, metavar="A,B,...", help="only these classes, by name or number, in this order")
     add(

@@ -33,6 +33,7 @@ class Contender:
     label: str
     model: str
     settings: Settings
+    num_classes: int = 1000
 
     @classmethod
     def parse(cls, label: str, settings: Settings) -> Contender:
@@ -79,7 +80,7 @@ class Runner:
         shape = (settings.batch_size, 3, settings.img_size, settings.img_size)
         images = torch.randn(shape, device=settings.device)
         self.images = images.contiguous(memory_format=settings.memory_format)
-        self.targets = torch.randint(1000, (settings.batch_size,), device=settings.device)
+        self.targets = torch.randint(contender.num_classes, (settings.batch_size,), device=settings.device)
 
     def training(self) -> None:
         """Forward, cross-entropy, backward, AdamW."""
