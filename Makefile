@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo demo-svt demo-detection demo-detection-svt demo-transfer test test-fast reliability lint clean
+.PHONY: help demo demo-svt demo-detection demo-detection-svt demo-transfer weights test test-fast reliability lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-19s %s\n", $$1, $$2}'
@@ -51,15 +51,24 @@ demo-detection: $(VENV)/installed  ## train a detector on cells in microscope im
 demo-detection-svt: $(VENV)/installed  ## the same with SVT
 	$(call demo_detection,configs/detection/nuclei_svt.yaml,runs/nuclei_svt)
 
-demo-transfer: $(VENV)/installed  ## pre-train on five digits, transfer to the other five
-	$(RUN) main_spectformer.py --config configs/digits_spectformer.yaml --classes 0,1,2,3,4 \
-		--output-dir runs/transfer/pretrained --resume auto
+WEIGHTS = models/weights/spectformer_h_n.cifar10.safetensors
+demo-transfer: $(VENV)/installed  ## digits from a tenth of their images: from CIFAR-10's weights, and from nothing
 	$(RUN) main_transfer.py --config configs/digits_transfer.yaml --output-dir runs/transfer/from_pretrained \
-		--finetune runs/transfer/pretrained/checkpoint_best.pth --resume auto
+		--finetune $(WEIGHTS) --resume auto
 	$(RUN) main_transfer.py --config configs/digits_transfer.yaml --output-dir runs/transfer/from_scratch \
 		--resume auto
 	@echo; for run in from_pretrained from_scratch; do \
 		echo "$$run: $$(tail -n 1 runs/transfer/$$run/log.txt)"; done
+
+# DATA_SET=FOLDER for class folders. Hours on a CPU; a second `make` goes on where the first was stopped.
+DATA_SET ?= CIFAR10
+weights: $(VENV)/installed  ## train the models of models/weights on CIFAR-10 in DATA, and make weights and cards
+	$(RUN) main_spectformer.py --config configs/cifar10/spectformer_h_n.yaml --data-set $(DATA_SET) \
+		--data-path "$(DATA)" --output-dir runs/spectformer_h_n --resume auto
+	$(RUN) main_svt.py --config configs/cifar10/svt_h_n.yaml --data-set $(DATA_SET) --data-path "$(DATA)" \
+		--output-dir runs/svt_h_n --resume auto
+	$(RUN) -m tools.ship_weights runs/spectformer_h_n
+	$(RUN) -m tools.ship_weights runs/svt_h_n
 
 test: $(VENV)/installed-tests  ## the whole suite
 	$(RUN) -m pytest -q -n 2 --dist worksteal

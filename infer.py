@@ -3,6 +3,7 @@
 
     infer.py --model-path CKPT --data-path /path/to/imagenet     loss, acc@1, acc@5, images/s; results as JSON
     infer.py --model-path CKPT --image a.jpg folder/ --explain   the likeliest classes and what spoke for them
+    infer.py --arch spectformer_h_n --image a.jpg                by a model whose weights come with the project
 
 What the model is comes from the checkpoint: ours says so, the authors' is recognised by its weights.
 """
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import models
 from detection.from_checkpoint import is_detector
 from detection.inference import run_detector
 from inference.evaluation import run_evaluation
@@ -45,8 +47,13 @@ from utils import UserError
 def build_parser() -> Parser:
     parser = Parser("Evaluate a checkpoint on a data set, or classify images with it.")
     add = (group := parser.add_argument_group("model")).add_argument
-    add("--model-path", type=Path, required=True, metavar="CKPT", help="of training, or the authors'")
-    add("--arch", metavar="NAME", help="where the checkpoint neither says nor shows it")
+    add("--model-path", type=Path, metavar="CKPT", help="of training, or the authors'; or --arch alone, see there")
+    add(
+        "--arch",
+        metavar="NAME",
+        help="without --model-path: a model whose weights come with the project; with it: where the checkpoint "
+        "neither says nor shows the model's name",
+    )
     add(
         "--model-kwargs",
         nargs="*",
@@ -138,6 +145,25 @@ def build_parser() -> Parser:
     return parser
 
 
+def with_shipped_weights(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the file of --arch's weights, and this folder, not the file's, to write to.
+
+    Raises:
+        UserError: no weights of it come with the project.
+    """
+    if args.arch is None:
+        raise UserError("--model-path CKPT says what to evaluate, or --arch one of " + ", ".join(models.shipped()))
+    path = models.shipped().get(models.resolve_arch(args.arch))
+    if path is None:
+        raise UserError(
+            f"--arch {args.arch}: no weights of it come with this project, only of {', '.join(models.shipped())}; "
+            "--model-path names a checkpoint"
+        )
+    here = {"explain": "explained" if args.explain == "" else args.explain}
+    here["output"] = Path(f"{path.stem}.json") if args.output is None and args.image is None else args.output
+    return argparse.Namespace(**vars(args) | here | {"model_path": path, "arch": None})
+
+
 def settle(args: argparse.Namespace, info: ModelInfo) -> argparse.Namespace:
     """The arguments with what was left open taken from the checkpoint."""
     data_set = args.data_set or info.data_set or "IMNET"
@@ -159,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--explain is about one image, --tta averages it with its mirror image: leave one of them out")
     if args.image is not None and (args.data_set or args.data_path or args.report):
         raise UserError("--image classifies images; --data-set, --data-path and --report are for evaluation")
+    if args.model_path is None:
+        args = with_shipped_weights(args)
     dist = init_distributed(args.device)
     if args.image is not None and dist.world_size > 1:
         raise UserError("--image runs in one process")

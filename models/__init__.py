@@ -1,5 +1,9 @@
 """SpectFormer and SVT. Importing this package registers the models with timm (`timm.create_model(name)`)."""
 
+from pathlib import Path
+
+from timm.models import get_pretrained_cfg
+
 from . import spectformer, svt
 from .convert import to_original, to_ours
 from .layers import set_spectral_precision
@@ -17,6 +21,7 @@ __all__ = [
     "resolve_arch",
     "sample_mix_box",
     "set_spectral_precision",
+    "shipped",
     "to_original",
     "to_ours",
 ]
@@ -35,3 +40,9 @@ def resolve_arch(name: str) -> str:
     plain = name.replace("-", "_")
     ours = {"spectformer_t": "spectformer_ti"}.get(plain.lower(), plain.lower())
     return ours if ours in ARCHITECTURES else plain
+
+
+def shipped() -> dict[str, Path]:
+    """The files of the weights that come with this package, by the models' names."""
+    files = {name: get_pretrained_cfg(name).file for name in ARCHITECTURES}
+    return {name: Path(file) for name, file in files.items() if file is not None}

@@ -6,6 +6,7 @@ token labelling (https://arxiv.org/abs/2104.10858).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from timm.layers import calculate_drop_path_rates
@@ -29,6 +30,8 @@ from .layers import (
 from .mixers import FeedForward, Options, build_mixer, check_options, stage_mixers
 
 HEAD_DIM = 32
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 Box = tuple[int, int, int, int] | Tensor
 
 
@@ -370,9 +373,15 @@ def pyramid_cfg(source: dict[str, str]) -> dict:
     return model_cfg("stem.conv.0", crop_pct=0.96, source=source)
 
 
-def small_pyramid_cfg(source: dict[str, str]) -> dict:
-    """`pyramid_cfg` for images of 32 pixels, seen whole."""
-    return pyramid_cfg(source) | {"input_size": (3, 32, 32), "crop_pct": 1.0}
+def small_pyramid_cfg(name: str, source: dict[str, str]) -> dict:
+    """`pyramid_cfg` of a model for CIFAR-10's images of 32 pixels, seen whole, whose weights come with this package."""
+    return pyramid_cfg(source) | {
+        "file": str(WEIGHTS / f"{name}.cifar10.safetensors"),
+        "input_size": (3, 32, 32),
+        "crop_pct": 1.0,
+        "num_classes": len(CIFAR10),
+        "label_names": CIFAR10,
+    }
 
 
 def build_pyramid(name: str, pretrained: bool, variant: dict, spectral_stages: int, overrides: dict) -> Pyramid:

@@ -22,7 +22,7 @@ default_cfgs = generate_default_cfgs(
         "spectformer_xs": vanilla_cfg(SOURCE),
         "spectformer_s": vanilla_cfg(SOURCE),
         "spectformer_b": vanilla_cfg(SOURCE),
-        "spectformer_h_n": small_pyramid_cfg(SOURCE),
+        "spectformer_h_n.cifar10": small_pyramid_cfg("spectformer_h_n", SOURCE),
         "spectformer_h_s": pyramid_cfg(SOURCE),
         "spectformer_h_b": pyramid_cfg(SOURCE),
         "spectformer_h_l": pyramid_cfg(SOURCE),

@@ -21,7 +21,7 @@ SOURCE = {
 
 default_cfgs = generate_default_cfgs(
     {
-        "svt_h_n": small_pyramid_cfg(SOURCE),
+        "svt_h_n.cifar10": small_pyramid_cfg("svt_h_n", SOURCE),
         "svt_h_s": pyramid_cfg(SOURCE),
         "svt_h_b": pyramid_cfg(SOURCE),
         "svt_h_l": pyramid_cfg(SOURCE),

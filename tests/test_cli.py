@@ -12,6 +12,7 @@ import main_spectformer
 import main_svt
 import main_transfer
 from training.classification_flags import FLAGS
+from training.model import create_model
 from training.options import build_parser, parse_args
 from utils import UserError
 
@@ -303,3 +304,42 @@ def test_a_part_to_train_on_is_not_empty_and_at_most_the_whole(value):
 def test_a_share_to_validate_on_leaves_something_to_train_on(value):
     with pytest.raises(UserError, match="--val-split"):
         parse(f"--val-split={value}")
+
+
+def chosen(*words, main=main_spectformer):
+    return parse(*words, main=main).model_kwargs
+
+
+def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
+    text = "spectral*2/fnet*2/attention*2/attention"
+    recipe = config(
+        tmp_path, "arch: spectformer_h_s\nmodel-kwargs: {depths: [2, 2, 2, 1], spectral_depths: [2, 0, 0, 0]}\n"
+    )
+    assert chosen(recipe, "--mixers", text) == {"depths": [2, 2, 2, 1], "mixers": text}
+    assert chosen(recipe, "--model-kwargs", f"mixers={text}") == {"depths": [2, 2, 2, 1], "mixers": text}
+    other = config(tmp_path, f"mixers: {text}\n")
+    assert chosen(other) == {"mixers": text}
+    assert chosen(other, "--model-kwargs", "spectral_depths=(1,0,0,0)") == {"spectral_depths": (1, 0, 0, 0)}
+    assert chosen("--mixers", "spectral*4,attention*8", "--model-kwargs", "embed_dim=64") == {
+        "embed_dim": 64,
+        "mixers": "spectral*4,attention*8",
+    }
+    with pytest.raises(UserError, match="--mixers and --model-kwargs mixers=...: leave one of them out"):
+        parse("--mixers", "none*12", "--model-kwargs", "mixers=pool*12")
+
+
+@pytest.mark.parametrize(
+    ("mixers", "expected"),
+    [
+        ("spectral*4,atention*8", "no mixer is called 'atention'; there are attention, spectral"),
+        ("spectral*4,attention*7", "those of 11 blocks, not of 12"),
+        ("spectral*x,attention*8", "neither NAME nor NAME"),
+        ("spectral*4/attention*8", "neither NAME nor NAME"),
+        ("", "no mixer is called ''"),
+    ],
+)
+def test_wrong_mixers_are_told_in_one_line(mixers, expected):
+    args = parse("--mixers", mixers)
+    with pytest.raises(UserError, match=expected) as caught:
+        create_model(args.arch, 10, (32, 32), args.model_kwargs)
+    assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ TOOLS = [
     "generate_token_labels",
     "reliability",
     "save_images",
+    "ship_weights",
     "study",
     "verify_dataset",
     "visualize_filters",

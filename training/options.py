@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCH = "spectformer_xs"
 MOST_WORKERS = 1024
 ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
+MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # arguments of models for the same choice
 Settings = dict[str, Any]
 
 
@@ -75,18 +76,18 @@ def parse_args(
     """
     argv = [dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser(flags, recipe, description)
-    on_line = parser.given(argv)
+    on_line = with_mixers(parser.given(argv))
     run_directory = _run_directory(on_line.get("resume"))
     config = on_line.pop("config", None) or (run_directory and _kept_arguments(run_directory))
     config = config or (recipe and ROOT / recipe)
-    in_config = {} if config is None else read_config(config, parser)
+    in_config = {} if config is None else with_mixers(read_config(config, parser))
     settled = flags.implied(in_config) | in_config | flags.implied(on_line) | on_line
     args = {name: action.default for name, action in parser.settings().items()} | settled
     described = _described(args)
     args["arch"] = args["arch"] or described.get("arch", ARCH)
-    args["model_kwargs"] = in_config.get("model_kwargs", {}) | on_line.get("model_kwargs", {})
+    args["model_kwargs"] = merged(in_config.get("model_kwargs", {}), on_line.get("model_kwargs", {}))
     if described and models.resolve_arch(args["arch"]) == models.resolve_arch(described["arch"]):
-        args["model_kwargs"] = described["model_kwargs"] | args["model_kwargs"]
+        args["model_kwargs"] = merged(described["model_kwargs"], args["model_kwargs"])
     args |= {name: value for name, value in flags.derived(args).items() if args[name] is None}
     if args["output_dir"] is None:
         run = f"{args['arch']}-{args['data_set']}".lower().replace("/", "-")
@@ -98,6 +99,26 @@ def parse_args(
         say(config_text(args))
         raise SystemExit(0)
     return namespace
+
+
+def with_mixers(given: Settings) -> Settings:
+    """Settings with --mixers as what it is short for, an argument of the model.
+
+    Raises:
+        UserError: it is given in both ways.
+    """
+    if (mixers := given.get("mixers")) is None:
+        return given
+    model_kwargs = given.get("model_kwargs", {})
+    if "mixers" in model_kwargs:
+        raise UserError("--mixers and --model-kwargs mixers=...: leave one of them out")
+    return given | {"mixers": None, "model_kwargs": model_kwargs | {"mixers": mixers}}
+
+
+def merged(weak: Settings, strong: Settings) -> Settings:
+    """Arguments of a model from two places; the weaker's choice of mixers goes where the stronger has another one."""
+    replaced = MIXER_CHOICES if "mixers" in strong else ("mixers",) if set(MIXER_CHOICES) & set(strong) else ()
+    return {name: value for name, value in weak.items() if name not in replaced} | strong
 
 
 def config_text(args: Settings) -> str:
@@ -167,6 +188,11 @@ def add_model_flags(parser: Parser) -> None:
         action=KeyValues,
         metavar="KEY=VALUE",
         help="arguments of the model's constructor, as in depth=4 embed_dim=64",
+    )
+    add(
+        "--mixers",
+        metavar="LIST",
+        help="what mixes tokens in each block: spectral*4,attention*8; a pyramid's stages are separated by slashes",
     )
     add(
         "--input-size",

@@ -1,6 +1,7 @@
 """Write a checkpoint's model for other programs.
 
-  --to safetensors FILE   weights and, as JSON, what prediction has to know (arch, classes, normalisation)
+  --to safetensors FILE   weights and, as JSON, what prediction has to know (arch, classes, normalisation);
+                          with --half in float16
   --to original FILE      weights with the names of the authors' code, .pth or .safetensors
   --to hub DIR            Hugging Face's layout, for timm.create_model("local-dir:DIR", pretrained=True), transformers
                           and, with --push REPO, the Hub
@@ -33,7 +34,12 @@ FORMATS = {
     "onnx": write_onnx,
     "pt2": write_pt2,
 }
-OPTIONS = {"dynamic_size": "onnx", "compile": "pt2", "push": "hub"}  # flag -> the format that it is for
+OPTIONS = {
+    "half": "safetensors",
+    "dynamic_size": "onnx",
+    "compile": "pt2",
+    "push": "hub",
+}  # flag -> the format that it is for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="the averaged weights, or not (default: if there are any)",
     )
     add("--overwrite", action="store_true", help="replace what is at PATH")
+    add("--half", action="store_true", help="safetensors: in float16")
     add("--dynamic-size", action="store_true", help="onnx: images of any size, multiples of the model's stride")
     add("--compile", action="store_true", help="pt2: by AOTInductor, which needs a C++ compiler")
     add("--push", metavar="REPO", help="hub: then upload it, by timm.models.push_to_hf_hub")

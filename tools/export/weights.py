@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,21 @@ from utils import UserError
 
 def write_safetensors(args: argparse.Namespace) -> str:
     """The weights, and what prediction has to know; says how many."""
-    return _write(args, (".safetensors",), *_read(args))
+    state, tensors = _read(args)
+    return _write(args, (".safetensors",), state, halved(tensors, args.checkpoint) if args.half else tensors)
+
+
+def halved(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors with float16 in the place of other floats.
+
+    Raises:
+        UserError: one is too large for it.
+    """
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    for name, tensor in half.items():
+        if tensor.is_floating_point() and tensor.isinf().any():
+            raise UserError(f"--half: {name} of {path} has numbers beyond float16's")
+    return half
 
 
 def write_original(args: argparse.Namespace) -> str:

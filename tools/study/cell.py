@@ -17,12 +17,12 @@ from models.base import ImageModel
 from runtime.entry_point import run_cli
 from training.classification import Classification, full_model_kwargs
 from training.model import create_model
-from training.options import parse_args
+from training.options import MIXER_CHOICES, parse_args
 from training.trainer import Run
 from utils import UserError
 
 STUDY = "STUDY_PIPE"  # the environment's name of a pipe that ends when the study does
-MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixers", "mixer_options", "mixing", "wavelet_backend")
+OF_MIXERS = (*MIXER_CHOICES, "mixer_options", "wavelet_backend")
 
 
 class Cell(Classification):
@@ -44,7 +44,7 @@ def without_mixers(model: nn.Module, run: Run, num_classes: int) -> ImageModel:
     if not isinstance(model, ImageModel):
         raise UserError(f"--arch {run.args.arch}: a study compares mixers, of this project's models")
     stages = [stage.blocks for stage in model.stages] if hasattr(model, "stages") else [model.blocks]
-    arguments = {name: value for name, value in full_model_kwargs(run.args).items() if name not in MIXER_CHOICES}
+    arguments = {name: value for name, value in full_model_kwargs(run.args).items() if name not in OF_MIXERS}
     arguments["mixers"] = "/".join(f"none*{len(blocks)}" for blocks in stages)
     torch.manual_seed(run.args.seed)
     return create_model(run.args.arch, num_classes, run.args.input_size, arguments)

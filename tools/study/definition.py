@@ -13,13 +13,13 @@ from runtime.provenance import plain
 from training.arguments import read_yaml, suggestion, words_of
 from training.classification_flags import FLAGS
 from training.model import create_model
-from training.options import build_parser, parse_args
+from training.options import build_parser, merged, parse_args
 from utils import UserError
 
 MOST_SEEDS = 1000
-# Flags that say where and how a run goes, not what it computes; the study sets those of the last row itself.
+# Flags that say where and how a run goes, not what it computes; and those that a study sets itself.
 MACHINE = ("data_path", "download", "num_workers", "pin_mem", "print_freq", "checkpoint_steps", "compile", "wandb")
-SETTLED = ("config", "seed", "output_dir", "resume", "device", "eval", "dry_run", "print_config", "finetune")
+SETTLED = ("config", "seed", "output_dir", "resume", "device", "eval", "dry_run", "print_config", "finetune", "mixers")
 KEYS = {"title": str, "data": str, "seeds": int, "against": str, "recipe": dict, "cells": dict}
 NEEDED = ("title", "data", "seeds", "recipe", "cells")
 
@@ -44,15 +44,19 @@ class Study:
     settings: Mapping[str, Any]
     model_kwargs: Mapping[str, Any]
 
+    def model_arguments(self, cell: str) -> dict[str, Any]:
+        """Those of a cell's model."""
+        return merged(dict(self.model_kwargs), dict(self.cells[cell]))
+
     def command(self, cell: str, seed: int, directory: Path, device: str) -> list[str]:
         """The words after `python` that train a cell."""
-        arguments = [f"{name}={value!r}" for name, value in (self.model_kwargs | self.cells[cell]).items()]
+        arguments = [f"{name}={value!r}" for name, value in self.model_arguments(cell).items()]
         own = ["--seed", str(seed), "--output-dir", str(directory), "--resume", "auto", "--device", device]
         return ["-m", "tools.study.cell", *self.flags, "--model-kwargs", *arguments, *own]
 
     def recipe(self, cell: str) -> dict[str, Any]:
         """All that decides a cell's results but the seed."""
-        return plain(self.settings | {"model_kwargs": self.model_kwargs | self.cells[cell]})
+        return plain(self.settings | {"model_kwargs": self.model_arguments(cell)})
 
 
 def read_study(path: Path, flags: Sequence[str] = (), seeds: int | None = None) -> Study:

@@ -64,7 +64,7 @@ def draw_speeds(study: Study, summaries: Sequence[Summary], speeds: Speeds) -> F
         axes.set_xscale("log")
         for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             formatter(ScalarFormatter())
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
     axes.set_xlabel(f"Images/s in inference ({speeds['machine']})")
     return figure
 

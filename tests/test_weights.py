@@ -1,0 +1,158 @@
+"""The weights that come with the package: loaded offline by timm, used by infer.py, made of a run."""
+
+import hashlib
+import json
+import re
+import socket
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_sample_image
+from timm.data import create_transform, resolve_model_data_config
+from tiny_runs import DIGITS, train
+
+import infer
+import models
+from inference.from_checkpoint import build_from_checkpoint
+from tools import ship_weights
+from utils import UserError
+
+SHIPPED = models.shipped()
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError("no network in a test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def images(channels=3, side=32):
+    return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_timm_loads_the_weights_of_the_file_with_names_for_their_classes(name):
+    file = load_file(SHIPPED[name])
+    assert {tensor.dtype for tensor in file.values()} == {torch.float16, torch.int64}
+    for source in (name, f"{name}.cifar10"):
+        model = timm.create_model(source, pretrained=True).eval()
+        assert all(torch.equal(weight, file[key].to(weight.dtype)) for key, weight in model.state_dict().items())
+    names = model.pretrained_cfg["label_names"]
+    assert model(images()).shape == (2, 10) and len(names) == 10 and names[0] == "airplane" and names[9] == "truck"
+    assert resolve_model_data_config(model)["input_size"] == (3, 32, 32)
+    told = build_from_checkpoint(SHIPPED[name])[1]
+    assert told.class_names == names and told.crop_pct == model.pretrained_cfg["crop_pct"] == 1
+    assert (told.mean, told.std) == (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    assert not torch.equal(timm.create_model(name).head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_pretrained_weights_are_fitted_to_other_classes_channels_and_sizes(name):
+    whole = timm.create_model(name, pretrained=True).eval()
+    fewer = timm.create_model(name, pretrained=True, num_classes=3).eval()
+    assert fewer(images()).shape == (2, 3)
+    assert torch.equal(fewer.forward_features(images()), whole.forward_features(images()))
+    none = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    assert torch.equal(none(images()), whole.forward_head(whole.forward_features(images()), pre_logits=True))
+    grey = timm.create_model(name, pretrained=True, in_chans=1).eval()
+    assert torch.allclose(grey(images(1)), whole(images(1).expand(-1, 3, -1, -1)), atol=2e-3)
+    large = timm.create_model(name, pretrained=True, img_size=64).eval()
+    whole.set_input_size(64)
+    assert torch.allclose(large(images(side=64)), whole(images(side=64)), atol=1e-4)
+    pyramid = timm.create_model(name, pretrained=True, features_only=True).eval()
+    assert [tuple(grid.shape[1:]) for grid in pyramid(images())] == [(32, 16, 16), (64, 8, 8), (112, 4, 4), (128, 2, 2)]
+    assert torch.equal(pyramid(images())[3], whole_grid(name))
+
+
+def whole_grid(name):
+    model = timm.create_model(name, pretrained=True).eval()
+    return model.forward_intermediates(images(), intermediates_only=True)[3]
+
+
+def tiles():
+    """96 pieces of two photographs, as the models take them."""
+    transform = create_transform(**resolve_model_data_config(timm.create_model("spectformer_h_n")))
+    photographs = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    boxes = [(x, y, x + 80, y + 70) for x in range(0, 640, 80) for y in range(0, 420, 70)]
+    return torch.stack([transform(photograph.crop(box)) for photograph in photographs for box in boxes])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_the_weights_have_learned_is_sure_of_photographs_and_their_mirror_images(name):
+    torch.manual_seed(0)
+    model, photographs = timm.create_model(name, pretrained=True).eval(), tiles()
+    with torch.no_grad():
+        found, mirrored = (model(images).softmax(1) for images in (photographs, photographs.flip(3)))
+        untrained = timm.create_model(name).eval()(photographs).softmax(1)
+    assert found.amax(1).mean() > 0.3 > untrained.amax(1).mean()
+    assert (found.argmax(1) == mirrored.argmax(1)).float().mean() > 0.5
+    assert len(found.argmax(1).unique()) > 3
+
+
+def test_all_weights_are_at_most_five_megabytes_and_each_has_its_card_log_and_curve():
+    assert sum(path.stat().st_size for path in SHIPPED.values()) <= 5e6
+    for path in SHIPPED.values():
+        card = path.with_suffix(".md").read_text()
+        for word in ("Data", "Recipe", "Seeds", "Limits", "Licence", "top-1"):
+            assert word in card
+        assert path.with_suffix(".png").exists() and path.with_suffix(".log.txt").exists()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert digest in card  # the card is of this very file
+        top1 = [float(figure) for figure in re.findall(r"\| ([0-9.]+) % \| [0-9.]+ % \|", card)]
+        assert len(top1) == 2 and abs(top1[0] - top1[1]) < 0.3  # float16 costs no accuracy
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_infer_answers_by_the_name_of_a_model_alone(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(load_sample_image("flower.jpg")).save("photo.png")
+    infer.main(["--arch", name.replace("_", "-"), "--image", "photo.png", "--num-workers", "0", "--explain"])
+    told = capsys.readouterr().out
+    assert "photo.png" in told and len([line for line in told.splitlines() if " %  " in line]) == 5
+    assert any(word in told for word in ("airplane", "bird", "frog", "truck"))
+    assert [path.name for path in (tmp_path / "explained").iterdir()] == [
+        "photo_explained.png"
+    ]  # not beside the weights
+    digits = [f"--data-set=DIGITS --classes={','.join('0123456789')}", f"--arch={name}", "--num-workers=0"]
+    with pytest.raises(UserError, match="its class 0 is '0', for .* it is 'airplane'"):
+        infer.main(" ".join(digits).split())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--arch svt_h_s --image x.png",
+            "--arch svt_h_s: no weights of it come with this project, only of spectformer",
+        ),
+        ("--arch resnet50 --image x.png", "--arch resnet50: no weights"),
+        ("--image x.png", "--model-path CKPT says what to evaluate, or --arch one of spectformer_h_n"),
+    ],
+)
+def test_a_model_without_weights_of_its_own_is_told_in_one_line(words, expected):
+    with pytest.raises(UserError, match=expected):
+        infer.main(words.split())
+
+
+def test_weights_are_made_of_a_run_with_the_accuracy_of_the_file_itself(tmp_path, capsys):
+    run, made = tmp_path / "run", tmp_path / "weights"
+    train(run, "--epochs", "1", model=[*DIGITS, "--arch", "spectformer_h_n"])
+    ship_weights.main([str(run), "--output", str(made), "--stored", "as scans"])
+    base = made / "spectformer_h_n.cifar10"
+    assert {path.name for path in made.iterdir()} == {
+        f"{base.name}{end}" for end in (".safetensors", ".md", ".png", ".log.txt")
+    }
+    capsys.readouterr()
+    words = ["--model-path", f"{base}.safetensors", "--data-set", "DIGITS", "--classes", "0,7"]
+    infer.main([*words, "--num-workers", "0", "--output", str(tmp_path / "o.json")])
+    accuracy = json.loads((tmp_path / "o.json").read_text())["acc1"]
+    card = (made / f"{base.name}.md").read_text()
+    assert f"| {accuracy:.2f} % |" in card and "epoch 1 of 1, the last" in card and "2009) as scans:" in card
+    with pytest.raises(UserError, match="of spectformer_ti; those to ship are"):
+        train(tmp_path / "other", "--epochs", "1")
+        ship_weights.main([str(tmp_path / "other"), "--output", str(made)])
