@@ -27,6 +27,8 @@ part() {  # part NAME COMMAND...: run, keep the output, report
 
 part tests "$python" -m pytest -q -m cuda tests
 part benchmark "$python" -m tools.benchmark --suite cuda --json "$output/benchmark_cuda.json"
+# How the spectral mixers are best computed in half precision: this prints the table, and chooses nothing.
+part layers "$python" -m tools.benchmark --suite cuda-layers --json "$output/benchmark_cuda_layers.json"
 if [ -n "$data" ]; then
     for model in ${MODELS:-spectformer_ti svt_h_s deit_tiny_patch16_224 pvt_v2_b1}; do
         part "train_$model" "$python" main_spectformer.py --arch "$model" --data-set FOLDER --data-path "$data" \

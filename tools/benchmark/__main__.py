@@ -33,7 +33,7 @@ from training.arguments import COUNT, POSITIVE
 from utils import UserError, atomic_write
 
 from .detection import compare_detectors
-from .layers import LAYER_GRIDS, compare_layers
+from .layers import LAYER_GRIDS, compare_layers, layer_pairs, precision_pairs
 from .loader import compare_loaders
 from .models import PARTS, compare_models
 from .settings import DTYPES, Settings
@@ -49,6 +49,7 @@ def build_parser() -> ToolParser:
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="[plain:|onnx:]NAME[@SETTING,...]")
     add("--layers", action="store_true", help="the mixers and the wavelet transform alone")
+    add("--precisions", action="store_true", help="ways to compute the spectral mixers, beside float32 throughout")
     add("--loader", metavar="DIR", help="our input pipeline against timm's on DIR/val")
     add("--detection", action="store_true", help="Mask R-CNN over the models")
     add("--suite", choices=SUITES, help="a set of runs, one after the other")
@@ -60,8 +61,8 @@ def build_parser() -> ToolParser:
     add("--img-size", type=POSITIVE, default=224)
     add("--rounds", type=POSITIVE, default=5)
     add("--parts", nargs="+", choices=PARTS, default=PARTS[:4], help="what to measure")
-    add("--grids", nargs="+", type=POSITIVE, default=LAYER_GRIDS, help="of --layers")
-    add("--channels", type=POSITIVE, default=64, help="of --layers")
+    add("--grids", nargs="+", type=POSITIVE, default=LAYER_GRIDS, help="of --layers and --precisions")
+    add("--channels", type=POSITIVE, default=64, help="of --layers and --precisions")
     add("--workers", type=COUNT, default=2, help="of --loader")
     add("--threads", type=POSITIVE, default=torch.get_num_threads(), help="of the CPU")
     add("--json", type=Path, help="write all figures, with machine and versions, to this file")
@@ -71,9 +72,10 @@ def build_parser() -> ToolParser:
 def run(args: argparse.Namespace) -> dict:
     """One run: its figures, printed and returned."""
     settings = Settings(args.device, args.dtype, args.compile, args.channels_last, args.batch_size, args.img_size)
-    if args.layers:
+    if args.layers or args.precisions:
         print(LAYER_HEADING)
-        return compare_layers(args.grids, args.channels, settings, args.rounds)
+        pairs = precision_pairs if args.precisions else layer_pairs
+        return compare_layers(args.grids, args.channels, settings, args.rounds, pairs)
     if args.loader:
         result = compare_loaders(args.loader, settings, args.workers, args.rounds)
         figures = result["loader"]
@@ -92,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.models, args.layers, args.loader, args.suite))) != 1:
-        parser.error("name models to measure, or one of --layers, --loader and --suite")
+    if sum(map(bool, (args.models, args.layers, args.precisions, args.loader, args.suite))) != 1:
+        parser.error("name models to measure, or one of --layers, --precisions, --loader and --suite")
     torch.set_num_threads(args.threads)
     if args.suite:
         return run_suite(args.suite, args.json)

@@ -1,5 +1,6 @@
 """The mixers and the wavelet transform alone."""
 
+import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -7,9 +8,10 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from models import reference
+from models import reference, set_spectral_precision
 from models.mixers import build_mixer
 from models.wavelet import DTCWT
+from tools.export.fourier_products import FourierProducts
 
 from .settings import Settings
 from .stopwatch import speed_ratio, take_turns
@@ -85,13 +87,27 @@ def layer_pairs(side: int, dim: int, x: Tensor) -> Iterator[tuple[str, tuple, tu
         yield "attention", (attention, x), (reference.Attention(dim, heads), tokens, grid)
 
 
-def compare_layers(grids: Sequence[int], dim: int, settings: Settings, rounds: int) -> dict:
-    """Our layers against the plain ones on square grids; larger batches for smaller grids."""
+def precision_pairs(side: int, dim: int, x: Tensor) -> Iterator[tuple[str, tuple, tuple]]:
+    """Ways to compute the spectral mixers under autocast, as `layer_pairs`: each beside float32 throughout."""
+    grid = (side, side)
+    for name in ("spectral", "scattering_channel", "scattering_channel_token"):
+        half = build_mixer(name, dim, grid, 1)
+        exact = copy.deepcopy(half)
+        set_spectral_precision(exact, "float32")
+        yield name, (half, x), (exact, x)
+        if name == "spectral":
+            yield "spectral_products", (FourierProducts(exact, dynamic=False), x), (exact, x)
+
+
+def compare_layers(
+    grids: Sequence[int], dim: int, settings: Settings, rounds: int, pairs: Callable[..., Iterator]
+) -> dict:
+    """The pairs of layers on square grids; larger batches for smaller grids."""
     rows = []
     for side in grids:
         batch = max(1, settings.batch_size * 56**2 // max(side, 28) ** 2)
         x = torch.randn(batch, side, side, dim, device=settings.device)
-        for name, *pair in layer_pairs(side, dim, x):
+        for name, *pair in pairs(side, dim, x):
             row = {"layer": name, "grid": side, "batch": batch, "channels": dim}
             for part, make in (("training", training_run), ("inference", inference_run)):
                 runs = {

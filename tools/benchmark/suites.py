@@ -19,11 +19,23 @@ SUITES = {
         "--layers --rounds 9",
         f"{ALL_AT_ONCE} --rounds 5 --parts inference training",
     ),
+    "cpu-half": (
+        "svt_h_s@bfloat16 svt_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 5 --parts inference training memory",
+        "spectformer_h_s@bfloat16 spectformer_h_s pvt_v2_b2@bfloat16 --rounds 5 --parts inference training memory",
+        "spectformer_xs@bfloat16 deit_small_patch16_224@bfloat16 --rounds 5 --parts inference training memory",
+        "svt_h_s@compile svt_h_s pvt_v2_b2@compile pvt_v2_b2 --rounds 5 --parts inference training",
+        "spectformer_h_s@compile spectformer_h_s pvt_v2_b2@compile --rounds 5 --parts inference training",
+        "--precisions --dtype bfloat16 --rounds 9",
+    ),
     "cuda": (
         f"svt_h_s spectformer_h_s spectformer_xs {PEERS} plain:svt_h_s@float16,eager,contiguous"
         f" {FAST_CUDA} --compile --parts {' '.join(PARTS)}",
         f"svt_h_s spectformer_h_s spectformer_xs {PEERS} {FAST_CUDA}",
     ),
     "cuda-variants": (f"{VARIANTS} {FAST_CUDA} --compile --parts training graph-breaks",),
-    "cuda-layers": (f"--layers {FAST_CUDA}",),
+    "cuda-layers": (
+        f"--layers {FAST_CUDA}",
+        f"--precisions --grids 14 28 56 {FAST_CUDA}",
+        f"--precisions --grids 14 28 56 {FAST_CUDA} --compile",
+    ),
 }
