@@ -114,30 +114,26 @@ def feed_forward_backward(
     """Gradients of x, both layers' weights and biases, and the convolution's; these add up in their own precision."""
     grads = _empty_gradients(grad, x, hidden, activated, weight1, depthwise, depthwise_bias, weight2)
     grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
-    grad_weight1, grad_bias1, grad_weight2, grad_bias2, *grads_depthwise = totals
     weight1, depthwise, depthwise_bias, weight2 = (
         weight if weight is None else weight.to(x.dtype) for weight in (weight1, depthwise, depthwise_bias, weight2)
     )
     more = 2 if depthwise is None else 1
     pieces = _in_slices(len(weight1), more, x.contiguous(), hidden, activated, grad.contiguous(), grad_x)
     for part, h, a, g, out in pieces:
+        part, h, a, g = (_channels_last(grid) if grid.numel() else grid for grid in (part, h, a, g))
         u = h
         if depthwise is not None:
-            u = _convolve(_channels_last(h), depthwise, depthwise_bias).permute(0, 2, 3, 1)
+            u = _convolve(h, depthwise, depthwise_bias)
             a = F.gelu(u)
-        tokens = g.flatten(0, 2)
-        grad_weight2 += tokens.T @ a.flatten(0, 2)
-        grad_bias2 += tokens.sum(0)
-        g = torch.ops.aten.gelu_backward((tokens @ weight2).view_as(u), u)
+        g, *new2 = _convolution_backward(g, a, weight2[..., None, None])
+        g = torch.ops.aten.gelu_backward(g, u)
+        new_depthwise = []
         if depthwise is not None:
-            g, *new = _convolution_backward(_channels_last(g), _channels_last(h), depthwise)
-            g = g.permute(0, 2, 3, 1)
-            for total, gradient in zip(grads_depthwise, new, strict=True):
-                total += gradient
-        tokens = g.flatten(0, 2)
-        grad_weight1 += tokens.T @ part.flatten(0, 2)
-        grad_bias1 += tokens.sum(0)
-        torch.mm(tokens, weight1, out=out.flatten(0, 2))
+            g, *new_depthwise = _convolution_backward(g, h, depthwise)
+        g, *new1 = _convolution_backward(g, part, weight1[..., None, None])
+        _channels_last(out).copy_(g)
+        for total, new in zip(totals, (*new1, *new2, *new_depthwise), strict=True):
+            total += new.view_as(total)
     return grads
 
 
@@ -181,8 +177,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, weight and bias of a depthwise convolution that keeps the grid."""
-    ones = [1, 1]  # padding, stride and dilation
+    """Gradients of the input, weight and bias of a pointwise or depthwise convolution that keeps the grid."""
+    groups = x.shape[1] // weight.shape[1]
+    padding, ones = [weight.shape[2] // 2] * 2, [1, 1]
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, [len(weight)], ones, ones, ones, False, [0, 0], len(weight), [True] * 3
+        grad, x, weight, [len(weight)], ones, padding, ones, False, [0, 0], groups, [True] * 3
     )
