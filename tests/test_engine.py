@@ -150,10 +150,13 @@ def test_a_dry_run_tries_one_update_and_one_batch_of_evaluation_and_writes_nothi
     assert "images/s in training" in told and "GiB of memory at most; nothing was written" in told
 
 
-def test_a_dry_run_goes_on_from_a_checkpoint_and_leaves_it(tmp_path, capsys):
+def test_a_dry_run_goes_on_from_a_checkpoint_and_leaves_it(tmp_path, monkeypatch, capsys):
     engine.fit(Regression, args_of(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    original, epochs = engine.step_loss, []
+    monkeypatch.setattr(engine, "step_loss", lambda *args: epochs.append(args[2]) or original(*args))
     engine.fit(Regression, args_of(tmp_path, "--dry-run", "--resume", "auto", "--epochs", "9"))
+    assert set(epochs) == {finished(tmp_path)[0]["epoch"]} != {0}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert "dry run: " in capsys.readouterr().out
 

@@ -194,6 +194,20 @@ def test_an_fp16_overflow_skips_the_update_and_nothing_else_moves(tmp_path, monk
     assert row["overflows"] == 1 and last(tmp_path)["updates"] == 3 and math.isfinite(row["grad_norm"])
 
 
+def test_an_fp16_gradient_that_overflows_at_the_smallest_scale_ends_the_run(tmp_path, monkeypatch):
+    original, scales = engine.update, []
+
+    def overflowing(trainer, loss, batches, step):
+        scales.append(trainer.scaler.get_scale())
+        next(trainer.model.parameters()).grad.fill_(math.inf)
+        return original(trainer, loss, batches, step)
+
+    monkeypatch.setattr(engine, "update", overflowing)
+    with pytest.raises(NonFiniteError, match="the gradient's norm is inf; no weight was changed"):
+        train(tmp_path, "--epochs", "99", "--amp", "fp16", "--checkpoint-epochs", "0")
+    assert scales == [2.0**power for power in range(16, -15, -1)]
+
+
 def test_bf16_trains(tmp_path):
     (row,) = train(tmp_path, "--epochs", "1", "--amp", "bf16")
     assert math.isfinite(row["train_loss"])

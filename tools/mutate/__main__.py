@@ -68,17 +68,17 @@ TESTS = {
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser("mutate", __doc__)
     parser.add_argument("--output", type=Path, help="JSON of the figures and of what survived")
-    parser.add_argument("--faults", type=POSITIVE, default=300, metavar="N", help="how many to plant")
+    parser.add_argument("--faults", type=POSITIVE, default=220, metavar="N", help="how many to plant")
     parser.add_argument("--seed", type=COUNT, default=0, metavar="N", help="of the draw")
-    parser.add_argument("--modules", nargs="+", default=["*"], metavar="PATTERN", help="of these alone")
+    parser.add_argument("--modules", nargs="+", default=["*"], metavar="PATTERN", help="try those in these alone")
     args = parser.parse_args(argv)
-    modules = [name for name in TESTS if any(fnmatch(name, pattern) for pattern in args.modules)]
-    if not modules:
-        raise UserError(f"--modules {' '.join(args.modules)}: there are {', '.join(TESTS)}")
     if args.output is not None:
         make_directory(args.output.parent)
     equivalent = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or {}
-    faults = draw(args.faults, args.seed, modules, ROOT)
+    drawn = draw(args.faults, args.seed, list(TESTS), ROOT)
+    faults = [fault for fault in drawn if any(fnmatch(fault.module, pattern) for pattern in args.modules)]
+    if not faults:
+        raise UserError(f"--modules {' '.join(args.modules)}: there are {', '.join(TESTS)}")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         trials, limits = Trials(ROOT, Path(folder)), {}
