@@ -220,9 +220,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         (tmp_path / name).write_bytes(content)
         assert reason in refusal(tmp_path / name), name
     assert "No such file" in refusal(tmp_path / "missing.pth")
-    assert "not a file" in refusal(tmp_path)
+    assert "not a regular file" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert "not a file" in refusal(tmp_path / "pipe")
+    assert "not a regular file" in refusal(tmp_path / "pipe")
 
 
 # --------------------------------------------------------------------------------------- which to go on from

@@ -317,7 +317,7 @@ def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
     )
     assert chosen(recipe, "--mixers", text) == {"depths": [2, 2, 2, 1], "mixers": text}
     assert chosen(recipe, "--model-kwargs", f"mixers={text}") == {"depths": [2, 2, 2, 1], "mixers": text}
-    other = config(tmp_path, f"mixers: {text}\n")
+    other = config(tmp_path, f"arch: spectformer_h_s\nmixers: {text}\n")
     assert chosen(other) == {"mixers": text}
     assert chosen(other, "--model-kwargs", "spectral_depths=(1,0,0,0)") == {"spectral_depths": (1, 0, 0, 0)}
     assert chosen("--mixers", "spectral*4,attention*8", "--model-kwargs", "embed_dim=64") == {

@@ -112,8 +112,8 @@ def _is_name(key: Any) -> bool:
 def _check_models(study: Study, path: Path) -> None:
     for cell in study.cells:
         words = study.command(cell, 0, Path("unused"), "cpu")
-        args = parse_args(FLAGS, words[2:])
         try:
+            args = parse_args(FLAGS, words[2:])
             with torch.device("meta"):
                 create_model(args.arch, 10, args.input_size, args.model_kwargs)
         except UserError as error:
