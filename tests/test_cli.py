@@ -1,5 +1,6 @@
 """The command line: layers of defaults, both spellings, and one line for every mistake."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -203,6 +204,9 @@ def test_without_data_path_the_digits_are_trained():
         (["--classes", "a,,b"], "commas"),
         (["--aa", "rand-q1"], "no policy"),
         (["--aa", "fancy"], "no policy"),
+        (["--aa", "rand-m9-nope"], "no policy"),
+        (["--epochs", "0"], "at least 1 and at most 1000000"),
+        (["--seed", str(2**63)], "at most 9223372036854775807"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_told_in_one_line(words, expected):
@@ -273,8 +277,28 @@ def test_the_evaluation_crop_is_the_models_own_whichever_main_runs_it():
 
 @pytest.mark.parametrize("main", MAINS)
 def test_help_fits_eighty_columns(main):
-    text = build_parser(FLAGS, main.RECIPE, main.__doc__).format_help()
-    assert max(map(len, text.splitlines())) <= 80
+    first, *lines = build_parser(FLAGS, main.RECIPE, main.__doc__).format_help().splitlines()
+    assert first.endswith(" [flags]") and max(map(len, lines)) <= 80
+
+
+def test_every_setting_that_is_read_is_a_flag():
+    trees = [ast.parse(path.read_text()) for path in [ROOT / "engine.py", *(ROOT / "training").glob("*.py")]]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in nodes if ast.unparse(node.value) in ("args", "self.args", "trainer.args")}
+    assert len(read) > 80 and read <= build_parser(FLAGS).settings().keys()
+
+
+def test_a_runs_own_record_is_read_without_its_places(tmp_path):
+    record = "command: python main.py\nargs: {epochs: 7, output_dir: old, resume: old.pth, eval: true, arch: null}\n"
+    args = parse(config(tmp_path, record))
+    assert (args.epochs, args.resume, args.eval, args.arch) == (7, None, False, "spectformer_xs")
+    assert args.output_dir != "old"
+    with pytest.raises(UserError, match="unknown key 'args'"):
+        parse(config(tmp_path, "args: {epochs: 7}\n"))
+
+
+def test_the_largest_seed_that_every_library_takes_is_taken():
+    assert parse("--seed", str(2**63 - 1)).seed == 2**63 - 1
 
 
 @pytest.mark.parametrize(

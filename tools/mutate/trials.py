@@ -5,6 +5,7 @@ from __future__ import annotations
 import compileall
 import importlib
 import importlib.util
+import math
 import os
 import py_compile
 import resource
@@ -15,10 +16,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils import UserError
+
 from .faults import Fault, planted
 
 MEMORY = 8 * 2**30  # of a trial
 POLL_SECONDS = 0.05
+# A trial is ended after this many seconds, or this many times as many as usual: the processor's, and all.
+MOST_BUSY, MOST_WAITING = (20, 5), (600, 20)
 PRELOADED = (
     "torch",
     "torch.distributed",
@@ -41,6 +46,7 @@ class Trials:
 
     def __init__(self, root: Path, folder: Path):
         self._folder, self._root = folder, folder / "project"
+        self._usual: dict[Sequence[str], list[float]] = {}  # seconds that tests take: the processor's, and all
         skipped = shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs", "*_cache")
         shutil.copytree(root, self._root, ignore=skipped)
         # Compiled once, without a look at times: of the modules a trial compiles the changed one alone.
@@ -48,38 +54,50 @@ class Trials:
         for name in PRELOADED:
             importlib.import_module(name)
 
-    def run(self, tests: Sequence[str], limit: float, fault: Fault | None = None) -> str:
-        """What failed with the fault (or without any): a test's name, "time" after `limit` seconds, "" for nothing."""
-        if fault is None:
-            return self._run(tests, limit, keep=True)
+    def run(self, tests: Sequence[str], fault: Fault) -> str:
+        """What failed with the fault planted: a test's name, "time" after many times as long as usual, "" for nothing.
+
+        Raises:
+            UserError: the tests fail without it.
+        """
+        if tests not in self._usual:
+            failed, *usual = self._run(tests, math.inf, math.inf, keep=True)
+            if failed:
+                raise UserError(f"without any fault, {failed} fails: see to it first")
+            self._usual[tests] = usual
         path = self._root / fault.module
         original, compiled = path.read_bytes(), Path(importlib.util.cache_from_source(str(path)))
         path.write_text(planted(fault, self._root))
         compiled.rename(compiled.with_suffix(".kept"))
         try:
-            return self._run(tests, limit, keep=False)
+            limits = zip((MOST_BUSY, MOST_WAITING), self._usual[tests], strict=True)
+            return self._run(tests, *(max(least, times * usual) for (least, times), usual in limits))[0]
         finally:
             path.write_bytes(original)
             compiled.with_suffix(".kept").rename(compiled)
 
-    def _run(self, tests: Sequence[str], limit: float, keep: bool) -> str:
-        """`keep` what pytest makes of the tests' own files, which do not change."""
+    def _run(
+        self, tests: Sequence[str], processor_limit: float, limit: float, keep: bool = False
+    ) -> tuple[str, float, float]:
+        """(what failed, the processor's seconds, all seconds); `keep` what pytest makes of files of tests."""
         found = self._folder / "failed"
         found.write_text("")
         pid = os.fork()
         if pid == 0:
-            os._exit(self._try(tests, limit, keep, found))
-        # By looks rather than by the clock: a machine may be suspended.
-        for _ in range(int(limit / POLL_SECONDS)):
-            ended, status = os.waitpid(pid, os.WNOHANG)
+            os._exit(self._try(tests, processor_limit, keep, found))
+        looks = 0  # and not the clock: a machine may be suspended
+        while looks * POLL_SECONDS < limit:
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
             if ended:
-                return found.read_text() or ("" if status == 0 else "the end of the process")
+                failed = found.read_text() or (_end(status) if status else "")
+                return failed, usage.ru_utime + usage.ru_stime, looks * POLL_SECONDS
             time.sleep(POLL_SECONDS)
+            looks += 1
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        return "time"
+        return "time", 0.0, 0.0
 
-    def _try(self, tests: Sequence[str], limit: float, keep: bool, found: Path) -> int:
+    def _try(self, tests: Sequence[str], processor_limit: float, keep: bool, found: Path) -> int:
         """Run the tests in this process, which has to be a new one; 0 if all of them pass."""
         import pytest
 
@@ -90,7 +108,8 @@ class Trials:
         os.environ["PYTHONDONTWRITEBYTECODE"] = "" if keep else "1"
         sys.dont_write_bytecode = not keep
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1, int(limit) + 2))
+        if processor_limit < math.inf:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(processor_limit), int(processor_limit) + 1))
         # Nothing of the project itself: it is imported from the copy.
         here = str(Path(__file__).resolve().parents[2])
         for name, module in list(sys.modules.items()):
@@ -110,3 +129,9 @@ class Trials:
         scratch = f"--basetemp={self._folder / 'scratch'}"
         flags = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not cuda", scratch]
         return int(pytest.main([*flags, *(f"tests/test_{name}.py" for name in tests)], plugins=[First()]))
+
+
+def _end(status: int) -> str:
+    """How a process ended without a word."""
+    signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return "time" if signum == signal.SIGXCPU else f"the end of the process ({signum or os.WEXITSTATUS(status)})"
