@@ -13,6 +13,7 @@ import hostile
 import torch
 
 from runtime import checkpoints as checkpoint_files
+from training.arguments import class_list
 from training.classification_flags import FLAGS
 from training.options import build_parser
 
@@ -301,7 +302,7 @@ def missing_value(drawn: random.Random, actions: list, path: Path) -> tuple[str,
 
 
 def bad_config_value(drawn: random.Random, actions: list, path: Path) -> tuple[str, list[str]]:
-    action = drawn.choice(actions)
+    action = drawn.choice([action for action in actions if action.type is not class_list])  # of any names, or any list
     if takes_any_text(action) and action.nargs != "*":
         wrong = drawn.choice(["[a, b]", "{a: b}", "5", "true", "2020-01-01"])
     elif action.nargs == "*":

@@ -15,7 +15,7 @@ DIFFERENT = [
     (["--no-model-ema"], "model-ema"),
     (["--model-ema-decay", "0.5"], "model-ema-decay"),
     (["--opt", "sgd"], "opt"),
-    (["--clip-grad", "1"], "clip-grad"),
+    (["--clip-grad", "7"], "clip-grad"),
     (["--aa", "none"], "aa"),
     (["--smoothing", "0"], "smoothing"),
     (["--checkpoint-steps", "1"], "checkpoint-steps"),
