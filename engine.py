@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -100,7 +100,8 @@ def train(trainer: Trainer, run: Run) -> None:
     run.directory.write_args(args, sys.argv)
     describe(trainer)
     if progress.epoch > 0 and progress.step == 0:
-        save_epoch(trainer, run.directory)  # a crash may have come between the files of an epoch's end
+        # A crash may have come between the files of an epoch's end: as they were, whatever this run's flags are.
+        save_epoch(trainer, run.directory, run.checkpoint)
 
     while progress.epoch < trainer.epochs:
         try:
@@ -115,14 +116,13 @@ def train(trainer: Trainer, run: Run) -> None:
         trainer.scheduler.step(progress.epoch - 1)
         # In this order a crash in between repeats the epoch and writes the same again: nothing comes twice.
         run.directory.log_row(row, progress.best_epoch)
-        save_epoch(trainer, run.directory)
+        save_epoch(trainer, run.directory, checkpoint_state(trainer))
     print_summary(trainer)
 
 
-def save_epoch(trainer: Trainer, directory: RunDirectory) -> None:
-    """Write the checkpoints of the end of an epoch; to do so twice is the same as once."""
+def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, Any]) -> None:
+    """Write `state`, of the end of an epoch, as its checkpoints; to do so twice is the same as once."""
     args, progress = trainer.args, trainer.progress
-    state = checkpoint_state(trainer)
     directory.keep_best(state, progress.score, args.keep_best)
     if args.checkpoint_epochs and progress.epoch % args.checkpoint_epochs == 0:
         directory.save_checkpoint(f"checkpoint_{progress.epoch:04d}.pth", state)

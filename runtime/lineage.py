@@ -10,8 +10,9 @@ deleted, or taken for another branch's:
 2. A file belongs to the past of a checkpoint if its branch is in that one's lineage, and it is no later than the
    beginning of the next branch, or than the checkpoint itself.
 3. When a run begins, or goes on from a checkpoint (`begin`), the files that do not belong to its past are set
-   aside: moved, by their names, into a folder `abandoned_01` of the run directory, beside a copy of log.txt. Such a
-   folder is like any run directory to go on from.
+   aside: moved, by their names, into a folder `abandoned_01` of the run directory, beside log.txt and the best
+   checkpoints of the common past, which the new branch will replace. Such a folder is like any run directory to go
+   on from.
 4. `--resume auto` (`newest_valid`) goes on from the branch that began last, from the furthest of its intact
    files, and of equals from the one written last.
 
@@ -35,6 +36,7 @@ from runtime.schema import Items, Text, parse_json
 from utils import UserError, atomic_write, cannot_write, make_directory, sync_directory, tell
 
 CHECKPOINTS = "checkpoint*.pth"
+BEST, BESTS = "checkpoint_best.pth", "checkpoint_best*.pth"
 ABANDONED = "abandoned_"
 MOVES = "moves.json"
 LOG = "log.txt"
@@ -69,7 +71,7 @@ def begin(directory: Path, state: Mapping[str, Any] | None) -> tuple[Lineage, Pa
     here = _places(directory.glob(CHECKPOINTS))
     abandoned = _places(directory.glob(f"{ABANDONED}*/{CHECKPOINTS}"))
     lineage = () if state is None else lineage_of(state)
-    place = Place(lineage[-1].branch, state["epoch"], state["step"]) if lineage else Place(-1, 0, 0)
+    place = Place(-1, 0, 0) if state is None else _place_in(state)
     strangers = [path for path, other in here.items() if not _belongs(other, lineage, place)]
     if strangers:
         folder = _set_aside(directory, strangers)
@@ -89,6 +91,12 @@ def _belongs(other: Place, lineage: Lineage, place: Place) -> bool:
     return any(other.branch == began.branch and other[1:] <= end for began, end in zip(lineage, ends, strict=False))
 
 
+def holds(path: Path, state: Mapping[str, Any]) -> bool:
+    """Whether a file holds this checkpoint, or the end of an older branch that is the beginning of its own."""
+    other, place = _places([path]).get(path), _place_in(state)
+    return other is not None and _belongs(other, lineage_of(state), place) and other[1:] == place[1:]
+
+
 def _places(paths: Iterable[Path]) -> dict[Path, Place]:
     """Where those files stand that say so."""
     places = {}
@@ -96,6 +104,11 @@ def _places(paths: Iterable[Path]) -> dict[Path, Place]:
         with contextlib.suppress(UserError):
             places[path] = place_of(path)
     return places
+
+
+def _place_in(state: Mapping[str, Any]) -> Place:
+    """Where a checkpoint that was read stands."""
+    return Place(lineage_of(state)[-1].branch, state["epoch"], state["step"])
 
 
 def place_of(path: Path) -> Place:
@@ -109,7 +122,7 @@ def place_of(path: Path) -> Place:
         told = load(path)
         if not {"epoch", "step"} <= told.keys():
             raise UserError(f"{path}: it does not say from where to go on")
-        told["branch"] = lineage_of(told)[-1].branch
+        return _place_in(told)
     return Place(told.get("branch", 0), told["epoch"], told["step"])
 
 
@@ -147,13 +160,18 @@ def _passing_over(path: Path) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------- setting aside
 def _set_aside(directory: Path, paths: Iterable[Path]) -> Path:
-    """Move checkpoints of a run directory into a new folder of it; what is killed meanwhile can be finished."""
+    """Move checkpoints of a run directory into a new folder of it, and copy there what a new branch will replace.
+
+    What is killed meanwhile can be finished.
+    """
     number = 1
     while (folder := directory / f"{ABANDONED}{number:02d}").exists():
         number += 1
     make_directory(folder)
     with contextlib.suppress(FileNotFoundError):
         atomic_write(folder / LOG, (directory / LOG).read_bytes())
+    for path in set(directory.glob(BESTS)) - set(paths):
+        atomic_write(folder / path.name, path.read_bytes())
     atomic_write(folder / MOVES, json.dumps([path.name for path in paths]))
     _finish(folder)
     return folder

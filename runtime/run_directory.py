@@ -15,7 +15,7 @@ from runtime import checkpoints
 from runtime.contents import COUNT
 from runtime.curves import Plot, draw_curves
 from runtime.files import read_file
-from runtime.lineage import LOG, Lineage, begin, finish_moves
+from runtime.lineage import BEST, LOG, Lineage, begin, finish_moves, holds
 from runtime.lock import LOCK, DirectoryLock
 from runtime.processes import Distributed
 from runtime.provenance import describe_run
@@ -32,7 +32,6 @@ from utils import (
 )
 
 ARGS = "args.yaml"
-BEST = "checkpoint_best.pth"
 MAX_LOG_BYTES = 2**26
 ROW = Fields({"epoch": COUNT}, others=Either((Number(finite=False), Text(), Typed((bool,)))), required={"epoch"})
 
@@ -192,11 +191,16 @@ class RunDirectory:
 
     # ------------------------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write `state`, and where it comes from, to the file `name` (`checkpoint_last.pth`) of this directory."""
+        """Write `state`, and where it comes from, to the file `name` (`checkpoint_last.pth`) of this directory.
+
+        A state that was read from a checkpoint is not written over the file that it, or its equal, is in.
+        """
         if self._active:
             self._save(self.path / name, state)
 
     def _save(self, path: Path, state: Mapping[str, Any], label: Mapping[str, float] | None = None) -> None:
+        if "lineage" in state and holds(path, state):
+            return
         lineage = {"lineage": [list(began) for began in self._lineage]} if self._lineage else {}
         checkpoints.save(path, {**state, **lineage}, label)
 

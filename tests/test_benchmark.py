@@ -53,12 +53,33 @@ def test_layers_are_measured_against_plain_ones(tmp_path, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
-def test_loader_is_measured_against_timms(tmp_path):
+@pytest.fixture
+def images(tmp_path):
     for name in "ab":
         (tmp_path / "val" / name).mkdir(parents=True)
         for i in range(4):
             Image.fromarray(np.full((40, 50, 3), 20 * i, np.uint8)).save(tmp_path / "val" / name / f"{i}.jpg")
-    words = ["--loader", str(tmp_path), "--workers", "0", "--rounds", "2"]
+    return str(tmp_path)
+
+
+def test_errors_of_half_precision_are_measured(tmp_path, images, capsys):
+    words = ["--exactness", images, "svt_h_n", "spectformer_ti", "--dtype", "bfloat16", "--steps", "2"]
+    rows = report(tmp_path / "out.json", *words, "--batch-size", "2", "--img-size", "32")["runs"][0]["exactness"]
+    assert [row["trained"] for row in rows.values()] == [True, False]
+    for row in rows.values():
+        assert len(row["logit_error"]) == 2 - row["trained"]
+        assert all(1e-4 < error < 0.05 for error in row["logit_error"])
+        assert len(row["losses"]) == 2 and 0 < row["loss_gap"] < 0.2
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+def test_nothing_is_compared_with_itself(images):
+    with pytest.raises(UserError, match="--dtype bfloat16 or float16"):
+        benchmark.main(["--exactness", images, "spectformer_ti"])
+
+
+def test_loader_is_measured_against_timms(tmp_path, images):
+    words = ["--loader", images, "--workers", "0", "--rounds", "2"]
     figures = report(tmp_path / "out.json", *words)["runs"][0]["loader"]
     assert figures["images"] == 8 and figures["images_per_s"]["timm"] > 0 and figures["ratio"] > 0
 

@@ -73,6 +73,38 @@ def test_auto_goes_on_with_the_branch_written_last(finished):
     assert logged(finished / "abandoned_01") == [(epoch, 1.0) for epoch in range(4)]
 
 
+def test_the_best_of_the_common_past_is_kept_for_both_branches(tmp_path):
+    train(tmp_path, None, (2, 0), 1.0)
+    train(tmp_path, load(tmp_path / "checkpoint_last.pth"), (2, 7), 1.0)  # not better than the best, of epoch 2
+    train(tmp_path, load(tmp_path / "checkpoint_0002.pth"), (3, 0), 2.0)
+    assert files(tmp_path)["checkpoint_best.pth"] == 2.0
+    assert files(tmp_path / "abandoned_01") == {"checkpoint_best.pth": 1.0, "checkpoint_last.pth": 1.0}
+
+
+def test_the_files_to_go_on_from_stay_as_they_are(finished):
+    before = {path.name: path.read_bytes() for path in finished.glob("checkpoint*.pth")}
+    start = load(finished / "checkpoint_last.pth")
+    with opened(finished) as run:
+        run.go_on_from(start)
+        for name in ("checkpoint_0004.pth", "checkpoint_last.pth"):  # as at the end of its epoch, with other flags
+            run.save_checkpoint(name, start | {"model": {"who": torch.tensor(2.0)}})
+        run.keep_best(start, 30.0)
+    assert before == {path.name: path.read_bytes() for path in finished.glob("checkpoint*.pth")}
+
+
+def test_a_branch_that_was_stopped_at_its_beginning_leaves_the_files_that_it_began_from(finished):
+    first = finished / "checkpoint_0001.pth"
+    before = first.read_bytes()
+    for start in (first, finished / "checkpoint_last.pth"):
+        told = load(start)
+        with opened(finished) as run:
+            run.go_on_from(told)
+            run.save_checkpoint("checkpoint_0001.pth", told)
+            run.save_checkpoint("checkpoint_last.pth", told)
+    assert first.read_bytes() == before
+    assert len(load(finished / "checkpoint_last.pth")["lineage"]) == 2
+
+
 def test_going_on_from_the_last_checkpoint_begins_no_branch(finished, capsys):
     before = read_label(finished / "checkpoint_last.pth")["branch"]
     train(finished, auto(finished)[1], (5, 3), 1.0)

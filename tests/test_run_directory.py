@@ -235,7 +235,11 @@ def test_a_best_of_epochs_that_are_trained_again_does_not_count(tmp_path):
             "checkpoint_best_0000.pth": 50.0,
             "checkpoint_best_0001.pth": 40.0,
         }
-    assert best_files(tmp_path / "abandoned_01") == {"checkpoint_best.pth": 90.0, "checkpoint_best_0004.pth": 90.0}
+    assert best_files(tmp_path / "abandoned_01") == {
+        "checkpoint_best.pth": 90.0,
+        "checkpoint_best_0000.pth": 50.0,
+        "checkpoint_best_0004.pth": 90.0,
+    }
 
 
 def test_checkpoints_are_ranked_by_the_score_that_the_task_names(tmp_path):

@@ -13,9 +13,6 @@ def kept(directory: Path) -> set[str]:
     return {file_digest(path) for path in directory.rglob("checkpoint*.pth")}
 
 
-@pytest.mark.xfail(
-    reason="the best checkpoint of the common past is replaced by the new branch's; one kill ends in other bits"
-)
 @pytest.mark.promise(18)
 def test_a_branch_killed_anywhere_goes_on_and_the_old_one_is_kept(launcher: Launcher, tmp_path, flags, trained, record):
     other = [*flags, "--lr", "1e-3", "--checkpoint-epochs", "1"]

@@ -4,6 +4,7 @@
     python -m tools.benchmark --layers                    the mixers and the wavelet transform alone
     python -m tools.benchmark --loader DIR                the input pipeline against timm's, on DIR/val
     python -m tools.benchmark --detection svt_h_s resnet50 --batch-size 2    Mask R-CNN over these, at 800x1333
+    python -m tools.benchmark --exactness DIR svt_h_s pvt_v2_b2 --dtype bfloat16    its errors, on DIR/val's images
     python -m tools.benchmark --suite cuda --json FILE    all that docs/performance.md says of a GPU
 
 A contender is any model of timm's registry, ours included, or "plain:NAME", our model in its plain
@@ -33,6 +34,7 @@ from training.arguments import COUNT, POSITIVE
 from utils import UserError, atomic_write
 
 from .detection import compare_detectors
+from .exactness import compare_exactness, exactness_table
 from .layers import LAYER_GRIDS, compare_layers, layer_pairs, precision_pairs
 from .loader import compare_loaders
 from .models import PARTS, compare_models
@@ -52,6 +54,8 @@ def build_parser() -> ToolParser:
     add("--precisions", action="store_true", help="ways to compute the spectral mixers, beside float32 throughout")
     add("--loader", metavar="DIR", help="our input pipeline against timm's on DIR/val")
     add("--detection", action="store_true", help="Mask R-CNN over the models")
+    add("--exactness", metavar="DIR", help="half precision against float32 and float64, on DIR/val")
+    add("--steps", type=POSITIVE, default=50, help="of --exactness")
     add("--suite", choices=SUITES, help="a set of runs, one after the other")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=DTYPES, default="float32", help="of the arithmetic, not the weights")
@@ -81,6 +85,10 @@ def run(args: argparse.Namespace) -> dict:
         figures = result["loader"]
         print("images/s: " + ", ".join(f"{who} {rate:.1f}" for who, rate in figures["images_per_s"].items()))
         print(f"ours / timm: {figures['ratio']:.2f}")
+        return result
+    if args.exactness:
+        result = compare_exactness(args.models, args.exactness, settings, args.steps)
+        print(exactness_table(result))
         return result
     if args.detection:
         result = compare_detectors(args.models, settings, args.rounds)
