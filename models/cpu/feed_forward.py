@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from .private import can_fuse, convolve_and_activate
-from .slicing import images_per_slice, may_slice, operation
+from .slicing import images_per_slice, may_slice, of_first_result, operation, save_for_backward
 
 # Entries of a hidden tensor computed together: 16 MiB in float32, measured best of 4 to 32.
 SLICE_ELEMENTS = 2**22
@@ -147,13 +147,13 @@ def _empty_gradients(_grad, x, _hidden, _activated, weight1, depthwise, depthwis
 
 def _keep(ctx, inputs, output):
     x, _, weight1, _, depthwise, depthwise_bias, weight2, _ = inputs
-    _, hidden, activated = output
-    ctx.mark_non_differentiable(hidden, activated)
-    ctx.save_for_backward(x, hidden, activated, weight1, depthwise, depthwise_bias, weight2)
+    save_for_backward(ctx, output[1:], x, weight1, depthwise, depthwise_bias, weight2)
 
 
-def _gradients(ctx, grad, *_):
-    grad_x, weight1, bias1, weight2, bias2, *depthwise = feed_forward_backward(grad, *ctx.saved_tensors)
+@of_first_result
+def _gradients(ctx, grad):
+    hidden, activated, x, *weights = ctx.saved_tensors
+    grad_x, weight1, bias1, weight2, bias2, *depthwise = feed_forward_backward(grad, x, hidden, activated, *weights)
     return grad_x, None, weight1, bias1, *(depthwise or (None, None)), weight2, bias2
 
 

@@ -15,7 +15,7 @@ from .. import scattering
 from ..layers import autocast_off
 from ..scattering import EinsteinBlending, real_bias, real_matrix
 from ..wavelet import DTCWT, analysis_matrix, fitting, images_of, synthesis_matrix
-from .slicing import images_per_slice, may_slice, operation
+from .slicing import images_per_slice, may_slice, of_first_result, operation, save_for_backward
 
 # Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 2 to 16.
 SLICE_ELEMENTS = 2**20
@@ -254,12 +254,11 @@ def _empty_gradients(grad, _low, _bands, _ah, _aw, _sh, _sw, low_weight, layer1,
 
 def _keep(ctx, inputs, output):
     _, _, *weights, _ = inputs
-    _, low, bands = output
-    ctx.mark_non_differentiable(low, bands)
-    ctx.save_for_backward(low, bands, *weights)
+    save_for_backward(ctx, output[1:], *weights)
 
 
-def _gradients(ctx, grad, *_):
+@of_first_result
+def _gradients(ctx, grad):
     grad_x, *weights = scatter_backward(grad, *ctx.saved_tensors)
     return grad_x, *[None] * 5, *weights
 

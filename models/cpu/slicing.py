@@ -55,3 +55,19 @@ def images_per_slice(images: int, elements_per_image: int, most: int) -> int:
     """How many of some images to take at a time: equal parts of at most `most` elements, or one by one."""
     parts = math.ceil(images / max(1, most // elements_per_image))
     return max(1, math.ceil(images / max(1, parts)))
+
+
+def save_for_backward(ctx: Any, results: Sequence[Tensor], *inputs: Tensor | None) -> None:
+    """For the backward pass keep these inputs of an operation, and these results, which are for nothing else."""
+    ctx.mark_non_differentiable(*results)
+    ctx.set_materialize_grads(False)  # else each such result has a gradient of zeros, of its size, made on every step
+    ctx.save_for_backward(*results, *inputs)
+
+
+def of_first_result(gradients: Callable) -> Callable:
+    """The backward pass of an operation whose further results `save_for_backward` keeps: from the first's gradient."""
+
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return (None,) * len(ctx.needs_input_grad) if grad is None else gradients(ctx, grad)
+
+    return backward

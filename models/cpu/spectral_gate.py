@@ -16,7 +16,7 @@ from .. import spectral_gate
 from ..fourier_matrices import fourier_matrices
 from ..layers import Grid, autocast_dtype, to_autocast
 from ..spectral_gate import resize_filter
-from .slicing import images_per_slice, may_slice, operation
+from .slicing import images_per_slice, may_slice, of_first_result, operation, save_for_backward
 
 # Entries of the spectrum, about HWC an image, computed together: 2 MiB in half precision.
 SLICE_ELEMENTS = 2**20
@@ -135,13 +135,11 @@ def _empty_gradients(grad, _spectrum, complex_weight):
 
 
 def _keep(ctx, inputs, output):
-    _, _, complex_weight = inputs
-    _, spectrum = output
-    ctx.mark_non_differentiable(spectrum)
-    ctx.save_for_backward(spectrum, complex_weight)
+    save_for_backward(ctx, output[1:], inputs[2])
 
 
-def _gradients(ctx, grad, *_):
+@of_first_result
+def _gradients(ctx, grad):
     grad_x, grad_weight = gate_backward(grad, *ctx.saved_tensors)
     return grad_x, None, grad_weight
 
