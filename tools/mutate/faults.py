@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import copy
-import random
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +95,16 @@ def places(tree: ast.AST, where: str = "module") -> Iterator[tuple[ast.AST, str,
 
 
 def faults_of(module: str, root: Path) -> list[Fault]:
-    """Every fault that can be planted in a module, a path from `root`."""
-    found = []
+    """Every fault that can be planted in a module, a path from `root`; of several called alike, the later numbered."""
+    found: list[Fault] = []
+    alike: Counter[str] = Counter()
     for site, (_, field, _, node, where) in enumerate(places(ast.parse((root / module).read_text()))):
         for choice, changed in enumerate(changes(node, field)):
-            found.append(Fault(module, site, choice, node.lineno, where, f"{_snippet(node)} -> {_snippet(changed)}"))
+            change = f"{_snippet(node)} -> {_snippet(changed)}"
+            alike[f"{where} {change}"] += 1
+            if (number := alike[f"{where} {change}"]) > 1:
+                change += f" ({number})"
+            found.append(Fault(module, site, choice, node.lineno, where, change))
     return found
 
 
@@ -120,7 +126,11 @@ def planted(fault: Fault, root: Path) -> str:
 
 
 def draw(number: int, seed: int, modules: Sequence[str], root: Path) -> list[Fault]:
-    """So many faults, drawn from all that there are, in the order of the code."""
+    """So many faults, drawn from all that there are, in the order of the code.
+
+    Drawn by their names, so that a change of the code leaves most of them as they are.
+    """
     found = [fault for module in modules for fault in faults_of(module, root)]
-    chosen = random.Random(seed).sample(found, min(number, len(found)))
-    return sorted(chosen, key=found.index)
+    found_at = {fault: place for place, fault in enumerate(found)}
+    drawn = sorted(found, key=lambda fault: hashlib.sha256(f"{seed} {fault.name}".encode()).digest())
+    return sorted(drawn[:number], key=found_at.__getitem__)

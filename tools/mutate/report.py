@@ -30,11 +30,8 @@ def as_json(results: Sequence[Result], seed: int) -> str:
         "planted": len(results),
         **{name: sum(counts[name] for counts in modules.values()) for name in ("caught", "equivalent", "survived")},
         "modules": modules,
-        "not caught": [
-            {"fault": fault.name, "line": fault.line, "reason": reason}
-            for fault, caught, reason in results
-            if not caught
-        ],
+        "not caught": {fault.name: reason for fault, caught, reason in results if not caught},
+        "caught by": {fault.name: caught for fault, caught, _ in results if caught},
     }
     return json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
 
@@ -60,6 +57,6 @@ def section(figures: Mapping[str, Any], tests: Mapping[str, Sequence[str]]) -> l
         lines.append(f"| {module} | {counts['caught']} | {counts['survived']} | {counts['equivalent']} | {named} |")
     if figures["not caught"]:
         lines += ["", "Not caught:", ""]
-        for entry in figures["not caught"]:
-            lines.append(f"- `{entry['fault'].replace('`', '')}`: {entry['reason'] or '**survived**'}")
+        for fault, reason in figures["not caught"].items():
+            lines.append(f"- `{fault.replace('`', '')}`: {reason or '**survived**'}")
     return [*lines, ""]

@@ -54,14 +54,17 @@ class Trials:
         for name in PRELOADED:
             importlib.import_module(name)
 
-    def run(self, tests: Sequence[str], fault: Fault) -> str:
+    def run(self, tests: Sequence[str], fault: Fault, likely: str = "") -> str:
         """What failed with the fault planted: a test's name, "time" after many times as long as usual, "" for nothing.
+
+        Args:
+            likely: the test to begin with; then come those marked as fast.
 
         Raises:
             UserError: the tests fail without it.
         """
         if tests not in self._usual:
-            failed, *usual = self._run(tests, math.inf, math.inf, keep=True)
+            failed, *usual = self._run(tests, math.inf, math.inf)
             if failed:
                 raise UserError(f"without any fault, {failed} fails: see to it first")
             self._usual[tests] = usual
@@ -71,20 +74,20 @@ class Trials:
         compiled.rename(compiled.with_suffix(".kept"))
         try:
             limits = zip((MOST_BUSY, MOST_WAITING), self._usual[tests], strict=True)
-            return self._run(tests, *(max(least, times * usual) for (least, times), usual in limits))[0]
+            return self._run(tests, *(max(least, times * usual) for (least, times), usual in limits), likely)[0]
         finally:
             path.write_bytes(original)
             compiled.with_suffix(".kept").rename(compiled)
 
     def _run(
-        self, tests: Sequence[str], processor_limit: float, limit: float, keep: bool = False
+        self, tests: Sequence[str], processor_limit: float, limit: float, likely: str = ""
     ) -> tuple[str, float, float]:
-        """(what failed, the processor's seconds, all seconds); `keep` what pytest makes of files of tests."""
+        """(what failed, the processor's seconds, all seconds)."""
         found = self._folder / "failed"
         found.write_text("")
         pid = os.fork()
         if pid == 0:
-            os._exit(self._try(tests, processor_limit, keep, found))
+            os._exit(self._try(tests, processor_limit, likely, found))
         looks = 0  # and not the clock: a machine may be suspended
         while looks * POLL_SECONDS < limit:
             ended, status, usage = os.wait4(pid, os.WNOHANG)
@@ -97,7 +100,7 @@ class Trials:
         os.waitpid(pid, 0)
         return "time", 0.0, 0.0
 
-    def _try(self, tests: Sequence[str], processor_limit: float, keep: bool, found: Path) -> int:
+    def _try(self, tests: Sequence[str], processor_limit: float, likely: str, found: Path) -> int:
         """Run the tests in this process, which has to be a new one; 0 if all of them pass."""
         import pytest
 
@@ -105,8 +108,9 @@ class Trials:
         output = os.open(self._folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(output, number)
-        os.environ["PYTHONDONTWRITEBYTECODE"] = "" if keep else "1"
-        sys.dont_write_bytecode = not keep
+        # What pytest makes of files of tests is kept, by the first run alone.
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "" if processor_limit == math.inf else "1"
+        sys.dont_write_bytecode = processor_limit < math.inf
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         if processor_limit < math.inf:
             resource.setrlimit(resource.RLIMIT_CPU, (int(processor_limit), int(processor_limit) + 1))
@@ -119,7 +123,12 @@ class Trials:
         os.chdir(self._root)
 
         class First:
-            """Writes down the first failure."""
+            """Begins with the tests that tell soonest, and writes down the first failure."""
+
+            @staticmethod
+            @pytest.hookimpl(trylast=True)  # the marks come first
+            def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+                items.sort(key=lambda item: (item.nodeid != likely, "fast" not in item.keywords))
 
             @staticmethod
             def pytest_runtest_logreport(report: pytest.TestReport) -> None:
