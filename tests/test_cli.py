@@ -12,6 +12,7 @@ import detection.flags
 import main_spectformer
 import main_svt
 import main_transfer
+from training import options
 from training.classification_flags import FLAGS
 from training.model import create_model
 from training.options import build_parser, parse_args
@@ -60,7 +61,23 @@ def test_defaults_are_the_vanilla_recipe():
         "distillation_tau": 1.0,
         "eval_crop_pct": 0.875,
         "checkpoint_epochs": 100,
+        "checkpoint_steps": 0,
+        "keep_best": 1,
+        "print_freq": 50,
+        "seed": 0,
         "batch_size": 128,
+        "accum_iter": 1,
+        "momentum": 0.9,
+        "warmup_updates": 0,
+        "cooldown_epochs": 0,
+        "decay_epochs": 30,
+        "decay_rate": 0.1,
+        "drop": 0.0,
+        "freeze_at": 0,
+        "recount": 1,
+        "mixup_prob": 1.0,
+        "dense_weight": 0.5,
+        "cls_weight": 1.0,
     }
     assert {name: args[name] for name in recipe} == recipe
 
@@ -205,7 +222,7 @@ def test_without_data_path_the_digits_are_trained():
         (["--aa", "rand-q1"], "no policy"),
         (["--aa", "fancy"], "no policy"),
         (["--aa", "rand-m9-nope"], "no policy"),
-        (["--epochs", "0"], "at least 1 and at most 1000000"),
+        (["--epochs", "0"], r"at least 1 and at most 1000000\b"),
         (["--seed", str(2**63)], "at most 9223372036854775807"),
     ],
 )
@@ -282,10 +299,26 @@ def test_help_fits_eighty_columns(main):
 
 
 def test_every_setting_that_is_read_is_a_flag():
-    trees = [ast.parse(path.read_text()) for path in [ROOT / "engine.py", *(ROOT / "training").glob("*.py")]]
+    trees = [
+        ast.parse(path.read_text())
+        for path in [ROOT / "engine.py", ROOT / "datasets.py", *(ROOT / "training").glob("*.py")]
+    ]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in nodes if ast.unparse(node.value) in ("args", "self.args", "trainer.args")}
     assert len(read) > 70 and read - set(dir(dict)) <= build_parser(FLAGS).settings().keys()
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(2, 2), (64, 10)])
+def test_there_are_as_many_workers_as_cores_up_to_ten(monkeypatch, cores, workers):
+    monkeypatch.setattr(options, "available_cores", lambda: cores)
+    assert parse().num_workers == workers
+
+
+def test_a_run_that_goes_on_can_do_without_the_weights_that_it_began_with(tmp_path):
+    gone = str(tmp_path / "gone.pth")
+    assert parse("--finetune", gone, "--resume", "auto").finetune == gone
+    with pytest.raises(UserError, match=gone):
+        parse("--finetune", gone)
 
 
 def test_a_runs_own_record_is_read_without_its_places(tmp_path):

@@ -4,6 +4,9 @@ import argparse
 import json
 import os
 import signal
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +14,15 @@ from tiny_runs import assert_same
 from torch import nn
 
 import engine
+from runtime import checkpoints
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.agreement import check_same_everywhere
+from training.console import Display
 from training.evaluation import evaluation_batches
 from training.options import TaskFlags, parse_args
 from training.task import Task
+from training.trainer import Progress
 from utils import Interrupted, UserError
 
 
@@ -134,7 +140,8 @@ def test_a_task_without_classes_trains_and_is_ranked_by_its_own_score(tmp_path, 
     assert rows[-1]["test_error"] < rows[0]["test_error"] / 2
     best = max(row[name] for row in rows for name in ("test_fit", "test_fit_ema"))
     assert state["best_fit"] == best and state["about"] == "a line" and not any("acc" in name for name in state)
-    assert f"best fit {best:.3f}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "points on a line" in told and f"best fit {best:.3f}" in told
 
 
 def test_a_dry_run_tries_one_update_and_one_batch_of_evaluation_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -194,6 +201,73 @@ def test_the_gradient_is_clipped_at_the_norm_that_is_asked_for(tmp_path, monkeyp
     engine.fit(Regression, args_of(tmp_path, "--clip-grad", "0.01", "--epochs", "1"))
     assert len(steps) == 4 and max(steps) <= 0.01 * (1 + 1e-4)
     assert finished(tmp_path)[1][0]["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "fast"), [("cpu", "float32", False), ("cuda", "float32", True), ("cuda", "float64", False)]
+)
+def test_only_float32_on_cuda_is_computed_less_exactly(tmp_path, monkeypatch, device, dtype, fast):
+    told = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    engine.set_up_machine(args_of(tmp_path, "--dtype", dtype), Distributed(device=torch.device(device)))
+    assert (told == ["high"], torch.backends.cudnn.benchmark) == (fast, fast)
+
+
+def test_an_average_without_decay_is_the_weights(tmp_path):
+    engine.fit(Regression, args_of(tmp_path, "--model-ema-decay", "0", "--epochs", "1"))
+    state = finished(tmp_path)[0]
+    assert_same(state["model_ema"], state["model"])
+
+
+def test_the_scale_of_fp16_losses_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "checkpoint_last.pth"
+    engine.fit(Regression, args_of(tmp_path, "--amp", "fp16", "--epochs", "1"))
+    state = checkpoints.load(path)
+    state["scaler"]["scale"] = 2.0**10
+    checkpoints.save(path, state)
+    engine.fit(Regression, args_of(tmp_path, "--amp", "fp16", "--epochs", "2", "--resume", str(path)))
+    assert checkpoints.load(path)["scaler"]["scale"] == 2.0**10
+
+
+def test_every_process_evaluates_with_the_main_ones_batch_statistics(monkeypatch):
+    """Those of the weights and of their average."""
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: tensor.fill_(7 + source))
+
+    def evaluate(model, _stop):
+        return {"mean": model.running_mean.item(), "variance": model.running_var.item()}
+
+    trainer = SimpleNamespace(
+        model=nn.BatchNorm1d(1),
+        ema=SimpleNamespace(module=nn.BatchNorm1d(1)),
+        dist=Distributed(world_size=2),
+        task=SimpleNamespace(evaluate=evaluate),
+        stop=None,
+    )
+    assert engine.evaluate(trainer) == {"mean": 7, "variance": 7, "mean_ema": 7, "variance_ema": 7}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_now_and_then(monkeypatch, capsys, terminal):
+    """Ten seconds a step of 3 x 8 images; of every second update, without a terminal."""
+    progress = Progress(epoch=1, step=4)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(batch_size=8, accum_iter=2, print_freq=2),
+        dist=Distributed(world_size=3),
+        task=SimpleNamespace(train=range(12)),
+        progress=progress,
+        epochs=4,
+        lr=0.1,
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(time, "perf_counter", lambda: 10.0 * progress.step)
+    with Display(trainer) as display:
+        for progress.step in (6, 8):
+            display.show(2.5)
+    told = capsys.readouterr()
+    line = "epoch 1 step 8/12: loss 2.5000, lr 1.00e-01, 2 images/s, 40 s to go (the run: 4 min)\n"
+    assert told.out == ("" if terminal else line)
+    assert ("epoch 1: " in told.err) is terminal
 
 
 def test_the_first_signal_is_answered_at_once(tmp_path, monkeypatch, capfd):

@@ -52,6 +52,19 @@ def test_the_highest_rate_of_a_schedule_of_any_length_is_found_at_once(warmup, e
     assert highest_rate(args, 1.0, updates_per_epoch=10**8) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("stepped", ["--sched-on-updates", "--no-sched-on-updates"])
+@pytest.mark.parametrize("warmup", ["0", "2", "9"])
+def test_the_highest_rate_is_the_highest_of_the_run(warmup, stepped):
+    args = parse("--epochs", "4", "--warmup-epochs", warmup, stepped)
+    optimizer = torch.optim.SGD(tiny().parameters(), lr=1.0)
+    scheduler = build_scheduler(args, optimizer, updates_per_epoch=3)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for number in range(11 if args.sched_on_updates else 3):
+        (scheduler.step_update if args.sched_on_updates else scheduler.step)(number)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert highest_rate(args, 1.0, updates_per_epoch=3) == max(rates)
+
+
 @pytest.mark.parametrize(
     ("processes", "words", "expected"),
     [
@@ -71,6 +84,16 @@ def test_only_weights_with_two_axes_decay():
         0.0: [1],
         0.05: [2],
     }
+
+
+def test_betas_are_for_optimisers_that_have_some():
+    for name in ("adamw", "sgd"):
+        build_optimizer(parse("--opt", name), tiny(), Distributed())
+    given = ("--opt-betas", "0.8", "0.95")
+    groups = build_optimizer(parse(*given), tiny(), Distributed()).param_groups
+    assert {group["betas"] for group in groups} == {(0.8, 0.95)}
+    with pytest.raises(UserError, match="--opt-betas: --opt sgd has none"):
+        build_optimizer(parse("--opt", "sgd", *given), tiny(), Distributed())
 
 
 @pytest.mark.parametrize(("name", "expected"), [("fusedlamb", "github.com/NVIDIA/apex"), ("adamww", "no such")])

@@ -340,6 +340,13 @@ def test_damaged_bytes_are_noticed(tmp_path):
             read_label_map(path)
 
 
+def test_a_file_larger_than_any_map_is_refused(tmp_path):
+    with open(tmp_path / "1.pt", "wb") as file:
+        file.truncate(2**20 + 1)
+    with pytest.raises(UserError, match="1.pt: too large for a label map"):
+        read_label_map(tmp_path / "1.pt")
+
+
 def test_a_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "1.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**24))

@@ -18,6 +18,7 @@ TOOLS = [
     "draw_architectures",
     "export",
     "generate_token_labels",
+    "mutate",
     "reliability",
     "save_images",
     "ship_weights",

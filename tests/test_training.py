@@ -13,12 +13,14 @@ from torch import nn
 
 import engine
 import main_svt
+from inputs.labelled_images import Batch
 from runtime.processes import Distributed
 from training import classification
 from training.classification_flags import FLAGS
 from training.model import count_parameters, create_model
 from training.options import parse_args
-from training.resume import with_global_batch
+from training.precision import Precision
+from training.resume import MOST_IMAGES, with_global_batch
 from utils import Interrupted, NonFiniteError, UserError
 
 
@@ -377,6 +379,23 @@ def test_another_number_of_processes_keeps_the_images_of_an_update(processes, ex
         assert (args.batch_size, args.accum_iter) == expected
 
 
+@pytest.mark.parametrize("name", ["batch_size", "accum_iter", "world_size"])
+@pytest.mark.parametrize("value", ["8", 1.5, 0, MOST_IMAGES + 1], ids=str)
+def test_a_checkpoints_batches_are_of_whole_numbers_within_bounds(name, value):
+    args = parse_args(FLAGS, ["--batch-size", "8", "--resume", "file.pth"])
+    sizes = {"batch_size": 8, "accum_iter": 1, "world_size": 1} | {name: value}
+    with pytest.raises(UserError, match=f"--resume file.pth: its {name} is {value!r}"):
+        with_global_batch(args, {"args": sizes, "world_size": sizes["world_size"]}, Distributed())
+
+
+@pytest.mark.parametrize(
+    ("flags", "multiple"), [("", 2), ("--mixup=0 --cutmix=0", 1), ("--mixup=0 --cutmix=0 --cutmix-minmax 0.1 0.9", 2)]
+)
+def test_batches_are_even_where_images_are_mixed_in_pairs(flags, multiple):
+    args = parse_args(FLAGS, ["--batch-size", "8", *flags.split()])
+    assert classification.Classification.batch_multiple(args) == multiple
+
+
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
 def test_any_timm_model_trains(tmp_path, arch):
     (row,) = train(tmp_path, "--epochs", "1", model=[*DIGITS, "--arch", arch])
@@ -422,9 +441,24 @@ def test_svt_trains_from_its_main_with_repeated_augmentation(tmp_path):
     assert math.isfinite(row["train_loss"]) and row["samples_seen"] == 256
 
 
+class Batches(list):
+    """As a loader gives them."""
+
+    rounds = property(len)
+
+
 def test_evaluation_counts_hits_among_the_first_one_and_five():
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6, 7]])
     targets = torch.tensor([0, 2, 0])
     loss, correct1, correct5, images = classification.count(logits, targets).tolist()
     assert (correct1, correct5, images) == (1, 2, 3)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item() * 3)
+    exact = Precision(torch.device("cpu"), torch.float32, None)
+    loader = Batches([Batch(logits, targets, torch.arange(3))])
+    found = classification.evaluate(nn.Identity(), loader, Distributed(), exact)
+    shares = {"loss": loss / 3, "acc1": 100 / 3, "acc5": 200 / 3}
+    assert found == {name: pytest.approx(share) for name, share in shares.items()} | {
+        "correct1": 1,
+        "correct5": 2,
+        "images": 3,
+    }

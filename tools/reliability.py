@@ -25,10 +25,12 @@ from runtime.entry_point import run_cli
 from tests.reliability.promises import PROMISES, Promise
 from tools.command_line import ToolParser
 from tools.machine import processor
+from tools.mutate.report import section
 from utils import atomic_write, make_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "reliability"
+PLANTED_FAULTS = ROOT / "docs" / "planted_faults.json"  # what `python -m tools.mutate` found
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 Entry = dict[str, Any]
@@ -105,7 +107,7 @@ def document(records: Sequence[Entry], command: str, seconds: float, ended: str)
             "# What a run promises, and what was measured",
             "",
             "Written by `python -m tools.reliability`; `make reliability` measures and writes it anew. Each figure "
-            "comes from a test in `tests/reliability`, which CI runs at a reduced count.",
+            "of the table comes from a test in `tests/reliability`, which CI runs at a reduced count.",
             "",
             verdict,
             "",
@@ -118,6 +120,7 @@ def document(records: Sequence[Entry], command: str, seconds: float, ended: str)
             "|---|---|---|---|---|",
             *lines,
             "",
+            *section(json.loads(PLANTED_FAULTS.read_text(encoding="utf-8"))),
         ]
     ), missed
 

@@ -76,7 +76,7 @@ class TokenLabelCrossEntropy(nn.Module):
             return target
         x1, y1, x2, y2 = box
         mixed = (x2 - x1) * (y2 - y1) / tokens
-        return target if mixed == 0 else (1 - mixed) * target + mixed * target.flip(0)
+        return (1 - mixed) * target + mixed * target.flip(0)
 
 
 class ClassCriterion(nn.Module):

@@ -45,12 +45,12 @@ class Trials:
     """A copy of the project in an empty folder, to plant faults in."""
 
     def __init__(self, root: Path, folder: Path):
-        self._folder, self._root = folder, folder / "project"
-        self._usual: dict[Sequence[str], list[float]] = {}  # seconds that tests take: the processor's, and all
+        self._folder, self.root = folder, folder / "project"
+        self._usual: dict[str, list[float]] = {}  # seconds that a file of tests takes: the processor's, and all
         skipped = shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs", "*_cache")
-        shutil.copytree(root, self._root, ignore=skipped)
+        shutil.copytree(root, self.root, ignore=skipped)
         # Compiled once, without a look at times: of the modules a trial compiles the changed one alone.
-        compileall.compile_dir(self._root, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        compileall.compile_dir(self.root, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
         for name in PRELOADED:
             importlib.import_module(name)
 
@@ -63,18 +63,19 @@ class Trials:
         Raises:
             UserError: the tests fail without it.
         """
-        if tests not in self._usual:
-            failed, *usual = self._run(tests, math.inf, math.inf)
-            if failed:
-                raise UserError(f"without any fault, {failed} fails: see to it first")
-            self._usual[tests] = usual
-        path = self._root / fault.module
+        for name in tests:
+            if name not in self._usual:
+                failed, *self._usual[name] = self._run((name,), math.inf, math.inf)
+                if failed:
+                    raise UserError(f"without any fault, {failed} fails: see to it first")
+        usual = [sum(seconds) for seconds in zip(*(self._usual[name] for name in tests), strict=True)]
+        path = self.root / fault.module
         original, compiled = path.read_bytes(), Path(importlib.util.cache_from_source(str(path)))
-        path.write_text(planted(fault, self._root))
+        path.write_text(planted(fault, self.root))
         compiled.rename(compiled.with_suffix(".kept"))
         try:
-            limits = zip((MOST_BUSY, MOST_WAITING), self._usual[tests], strict=True)
-            return self._run(tests, *(max(least, times * usual) for (least, times), usual in limits), likely)[0]
+            limits = zip((MOST_BUSY, MOST_WAITING), usual, strict=True)
+            return self._run(tests, *(max(least, times * seconds) for (least, times), seconds in limits), likely)[0]
         finally:
             path.write_bytes(original)
             compiled.with_suffix(".kept").rename(compiled)
@@ -120,7 +121,7 @@ class Trials:
             if (getattr(module, "__file__", None) or "").startswith(here):
                 del sys.modules[name]
         sys.path[:] = [path for path in sys.path if path not in ("", here)]
-        os.chdir(self._root)
+        os.chdir(self.root)
 
         class First:
             """Begins with the tests that tell soonest, and writes down the first failure."""
