@@ -34,7 +34,6 @@ def test_every_fault_is_a_change_of_its_own_and_has_a_name_of_its_own(tmp_path):
     assert len({fault.name for fault in faults}) == len(faults)
     changes = {fault.change for fault in faults}
     assert {"x < low -> x >= low", "x < low -> x <= low", "9 -> 10", "print(low, high) -> pass"} <= changes
-    assert not any("too low" in source.replace("'too low'", "", 1) for source in sources)  # words stay
 
 
 def test_a_changed_module_leaves_the_faults_of_the_others_drawn(tmp_path):
