@@ -296,17 +296,30 @@ def test_a_schedule_that_stays_in_its_warm_up_is_told(tmp_path, monkeypatch, cap
     assert ("warning: --epochs 3 with --warmup-epochs 5 gets to an lr of 0.01 at most, not 0.05" in told) is warned
 
 
-class Ranks(Distributed):
-    """A job of two processes, of which the other one says what it is told to."""
+class Rank(Distributed):
+    """A process that hears its own words, and those of the others that are `said`."""
+
+    said = ()
 
     def gather_objects(self, obj):
-        return [obj, self.other(obj)]
+        object.__setattr__(self, "told", obj)
+        return [obj, *self.said]
+
+
+def rank(*others):
+    """One that hears what processes with these flags say."""
+    dist = Rank()
+    for flags in others:
+        other = Rank()
+        check_same_everywhere(other, "flags", flags)
+        object.__setattr__(dist, "said", (*dist.said, other.told))
+    return dist
 
 
 def test_processes_that_were_started_differently_are_told_by_flag():
-    dist = Ranks()
-    object.__setattr__(dist, "other", lambda own: own | {"lr": "another", "seed": "too"})
-    with pytest.raises(UserError, match="differ in flags: lr, seed;"):
-        check_same_everywhere(dist, "flags", {"lr": 0.1, "seed": 0, "epochs": 3})
-    object.__setattr__(dist, "other", lambda own: own)
-    check_same_everywhere(dist, "flags", {"lr": 0.1, "seed": 0, "epochs": 3})
+    flags = {"lr": 0.1, "seed": 0, "epochs": 3}
+    check_same_everywhere(rank(flags, dict(reversed(flags.items()))), "flags", flags)
+    without = {"seed": 0, "epochs": 3}
+    for others, named in (([flags | {"lr": 0.2}, flags | {"seed": 1}], "lr, seed"), ([flags, without], "lr")):
+        with pytest.raises(UserError, match=f"differ in flags: {named};"):
+            check_same_everywhere(rank(*others), "flags", flags)
