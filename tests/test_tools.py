@@ -29,14 +29,16 @@ TOOLS = [
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_a_tool_is_run_as_a_module_and_leaves_the_path_alone(name, monkeypatch, capsys):
+def test_a_tool_is_run_as_a_module_leaves_the_path_alone_and_helps_in_eighty_columns(name, monkeypatch, capsys):
     for module in (f"tools.{name}", f"tools.{name}.__main__"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     before = list(sys.path)
     with pytest.raises(SystemExit) as left:
         runpy.run_module(f"tools.{name}", run_name="__main__")
-    assert left.value.code == 0 and f"usage: python -m tools.{name}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert left.value.code == 0 and f"usage: python -m tools.{name}" in told
+    assert max(map(len, told.splitlines())) <= 80
     assert sys.path == before
 
 

@@ -4,7 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from training.arguments import Parser, dashed
+from training.arguments import HelpFormatter, Parser, dashed
+
+
+class ToolHelp(HelpFormatter):
+    """Help that begins with paragraphs, whose indented lines stay as they are: commands, tables."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        fill = super()._fill_text
+        return "\n\n".join(part if part.startswith(" ") else fill(part, width, indent) for part in paragraphs)
 
 
 class ToolParser(Parser):
@@ -12,7 +21,7 @@ class ToolParser(Parser):
 
     def __init__(self, name: str, description: str):
         super().__init__(description, prog=f"python -m tools.{name}")
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.formatter_class = ToolHelp
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
         """`args`, or the process's own; raises UserError for what is wrong with them."""

@@ -127,7 +127,9 @@ def document(records: Sequence[Entry], command: str, seconds: float, ended: str)
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser("reliability", __doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "reliability.md", help="the table")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "reliability.md", help="the table (default: docs/reliability.md)"
+    )
     parser.add_argument("--processes", type=int, default=2, help="tests at a time")
     args = parser.parse_args(argv)
     make_directory(args.output.parent)

@@ -1,6 +1,6 @@
 """Find every image of a data set that cannot be read, ahead of the training that would stop at it.
 
-    python -m tools.verify_dataset --data-set IMNET --data-path /path/to/imagenet
+    python -m tools.verify_dataset --data-set IMNET --data-path DIR
     python -m tools.verify_dataset --folder /any/folder --json unreadable.json
 
 Each image is decoded whole, as training does. Prints a line for each that cannot be, `FILE: reason`.

@@ -1,11 +1,11 @@
 """Measure models side by side: training step, inference, latency of one image, peak memory.
 
-    python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2 deit_small_patch16_224
-    python -m tools.benchmark --layers                    the mixers and the wavelet transform alone
-    python -m tools.benchmark --loader DIR                the input pipeline against timm's, on DIR/val
-    python -m tools.benchmark --detection svt_h_s resnet50 --batch-size 2    Mask R-CNN over these, at 800x1333
-    python -m tools.benchmark --exactness DIR svt_h_s pvt_v2_b2 --dtype bfloat16    its errors, on DIR/val's images
-    python -m tools.benchmark --suite cuda --json FILE    all that docs/performance.md says of a GPU
+    python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2
+    python -m tools.benchmark --layers        mixers and wavelet transform alone
+    python -m tools.benchmark --loader DIR    the input pipeline against timm's
+    python -m tools.benchmark --detection svt_h_s resnet50 --batch-size 2
+    python -m tools.benchmark --exactness DIR svt_h_s pvt_v2_b2 --dtype bfloat16
+    python -m tools.benchmark --suite cuda --json FILE
 
 A contender is any model of timm's registry, ours included, or "plain:NAME", our model in its plain
 formulation (models/reference.py), or "onnx:NAME", in onnxruntime (--parts inference latency). Settings of its
@@ -56,16 +56,18 @@ def build_parser() -> ToolParser:
     add("--detection", action="store_true", help="Mask R-CNN over the models")
     add("--exactness", metavar="DIR", help="half precision against float32 and float64, on DIR/val")
     add("--steps", type=POSITIVE, default=50, help="of --exactness")
-    add("--suite", choices=SUITES, help="a set of runs, one after the other")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    suites = f"a set of runs, one after the other: {', '.join(SUITES)}"
+    add("--suite", choices=SUITES, metavar="NAME", help=suites)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
     add("--dtype", choices=DTYPES, default="float32", help="of the arithmetic, not the weights")
     add("--compile", action="store_true", help="torch.compile")
-    add("--channels-last", action="store_true")
-    add("--batch-size", type=POSITIVE, default=16)
-    add("--img-size", type=POSITIVE, default=224)
-    add("--rounds", type=POSITIVE, default=5)
-    add("--parts", nargs="+", choices=PARTS, default=PARTS[:4], help="what to measure")
-    add("--grids", nargs="+", type=POSITIVE, default=LAYER_GRIDS, help="of --layers and --precisions")
+    add("--channels-last", action="store_true", help="NHWC memory format")
+    add("--batch-size", type=POSITIVE, default=16, help="images a step")
+    add("--img-size", type=POSITIVE, default=224, help="side of the images, pixels")
+    add("--rounds", type=POSITIVE, default=5, help="turns of each contender")
+    parts = f"what to measure, of {', '.join(PARTS)} (default: the first four)"
+    add("--parts", nargs="+", choices=PARTS, default=PARTS[:4], metavar="PART", help=parts)
+    add("--grids", nargs="+", type=POSITIVE, default=LAYER_GRIDS, help="of --layers, --precisions (default: 7 to 128)")
     add("--channels", type=POSITIVE, default=64, help="of --layers and --precisions")
     add("--workers", type=COUNT, default=2, help="of --loader")
     add("--threads", type=POSITIVE, default=torch.get_num_threads(), help="of the CPU")

@@ -1,13 +1,18 @@
 """Write a checkpoint's model for other programs.
 
-  --to safetensors FILE   weights and, as JSON, what prediction has to know (arch, classes, normalisation);
-                          with --half in float16
-  --to original FILE      weights with the names of the authors' code, .pth or .safetensors
-  --to hub DIR            Hugging Face's layout, for timm.create_model("local-dir:DIR", pretrained=True), transformers
-                          and, with --push REPO, the Hub
-  --to onnx FILE          a graph for any number of images, and with --dynamic-size of any size; checked against torch
-                          in onnxruntime. Opset 18; onnxruntime 1.18 or later reads it. No Fourier operators
-  --to pt2 FILE           torch.export's program for any number of images; with --compile AOTInductor's, for this CPU
+  --to safetensors FILE   weights and, as JSON, what prediction has to know
+                          (arch, classes, normalisation); --half: in float16
+  --to original FILE      weights with the names of the authors' code, .pth or
+                          .safetensors
+  --to hub DIR            Hugging Face's layout, for transformers and
+                          timm.create_model("local-dir:DIR", pretrained=True);
+                          --push REPO uploads it
+  --to onnx FILE          a graph for any number of images, with --dynamic-size
+                          of any size, checked against torch in onnxruntime; of
+                          opset 18, which onnxruntime 1.18 or later reads,
+                          without Fourier operators
+  --to pt2 FILE           torch.export's program for any number of images, with
+                          --compile AOTInductor's, for this CPU
 
 The checkpoint is one of ours, the authors' or timm's. Images go into a graph as into the model: (B, 3, H, W),
 float32, normalised by the mean and std that the file names.

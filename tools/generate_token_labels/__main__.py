@@ -1,9 +1,12 @@
-"""Write the label maps that token labelling trains on: a teacher's top-5 classes at each place of each image.
+r"""Write the label maps that token labelling trains on: a teacher's top-5 classes at each place of each image.
 
-    python -m tools.generate_token_labels --data-path IMAGENET --output-dir MAPS --model-path TEACHER.pth
-    python -m tools.generate_token_labels --data-path IMAGENET --output-dir MAPS --input-size 576 \
+    python -m tools.generate_token_labels --data-path IMAGENET \
+        --output-dir MAPS --model-path TEACHER.pth
+    python -m tools.generate_token_labels --data-path IMAGENET \
+        --output-dir MAPS --input-size 576 \
         --pretrained --arch dm_nfnet_f6.dm_in1k
-    python -m tools.generate_token_labels --data-path IMAGENET --output-dir MAPS --check
+    python -m tools.generate_token_labels --data-path IMAGENET \
+        --output-dir MAPS --check
 
 The teacher is any classifier that timm has, or one trained here, of the data set's own classes. It sees each
 whole image, squashed to a square, and its classifier is applied to every place of its last feature map. The

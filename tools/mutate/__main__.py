@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON of the figures and of what survived")
     parser.add_argument("--faults", type=POSITIVE, default=220, metavar="N", help="how many to plant")
     parser.add_argument("--seed", type=COUNT, default=0, metavar="N", help="of the draw")
-    parser.add_argument("--modules", nargs="+", default=["*"], metavar="PATTERN", help="try those in these alone")
+    parser.add_argument(
+        "--modules", nargs="+", default=["*"], metavar="PATTERN", help="try those in these alone (default: all)"
+    )
     args = parser.parse_args(argv)
     equivalent = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or {}
     drawn = draw(args.faults, args.seed, list(TESTS), ROOT)

@@ -1,6 +1,6 @@
 """Train every cell of a table on equal terms, and say what came out.
 
-    python -m tools.study configs/studies/alpha.yaml --data-path DIR [training's flags]
+    python -m tools.study STUDY.yaml --data-path DIR [training's flags]
 
 STUDY is a file that names the cells and their one recipe; further flags of training go before the recipe's. Cells of a
 seed share data, budget, schedule, augmentation and the weights they begin with, but for their mixers'. Runs go side by
