@@ -139,7 +139,8 @@ def draw_overlay(image: Tensor, maps: Mapping[str, Tensor], title: str) -> Figur
         axes.set_axis_off()
     figure.suptitle(as_label(title, 100), fontsize=10)
     bar = figure.colorbar(colours, ax=others[-1], fraction=0.046, pad=0.02, ticks=[0, 0.5, 1])
-    bar.set_label("relative", fontsize=8)
+    bar.ax.set_facecolor("0.5")  # colours as they are over a photograph in grey
+    bar.set_label("part of the largest", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     return figure

@@ -33,8 +33,10 @@ class Plot:
     note: str = ""
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int | None = None) -> Figure:
-    """`plot` of a log's rows, with the best epoch marked."""
+def draw_curves(
+    rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int | None = None, title: str = ""
+) -> Figure:
+    """`plot` of a log's rows, with the best epoch marked, under a title."""
     figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot.panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(
@@ -49,6 +51,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int |
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if plot.note:
         figure.supxlabel(plot.note, fontsize=8, color="0.35")
+    if title:
+        figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 

@@ -29,6 +29,7 @@ from utils import (
     atomic_write,
     cannot_write,
     make_directory,
+    printable,
 )
 
 ARGS = "args.yaml"
@@ -186,7 +187,7 @@ class RunDirectory:
             raise cannot_write(self.path / "tensorboard", error) from error
 
     def _draw(self, plot: Plot, best_epoch: int | None) -> None:
-        figure = draw_curves(self._rows, plot, best_epoch)
+        figure = draw_curves(self._rows, plot, best_epoch, printable(self.path.resolve().name))
         atomic_write(self.path / plot.file, lambda file: figure.savefig(file, format="png"))
 
     # ------------------------------------------------------------------------------------------- checkpoints

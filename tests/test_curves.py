@@ -3,7 +3,9 @@
 import pytest
 from tiny_runs import rows, train
 
+from runtime import run_directory
 from runtime.curves import EMA, Panel, Plot, draw_curves
+from runtime.processes import Distributed
 from training.classification import Classification
 
 LOSS = Plot("loss_plot.png", (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),), "A note.")
@@ -45,7 +47,17 @@ def test_each_panel_marks_the_best_epoch():
 
 
 def test_a_picture_says_what_there_is_to_know_about_it():
-    assert draw_curves([row(0)], LOSS).get_supxlabel() == "A note."
+    figure = draw_curves([row(0)], LOSS, title="of $run")
+    assert (figure.get_supxlabel(), figure.get_suptitle()) == ("A note.", "of $run")
+    figure.draw_without_rendering()  # no mathematics
+
+
+def test_a_runs_pictures_are_titled_by_its_directory(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_directory, "draw_curves", lambda *given: drawn.append(given[3]) or draw_curves(*given))
+    with run_directory.RunDirectory(tmp_path / "mine", Distributed(), "acc1", [LOSS]) as directory:
+        directory.log_row(row(0))
+    assert drawn == ["mine"]
 
 
 def test_what_a_run_logs_is_what_its_pictures_draw(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
@@ -581,6 +582,22 @@ def test_overlays_are_written_and_replace_no_image(tmp_path):
     with pytest.raises(UserError, match="would replace one of the images"):
         run("--model-path", tmp_path / "a.pth", "--image", tmp_path / "explained", "--explain")
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_colours_of_an_explanation_are_those_of_the_bar_beside_it():
+    grey = torch.full((8, 8, 3), 0.5)
+    figure = explanations.draw_overlay(grey, {"map": torch.tensor([[1.0, 0.5], [0.0, 0.0]])}, "dog")
+    FigureCanvasAgg(figure).draw()
+    picture = np.asarray(figure.canvas.buffer_rgba())
+    _, overlay, bar = figure.axes
+
+    def colour(axes, right, up):
+        place = axes.get_window_extent()
+        x, y = place.x0 + right * place.width, len(picture) - place.y0 - up * place.height
+        return picture[int(y), int(x)].astype(int)
+
+    for on_map, on_bar in [((0.25, 0.75), 0.995), ((0.75, 0.75), 0.5), ((0.5, 0.25), 0.005)]:
+        assert abs(colour(overlay, *on_map) - colour(bar, 0.5, on_bar)).max() <= 4
 
 
 @pytest.mark.parametrize("classes", [2, 40, 150])

@@ -88,7 +88,7 @@ def test_every_kind_of_model_gets_its_figures(tmp_path, arch, kwargs, expected):
 
 def test_oriented_bands_stand_beside_the_one_image_that_they_are_of():
     image = np.random.default_rng(0).random((16, 24, 3))
-    energies = {f"block {i}": (torch.rand(6, 4, 6), torch.rand(6, 4, 6)) for i in range(2)}
+    energies = {f"block {i}": (torch.rand(6, 4, 6), 1e-10 * torch.rand(6, 4, 6)) for i in range(2)}
     figure = draw_orientations(image, energies, "one image")
     pictures = [axes.images[0].get_array() for axes in figure.axes if axes.images]
     assert np.array_equal(pictures[0], image)
@@ -97,6 +97,10 @@ def test_oriented_bands_stand_beside_the_one_image_that_they_are_of():
     bars = [axes for axes in figure.axes if axes.containers]
     assert all(axes.get_ylabel() == "% of the energy" for axes in bars) and "orientation" in bars[-1].get_xlabel()
     assert [text.get_text() for text in bars[0].get_legend().get_texts()] == ["before blending", "after"]
+    scales = [axes.yaxis for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    figure.draw_without_rendering()
+    assert all("10^{" in scale.get_offset_text().get_text() for scale in scales)
+    assert all(scale.get_offset_text().get_size() == scale.get_ticklabels()[0].get_size() for scale in scales)
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):

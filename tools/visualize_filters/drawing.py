@@ -50,6 +50,8 @@ def colour_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: st
     bar = figure.colorbar(image, ax=list(axes), fraction=0.02, pad=0.01, aspect=14)
     bar.locator = MaxNLocator(3)
     bar.ax.tick_params(labelsize=FONT - 1, length=2)
+    bar.formatter.set_useMathText(True)
+    bar.ax.yaxis.get_offset_text().set_size(FONT - 1)  # the power of ten
     bar.set_label(label, fontsize=FONT)
 
 
