@@ -1,14 +1,15 @@
-"""What other libraries do with a model: building it on the meta device, quantising it."""
+"""What other libraries do with a model: building it on the meta device, segmenting with it, quantising it."""
 
 import json
 import warnings
 
 import pytest
 import safetensors.torch
+import segmentation_models_pytorch as smp
 import timm
 import timm.data
 import torch
-from small_models import KINDS, create, images
+from small_models import KINDS, PYRAMID, create, images, is_vanilla
 from timm.models import save_for_hf
 from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
@@ -25,6 +26,31 @@ def test_transformers_wrapper_gives_the_same_logits(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     wrapper = TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(wrapper(pixel_values=images()).logits, model(images()))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not is_vanilla(name)])
+def test_a_segmentation_model_over_a_pyramid_takes_images_of_any_size_by_default(name):
+    unet = smp.Unet(f"tu-{name}", encoder_weights=None, classes=3, **PYRAMID).eval()
+    for height, width in ((64, 96), (160, 64)):
+        assert unet(images(height, width)).shape == (2, 3, height, width)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_dense_prediction_transformer_reads_grids_and_class_tokens(name):
+    readout = {"decoder_readout": "ignore"} if is_vanilla(name) else {}  # by default it wants a class token
+    small = {"embed_dim": 64} if is_vanilla(name) else PYRAMID  # smp has a depth of its own
+    dense = smp.DPT(f"tu-{name}", encoder_weights=None, classes=3, img_size=64, **readout, **small).eval()
+    assert dense(images()).shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not is_vanilla(name)])
+def test_the_class_token_beside_the_last_grid_is_what_the_classifier_reads(name):
+    model = create(name).eval()
+    pairs = model.forward_intermediates(images(), norm=True, intermediates_only=True, return_prefix_tokens=True)
+    grids, tokens = zip(*pairs, strict=True)
+    assert [(grid.shape[1], token.shape) for grid, token in pairs] == [(c, (2, 1, c)) for c in PYRAMID["embed_dims"]]
+    assert torch.allclose(tokens[0][:, 0], grids[0].mean((2, 3)), atol=1e-6)
+    assert torch.allclose(model.head(tokens[-1][:, 0]), model(images()), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", KINDS)
