@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
@@ -44,7 +45,17 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         features = self.body(images)
-        return self.fpn(OrderedDict((str(level), grid) for level, grid in enumerate(features)))
+        maps = self.fpn(OrderedDict((str(level), grid) for level, grid in enumerate(features)))
+        return OrderedDict((level, in_full_precision(grid)) for level, grid in maps.items())
+
+
+def in_full_precision(values: Tensor) -> Tensor:
+    """At least float32, for what boxes are made of.
+
+    Anchors, proposals and boxes get the dtype of the maps and of the heads' offsets. In bf16, under autocast, a place
+    beyond 256 pixels would be rounded to a multiple of 2, beyond 1024 to one of 8.
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def create_classifier(

@@ -20,7 +20,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from detection.backbone import Backbone
+from detection.backbone import Backbone, in_full_precision
 from detection.subsampling import KeyedSubsampler
 from utils import UserError
 
@@ -29,6 +29,7 @@ Target = dict[str, Any]
 GROUPS = 32
 RATIOS = (0.5, 1.0, 2.0)
 STRIDES = {"mask_rcnn": (4, 8, 16, 32), "faster_rcnn": (4, 8, 16, 32), "retinanet": (8, 16, 32)}
+OFFSETS = ("bbox_pred", "bbox_reg")  # the layers that say where boxes are, relative to anchors or proposals
 # How many anchors or proposals each loss is a mean over.
 COUNTED = {
     "loss_objectness": ("rpn", "drawn"),
@@ -56,6 +57,9 @@ class Detector(nn.Module):
             if hasattr(network, name):
                 part = getattr(network, name)
                 part.fg_bg_sampler = self._subsamplers[name] = KeyedSubsampler(part.fg_bg_sampler)
+        for name, layer in network.named_modules():
+            if name.endswith(OFFSETS):
+                layer.register_forward_hook(_in_full_precision)
 
     @property
     def body(self) -> FeatureGetterNet:
@@ -114,6 +118,10 @@ class Detector(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the body's blocks in the backward pass."""
         self.body.model.set_grad_checkpointing(enable)
+
+
+def _in_full_precision(_layer: nn.Module, _inputs: tuple, offsets: Tensor) -> Tensor:
+    return in_full_precision(offsets)
 
 
 class ScaledImages(GeneralizedRCNNTransform):

@@ -354,6 +354,26 @@ def test_an_image_without_objects_can_be_trained_on():
     assert all(weight.grad is not None for weight in detector.parameters())
 
 
+@pytest.mark.parametrize("kind", STRIDES)
+def test_in_half_precision_boxes_keep_their_place_to_a_part_of_a_pixel(kind):
+    least = {"score_thresh" if kind == "retinanet" else "box_score_thresh": 0.0}
+    detector = small_detector(kind, min_size=320, max_size=320, detections=200, **least).eval()
+    for name, layer in detector.named_modules():
+        if name.endswith(("bbox_pred", "bbox_reg")):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # boxes are then anchors
+    anchors = []
+    generator = (detector.network.rpn if hasattr(detector.network, "rpn") else detector.network).anchor_generator
+    handle = generator.register_forward_hook(lambda _layer, _inputs, made: anchors.extend(made))
+    with torch.no_grad():
+        detector([torch.rand(3, 320, 320)])
+        handle.remove()
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = detector([torch.rand(3, 320, 320)])
+    inside = anchors[0].clamp(0, 320)
+    assert len(found["boxes"]) > 9 and found["boxes"].max() > 256
+    assert torch.cdist(found["boxes"], inside).amin(1).max() < 1e-3
+
+
 def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
     def masks(labels, seeds):
         subsampler = KeyedSubsampler(Like())
