@@ -6,11 +6,14 @@ import subprocess
 import sys
 import venv
 import zipfile
+from contextlib import nullcontext
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 import timm
+
+from models import __main__ as registering
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "spectformer_svt"
@@ -96,3 +99,18 @@ def test_a_script_of_another_project_is_run_with_the_models_registered(environme
     (tmp_path / "train.py").write_text(script)
     told = run(environment, None, cwd="/", flags=["-m", NAME, str(tmp_path / "train.py"), "--model", "spectformer_xs"])
     assert told == "__main__ ['--model', 'spectformer_xs'] True\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [([], 2, "Run a script"), (["nope.py"], 2, "error: nope.py: no such script\n"), (["--help"], None, "Run a script")],
+    ids=["nothing", "no file", "help"],
+)
+def test_what_there_is_to_run_is_asked_for(words, code, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [NAME, *words])
+    with nullcontext() if code is None else pytest.raises(SystemExit) as left:
+        registering.main()
+    assert code is None or left.value.code == code
+    out, err = capsys.readouterr()
+    assert (err if code else out).startswith(told) and not (out if code else err)
+    assert max(map(len, (out + err).splitlines())) <= 80
