@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import detection.flags
+import main_detection
 import main_spectformer
 import main_svt
 import main_transfer
@@ -23,7 +24,11 @@ MAINS = (main_spectformer, main_svt, main_transfer)
 
 
 def parse(*words, main=main_spectformer):
-    return parse_args(FLAGS, words, main.RECIPE)
+    return parse_args(flags_of(main), words, main.RECIPE)
+
+
+def flags_of(main):
+    return detection.flags.FLAGS if main is main_detection else FLAGS
 
 
 def config(tmp_path, text):
@@ -292,9 +297,9 @@ def test_the_evaluation_crop_is_the_models_own_whichever_main_runs_it():
         assert parse("--arch", "svt_h_s", "--eval-crop-pct", "0.9", main=main).eval_crop_pct == 0.9
 
 
-@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("main", [*MAINS, main_detection])
 def test_help_fits_eighty_columns(main):
-    first, *lines = build_parser(FLAGS, main.RECIPE, main.__doc__).format_help().splitlines()
+    first, *lines = build_parser(flags_of(main), main.RECIPE, main.__doc__).format_help().splitlines()
     assert first.endswith(" [flags]") and max(map(len, lines)) <= 80
 
 
@@ -341,13 +346,31 @@ def test_the_largest_seed_that_every_library_takes_is_taken():
 @pytest.mark.parametrize("main", MAINS)
 def test_a_printed_config_is_a_complete_one(main, words, tmp_path, capsys):
     words = (*words, "--val-split", "0.2:7", "--train-part", "0.5", "--input-size", "32x48", "--seed", "3")
+    assert set(printed_config(main, words, tmp_path, capsys)) >= {"lr", "arch", "output_dir", "val_split"}
+
+
+def test_a_printed_config_of_a_detector_is_a_complete_one(tmp_path, capsys):
+    words = (
+        "--data-path",
+        "coco",
+        "--min-size",
+        "480,640",
+        "--detector-kwargs",
+        "anchor_sizes=(8, 16)",
+        "detections=9",
+    )
+    assert printed_config(main_detection, words, tmp_path, capsys)["data_set"] == "COCO"
+
+
+def printed_config(main, words, tmp_path, capsys):
+    """What --print-config says, once a command line of it alone has come to the same settings as the words."""
     with pytest.raises(SystemExit) as left:
         parse(*words, "--print-config", main=main)
     assert left.value.code == 0
     printed = capsys.readouterr().out
-    assert set(yaml.safe_load(printed)) >= {"lr", "arch", "output_dir", "val_split"}
     again, asked = (json.dumps(vars(parse(*line, main=main))) for line in ([config(tmp_path, printed)], words))
     assert again == asked  # a config's lists are a command line's tuples
+    return yaml.safe_load(printed)
 
 
 @pytest.mark.parametrize("value", ["0", "1.5", "x", "0.5:-1"])
