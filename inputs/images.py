@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtime.files import open_file
 from utils import UserError, one_line
@@ -42,6 +42,8 @@ def read_image(source: str | os.PathLike | BinaryIO, name: str | None = None, up
             if upright:
                 image = ImageOps.exif_transpose(image)
             return _to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise BadImage(f"{name}: cannot be read as an image: it is in no format that Pillow knows") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise BadImage(f"{name}: cannot be read as an image: {one_line(error)}") from error
 

@@ -239,6 +239,7 @@ def test_a_compiled_program_gives_the_models_logits(tmp_path, capsys):
         (["--to", "safetensors", "m.pth"], "m.pth: name it .safetensors"),
         (["--to", "pt2", "there.pt2"], "there.pt2: it is there already; --overwrite replaces it"),
         (["--to", "hub", "full"], "full: it is there already"),
+        (["--to", "onnx", "no/m.onnx"], "no/m.onnx: there is no folder no"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_anything_is_written(flags, message, tmp_path, monkeypatch):

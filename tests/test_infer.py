@@ -419,7 +419,7 @@ def test_a_photograph_is_turned_upright_first(tmp_path):
         (["--image", "missing.png"], "missing.png"),
         (["--image", "empty"], "empty"),
         (["--image", "broken.png"], "broken.png"),
-        (["--image", "a.pth"], "a.pth: cannot be read as an image"),
+        (["--image", "a.pth"], "a.pth: cannot be read as an image: it is in no format that Pillow knows"),
         (["--explain"], "--explain needs --image"),
         (["--image", "good.png", "--data-set", "DIGITS"], "--image"),
         (["--data-set", "MNIST"], "MNIST"),

@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.path = Path(path)
     if not args.overwrite and (any(args.path.iterdir()) if args.path.is_dir() else args.path.exists()):
         raise UserError(f"{args.path}: it is there already; --overwrite replaces it")
+    if name != "hub" and not args.path.parent.is_dir():
+        raise UserError(f"{args.path}: there is no folder {args.path.parent}")
     print(f"{args.path}: written, {FORMATS[name](args)}")
 
 
