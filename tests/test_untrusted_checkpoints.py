@@ -7,6 +7,7 @@ import torch
 import main_spectformer
 from inference.from_checkpoint import build_from_checkpoint
 from tests.untrained import VANILLA, save
+from training import model_bounds
 from training.model_bounds import constructor_arguments
 from utils import UserError
 
@@ -65,6 +66,25 @@ def test_the_models_own_arguments_are_taken_ours_and_timms(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(torch.ones(1, 3, 32, 32)), saved(torch.ones(1, 3, 32, 32)))
     assert info.model_kwargs == kwargs
+
+
+class Wide(torch.nn.Module):
+    def __init__(self, depth=1, weights_from=None):
+        super().__init__()
+
+
+class Narrow(Wide):
+    pretrained_cfg = {"architecture": "narrow"}
+
+    def __init__(self, depth=1):
+        super().__init__(depth)
+
+
+def test_an_argument_that_a_models_class_does_not_pass_on_is_not_the_models(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda _: Narrow())
+    monkeypatch.setattr(model_bounds, "model_entrypoint", lambda _: lambda pretrained=False, **kwargs: Narrow(**kwargs))
+    accepted = constructor_arguments.__wrapped__("narrow")
+    assert "depth" in accepted and not accepted & {"weights_from", "pretrained", "self"}
 
 
 def nested(depth):
