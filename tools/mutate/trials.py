@@ -136,6 +136,8 @@ class Trials:
                 if report.failed and not found.read_text():
                     found.write_text(report.nodeid)
 
+            pytest_collectreport = pytest_runtest_logreport  # of a file that cannot be imported
+
         scratch = f"--basetemp={self._folder / 'scratch'}"
         flags = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not cuda", scratch]
         return int(pytest.main([*flags, *(f"tests/test_{name}.py" for name in tests)], plugins=[First()]))
