@@ -11,7 +11,8 @@ from timm.models import register_notrace_module
 from torch import Tensor
 
 from .. import layers
-from .slicing import images_per_slice, may_slice, operation
+from .operations import operation
+from .slicing import images_per_slice, may_slice
 
 # Scores computed together: 3 MiB in half precision. A head that has more of them is left to PyTorch.
 SLICE_ELEMENTS = 3 * 2**19

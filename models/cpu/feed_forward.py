@@ -8,8 +8,9 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .. import layers
+from .operations import of_first_result, operation, save_for_backward
 from .private import can_fuse, convolve_and_activate
-from .slicing import images_per_slice, may_slice, of_first_result, operation, save_for_backward
+from .slicing import images_per_slice, may_slice
 
 # Entries of a hidden tensor computed together: 16 MiB in float32, measured best of 4 to 32.
 SLICE_ELEMENTS = 2**22

@@ -15,7 +15,8 @@ from .. import scattering
 from ..layers import autocast_off
 from ..scattering import EinsteinBlending, real_bias, real_matrix
 from ..wavelet import DTCWT, analysis_matrix, fitting, images_of, synthesis_matrix
-from .slicing import images_per_slice, may_slice, of_first_result, operation, save_for_backward
+from .operations import of_first_result, operation, save_for_backward
+from .slicing import images_per_slice, may_slice
 
 # Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 2 to 16.
 SLICE_ELEMENTS = 2**20

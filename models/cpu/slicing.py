@@ -1,8 +1,7 @@
 """When a layer runs a few images at a time, in which precision, and how many."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,28 +45,7 @@ def _is_precise_enough(dtype: torch.dtype, weights: Sequence[Tensor | None]) -> 
     return dtype in DTYPES and all(weight is None or weight.dtype in fitting for weight in weights)
 
 
-def operation(name: str) -> Callable[[Callable], Any]:
-    """Makes a function an operation of this package's that torch.compile calls and does not look into."""
-    return torch.library.custom_op(f"{__name__.partition('.')[0]}_cpu::{name}", mutates_args=())
-
-
 def images_per_slice(images: int, elements_per_image: int, most: int) -> int:
     """How many of some images to take at a time: equal parts of at most `most` elements, or one by one."""
     parts = math.ceil(images / max(1, most // elements_per_image))
     return max(1, math.ceil(images / max(1, parts)))
-
-
-def save_for_backward(ctx: Any, results: Sequence[Tensor], *inputs: Tensor | None) -> None:
-    """For the backward pass keep these inputs of an operation, and these results, which are for nothing else."""
-    ctx.mark_non_differentiable(*results)
-    ctx.set_materialize_grads(False)  # else each such result has a gradient of zeros, of its size, made on every step
-    ctx.save_for_backward(*results, *inputs)
-
-
-def of_first_result(gradients: Callable) -> Callable:
-    """The backward pass of an operation whose further results `save_for_backward` keeps: from the first's gradient."""
-
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        return (None,) * len(ctx.needs_input_grad) if grad is None else gradients(ctx, grad)
-
-    return backward

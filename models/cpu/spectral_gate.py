@@ -16,7 +16,8 @@ from .. import spectral_gate
 from ..fourier_matrices import fourier_matrices
 from ..layers import Grid, autocast_dtype, to_autocast
 from ..spectral_gate import resize_filter
-from .slicing import images_per_slice, may_slice, of_first_result, operation, save_for_backward
+from .operations import of_first_result, operation, save_for_backward
+from .slicing import images_per_slice, may_slice
 
 # Entries of the spectrum, about HWC an image, computed together: 2 MiB in half precision.
 SLICE_ELEMENTS = 2**20
