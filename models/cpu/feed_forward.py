@@ -65,7 +65,7 @@ def feed_forward(
     weight2: Tensor,
     bias2: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layers of `FeedForward` on (B, H, W, C), all as convolutions over channels-last views, in the dtype of x.
+    """The layers of `FeedForward` on (B, H, W, C), in the dtype of x.
 
     Gives the new grid and, where there may be a backward pass (`keep`), what it needs: the hidden tensor and, without
     a convolution, its GELU; else empty ones. Of the hidden tensors, the largest of the network, the convolution's
@@ -77,19 +77,17 @@ def feed_forward(
         for weight in (weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
     )
     more = 2 if keep and depthwise is None else 1  # where all is kept anyway, larger slices are faster
+    scratch = x.new_empty(0)
     for part, out, kept, kept_activated in _in_slices(len(weight1), more, x.contiguous(), y, hidden, activated):
-        h = F.conv2d(_channels_last(part), weight1[..., None, None], bias1)
+        h = kept if keep else scratch.resize_(*part.shape[:3], len(weight1))
+        torch.addmm(bias1, _rows(part), weight1.T, out=_rows(h))
         if depthwise is None:
-            a = F.gelu(h)
-            if keep:
-                _channels_last(kept_activated).copy_(a)
+            a = torch.ops.aten.gelu.out(h, out=kept_activated if keep else h)
         elif can_fuse(h):
-            a = convolve_and_activate(h, depthwise, depthwise_bias)
+            a = _channels_last(convolve_and_activate(_channels_first(h), depthwise, depthwise_bias))
         else:
             a = F.gelu(_convolve(h, depthwise, depthwise_bias))
-        if keep:
-            _channels_last(kept).copy_(h)
-        _channels_last(out).copy_(F.conv2d(a, weight2[..., None, None], bias2))
+        torch.addmm(bias2, _rows(a), weight2.T, out=_rows(out))
     return y, hidden, activated
 
 
@@ -118,23 +116,27 @@ def feed_forward_backward(
     weight1, depthwise, depthwise_bias, weight2 = (
         weight if weight is None else weight.to(x.dtype) for weight in (weight1, depthwise, depthwise_bias, weight2)
     )
+    grad_weight1, grad_bias1, grad_weight2, grad_bias2, *grad_depthwise = totals
     more = 2 if depthwise is None else 1
+    scratch = x.new_empty(0)
     pieces = _in_slices(len(weight1), more, x.contiguous(), hidden, activated, grad.contiguous(), grad_x)
     for part, h, a, g, out in pieces:
-        part, h, a, g = (_channels_last(grid) if grid.numel() else grid for grid in (part, h, a, g))
-        u = h
+        before_gelu = h
         if depthwise is not None:
-            u = _convolve(h, depthwise, depthwise_bias)
-            a = F.gelu(u)
-        g, *new2 = _convolution_backward(g, a, weight2[..., None, None])
-        g = torch.ops.aten.gelu_backward(g, u)
-        new_depthwise = []
+            before_gelu = _convolve(h, depthwise, depthwise_bias)
+            a = F.gelu(before_gelu)
+        grad_weight2 += _rows(g).T @ _rows(a)
+        grad_bias2 += _rows(g).sum(0, dtype=grad_bias2.dtype)
+        grad_h = scratch.resize_(h.shape)
+        torch.mm(_rows(g), weight2, out=_rows(grad_h))
+        torch.ops.aten.gelu_backward.grad_input(grad_h, before_gelu, grad_input=grad_h)
         if depthwise is not None:
-            g, *new_depthwise = _convolution_backward(g, h, depthwise)
-        g, *new1 = _convolution_backward(g, part, weight1[..., None, None])
-        _channels_last(out).copy_(g)
-        for total, new in zip(totals, (*new1, *new2, *new_depthwise), strict=True):
-            total += new.view_as(total)
+            grad_h, *new = _convolution_backward(grad_h, h, depthwise)
+            for total, addend in zip(grad_depthwise, new, strict=True):
+                total += addend
+        grad_weight1 += _rows(grad_h).T @ _rows(part)
+        grad_bias1 += _rows(grad_h).sum(0, dtype=grad_bias1.dtype)
+        torch.mm(_rows(grad_h), weight1, out=_rows(out))
     return grads
 
 
@@ -169,18 +171,30 @@ def _in_slices(hidden_dim: int, more: int, *grids: Tensor) -> Iterator[tuple[Ten
         yield tuple(grid[first : first + size] if grid.numel() else grid for grid in grids)
 
 
-def _channels_last(grid: Tensor) -> Tensor:
+def _rows(grid: Tensor) -> Tensor:
+    """(B, H, W, C) as a matrix of tokens by channels."""
+    return grid.view(-1, grid.shape[3])
+
+
+def _channels_first(grid: Tensor) -> Tensor:
     return grid.permute(0, 3, 1, 2)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+def _channels_last(grid: Tensor) -> Tensor:
+    return grid.permute(0, 2, 3, 1)
 
 
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, weight and bias of a pointwise or depthwise convolution that keeps the grid."""
-    groups = x.shape[1] // weight.shape[1]
-    padding, ones = [weight.shape[2] // 2] * 2, [1, 1]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, [len(weight)], ones, padding, ones, False, [0, 0], groups, [True] * 3
+def _convolve(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise convolution that keeps the grid (B, H, W, C)."""
+    padding = weight.shape[2] // 2
+    return _channels_last(F.conv2d(_channels_first(grid), weight, bias, padding=padding, groups=len(weight)))
+
+
+def _convolution_backward(grad: Tensor, grid: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_convolve`'s arguments."""
+    channels, padding, ones = len(weight), [weight.shape[2] // 2] * 2, [1, 1]
+    grad, grid = _channels_first(grad), _channels_first(grid)
+    grad_grid, *others = torch.ops.aten.convolution_backward(
+        grad, grid, weight, [channels], ones, padding, ones, False, [0, 0], channels, [True] * 3
     )
+    return _channels_last(grad_grid), *others
