@@ -41,6 +41,8 @@ def build_optimizer(
     if args.layer_decay is not None:
         layers_of(model)
     check_optimizer(args)
+    if "muon" in args.opt.lower() and isinstance(model, nn.Module):
+        options["fallback_list"] = no_matrices(model)
     scale = 1.0 if args.unscale_lr else images_per_update(args, dist) / LR_BATCH
     try:
         return create_optimizer_v2(
@@ -54,6 +56,20 @@ def build_optimizer(
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
+
+
+def no_matrices(model: nn.Module) -> list[str]:
+    """The names of the weights that are no matrix of a linear map, which Muon would take for one and orthogonalise.
+
+    These are spectral filters, low-pass weights, blendings, position embeddings, depthwise kernels. Muon leaves those
+    that it is told of to its AdamW.
+    """
+    matrices = {
+        id(layer.weight)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+    return [name for name, weight in model.named_parameters() if id(weight) not in matrices]
 
 
 def check_optimizer(args: argparse.Namespace) -> None:
