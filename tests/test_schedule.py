@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
+import models  # noqa: F401 (registers them)
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS
 from training.optimizer import build_optimizer, build_scheduler, highest_rate
@@ -33,6 +35,24 @@ def test_published_learning_rates_come_out_for_all_epochs():
         rates.append(optimizer.param_groups[0]["lr"])
         scheduler.step(epoch)
     assert rates == pytest.approx(GOLDEN["train_lr"], rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("arch", ["spectformer_h_n", "svt_h_n", "svt_vanilla_ti"])
+def test_muon_orthogonalises_matrices_of_linear_maps_and_nothing_else(arch):
+    model = timm.create_model(arch, img_size=32)
+    optimizer = build_optimizer(parse("--opt", "nmuon"), model, Distributed())
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    by_muon = {
+        names[id(weight)]
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if not group.get("use_fallback") and weight.ndim > 1  # it takes no vectors anyway
+    }
+    assert {name.split(".")[-2] for name in by_muon} <= {
+        *("qkv", "q", "kv", "proj", "fc1", "fc2", "head"),
+        *("0", "3", "6"),  # the stem's convolutions
+    }
+    assert by_muon >= {name for name in names.values() if name.endswith(("fc1.weight", "fc2.weight"))}
 
 
 def test_cooldown_runs_at_the_smallest_rate():
