@@ -67,7 +67,9 @@ def test_a_fault_is_tried_in_a_copy_by_the_tests_of_its_module(tmp_path):
     (root / "module.py").write_text(module)
     (root / "pyproject.toml").write_text('[tool.pytest.ini_options]\npythonpath = ["."]\n')
     file = root / "tests" / "test_module.py"
-    file.write_text("from module import START, twice\nassert START == 0\ndef test_it():\n    assert twice(3) == 6\n")
+    # An extension module, of an environment that may lie in the project's folder, is not imported a second time.
+    imports = "import torch\nfrom module import START, twice\n"
+    file.write_text(f"{imports}assert START == 0\ndef test_it():\n    assert twice(3) == 6\n")
     (tmp_path / "scratch").mkdir()
     trials = Trials(root, tmp_path / "scratch")
     found = {fault.change: trials.run(["module"], fault) for fault in faults_of("module.py", root)}

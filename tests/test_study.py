@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from tools.study import __main__ as study_tool
 from tools.study.cell import Cell
 from tools.study.definition import read_study
 from tools.study.results import read_lines
-from tools.study.summary import Summary, equal, pooled_deviation, spread
+from tools.study.summary import Summary, equal, residual_deviation, spread
 from training.classification import Classification
 from training.options import parse_args
 from utils import UserError
@@ -185,14 +186,24 @@ def test_a_run_that_fails_ends_the_study_with_its_words_and_its_code(tmp_path):
     assert caught.value.exit_code == 2
 
 
-def test_cells_closer_than_twice_the_error_of_their_difference_are_equal():
-    accuracies = {"a": (50.0, 52.0), "b": (53.0, 55.0), "c": (60.0, 62.0)}
-    a, b, c = (Summary(cell, found, {}) for cell, found in accuracies.items())
-    deviation = pooled_deviation([a, b, c])
-    assert deviation == pytest.approx(2**0.5) and spread(a, b, deviation) == pytest.approx(8**0.5)
-    assert not equal(a, b, deviation) and not equal(b, c, deviation) and equal(a, Summary("", (53.5, 53.7), {}), 1.5)
-    lonely = Summary("a", (50.0,), {}), Summary("b", (90.0,), {})
-    assert equal(*lonely, pooled_deviation(lonely))  # nothing to tell them apart by
+def test_cells_are_told_apart_seed_by_seed():
+    one, other = Summary("a", {0: 50.0, 1: 60.0, 2: 40.0}, {}), Summary("b", {0: 53.0, 1: 62.0, 2: 44.5}, {})
+    deviation = residual_deviation([one, other])
+    differences = [3.0, 2.0, 4.5]  # of two cells it is the error of the paired differences
+    assert spread(one, other, deviation) == pytest.approx(2 * statistics.stdev(differences) / 3**0.5)
+    assert not equal(one, other, deviation) and not equal(other, one, deviation)
+    moved = [Summary(cell.cell, {s: a + 7 * s for s, a in cell.by_seed.items()}, {}) for cell in (one, other)]
+    assert residual_deviation(moved) == pytest.approx(deviation)  # a seed that moves every cell tells nothing
+    assert equal(one, Summary("", {0: 52.0, 1: 58.0, 2: 40.5}, {}), deviation)
+
+
+def test_seeds_that_a_cell_lacks_are_not_compared():
+    whole = [Summary("a", {0: 50.0, 1: 60.0, 2: 40.0}, {}), Summary("b", {0: 53.0, 1: 62.0, 2: 44.5}, {})]
+    more = [Summary("a", {**whole[0].by_seed, 3: 10.0}, {}), whole[1]]
+    assert residual_deviation(more) == residual_deviation(whole) and not equal(*more, residual_deviation(more))
+    lonely = Summary("a", {0: 50.0}, {}), Summary("b", {0: 90.0}, {})
+    assert equal(*lonely, residual_deviation(lonely))  # nothing to tell them apart by
+    assert equal(Summary("a", {0: 50.0}, {}), Summary("b", {1: 90.0}, {}), 1.0)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/studies/*.yaml")), ids=lambda path: path.stem)

@@ -115,10 +115,11 @@ class Trials:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         if processor_limit < math.inf:
             resource.setrlimit(resource.RLIMIT_CPU, (int(processor_limit), int(processor_limit) + 1))
-        # Nothing of the project itself: it is imported from the copy.
+        # Nothing of the project itself: it is imported from the copy. Its environment (.venv) may lie in its folder.
         here = str(Path(__file__).resolve().parents[2])
         for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(here):
+            file = getattr(module, "__file__", None) or ""
+            if file.startswith(here) and not file.startswith(sys.prefix):
                 del sys.modules[name]
         sys.path[:] = [path for path in sys.path if path not in ("", here)]
         os.chdir(self.root)

@@ -15,7 +15,7 @@ from .definition import Study
 from .plots import draw_against, draw_speeds
 from .results import Line
 from .speed import Speeds
-from .summary import Summary, equal, pooled_deviation, spread, summarise
+from .summary import Summary, equal, residual_deviation, spread, summarise
 
 EPOCHS = 300  # of a recipe that does not say
 BEGIN, END = "<!-- {}: written by python -m tools.study -->", "<!-- {}: end -->"
@@ -53,7 +53,7 @@ def section(
     pictures: dict[str, str],
 ) -> str:
     """Heading with budget, data and machine; table; verdict; pictures."""
-    deviation = pooled_deviation(summaries)
+    deviation = residual_deviation(summaries)
     parts = [f"## {study.title}", _heading(path, study, lines), table(summaries, deviation, speeds)]
     parts.append(verdict(summaries, deviation))
     if speeds is not None:
@@ -107,7 +107,8 @@ def verdict(summaries: Sequence[Summary], deviation: float) -> str:
     alike = [summary.cell for summary in others if equal(summary, best, deviation)]
     least = min((spread(best, summary, deviation) for summary in others), default=0.0)
     return (
-        f"Runs of a cell deviate by {deviation:.2f} points (all cells pooled), so that means closer than {least:.2f}, "
-        f"twice the standard error of their difference, are called equal. Best: {best.cell}; "
+        f"Neither its cell nor its seed explains {deviation:.2f} points of a run's accuracy (the standard deviation), "
+        f"so that cells closer than {least:.2f}, twice the standard error of their difference over the same seeds, are "
+        f"called equal. Best: {best.cell}; "
         f"equal to it: {', '.join(alike) or 'none'}."
     )

@@ -12,11 +12,15 @@ from .results import Line
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs of a cell: their accuracies in per cent, and one of its lines for what they have in common."""
+    """The runs of a cell: their accuracies in per cent by seed, and one of its lines for what they have in common."""
 
     cell: str
-    accuracies: tuple[float, ...]
+    by_seed: Mapping[int, float]
     line: Line
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        return tuple(self.by_seed.values())
 
     @property
     def mean(self) -> float:
@@ -31,23 +35,40 @@ class Summary:
 def summarise(cells: Sequence[str], lines: Sequence[Line]) -> list[Summary]:
     """A summary of each cell that has runs."""
     runs: Mapping[str, list[Line]] = {cell: [line for line in lines if line["cell"] == cell] for cell in cells}
-    return [Summary(cell, tuple(line["acc1"] for line in found), found[0]) for cell, found in runs.items() if found]
+    return [
+        Summary(cell, {line["seed"]: line["acc1"] for line in found}, found[0]) for cell, found in runs.items() if found
+    ]
 
 
-def pooled_deviation(summaries: Sequence[Summary]) -> float:
-    """The standard deviation of a run within its cell, from all cells; nan if none has two runs."""
-    freedom = sum(len(summary.accuracies) - 1 for summary in summaries)
-    if freedom == 0:
+def residual_deviation(summaries: Sequence[Summary]) -> float:
+    """The standard deviation of what neither its cell nor its seed explains of a run's accuracy.
+
+    The runs of a seed share their data and what they begin with, which moves all cells alike and says nothing of their
+    differences. Taken from the seeds that every cell has; nan of fewer than two cells or seeds.
+    """
+    seeds = set.intersection(*(set(summary.by_seed) for summary in summaries))
+    freedom = (len(summaries) - 1) * (len(seeds) - 1)
+    if freedom <= 0:
         return math.nan
-    squares = sum((accuracy - summary.mean) ** 2 for summary in summaries for accuracy in summary.accuracies)
+    of_cells = [statistics.fmean(summary.by_seed[seed] for seed in seeds) for summary in summaries]
+    of_seeds = {seed: statistics.fmean(summary.by_seed[seed] for summary in summaries) for seed in seeds}
+    of_all = statistics.fmean(of_cells)
+    squares = sum(
+        (summary.by_seed[seed] - of_cell - of_seeds[seed] + of_all) ** 2
+        for summary, of_cell in zip(summaries, of_cells, strict=True)
+        for seed in seeds
+    )
     return math.sqrt(squares / freedom)
 
 
 def spread(one: Summary, other: Summary, deviation: float) -> float:
-    """How far the means of two cells are apart by chance: twice the standard error of their difference."""
-    return 2 * deviation * math.sqrt(1 / len(one.accuracies) + 1 / len(other.accuracies))
+    """How far two cells are apart by chance: twice the standard error of their difference over the seeds of both."""
+    shared = len(one.by_seed.keys() & other.by_seed.keys())
+    return 2 * deviation * math.sqrt(2 / shared) if shared else math.nan
 
 
 def equal(one: Summary, other: Summary, deviation: float) -> bool:
-    """Whether two cells differ by less than the spread. Without one (nan) nothing is told apart."""
-    return not abs(one.mean - other.mean) >= spread(one, other, deviation)
+    """Whether two cells differ, seed by seed, by less than the spread. Without one (nan) nothing is told apart."""
+    shared = one.by_seed.keys() & other.by_seed.keys()
+    difference = statistics.fmean(one.by_seed[seed] - other.by_seed[seed] for seed in shared) if shared else math.nan
+    return not abs(difference) >= spread(one, other, deviation)
