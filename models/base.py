@@ -1,6 +1,7 @@
 """What both bodies share as timm models: input size, pooling, classifier, gradient checkpointing, registration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers import global_pool_nlc, trunc_normal_
@@ -73,6 +74,16 @@ class ImageModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
+
+    def compile(self, *, mode: str | None = None, options: Mapping[str, Any] | None = None, **arguments: Any) -> None:
+        """`nn.Module.compile`, in place, telling TorchInductor not to lay grids out as if they were images.
+
+        It takes every tensor of four axes for (B, C, H, W), and would transpose each (B, H, W, C) that is kept for the
+        backward pass, and back. `torch.compile(model, options={"layout_optimization": False})` is the same.
+        """
+        if mode is None and arguments.get("backend", "inductor") == "inductor":
+            options = {"layout_optimization": False, **(options or {})}
+        super().compile(mode=mode, options=options, **arguments)
 
     def _check_input(self, x: Tensor) -> None:
         if not self.dynamic_img_size:

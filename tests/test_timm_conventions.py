@@ -230,6 +230,17 @@ def test_models_compile_without_a_graph_break(name):
         assert torch.allclose(a.grad, b.grad, atol=1e-4 * max(a.grad.abs().max(), 1)), parameter_name
 
 
+def test_compile_keeps_grids_from_being_laid_out_as_images(monkeypatch):
+    model, given = create("spectformer_h_s"), {}
+    monkeypatch.setattr(torch, "compile", lambda call, **arguments: given.update(arguments) or call)
+    model.compile(fullgraph=True, options={"epilogue_fusion": True})
+    assert given["options"] == {"layout_optimization": False, "epilogue_fusion": True} and given["fullgraph"]
+    for arguments in ({"backend": "eager"}, {"mode": "max-autotune"}):  # torch takes no options beside these
+        given.clear()
+        model.compile(**arguments)
+        assert given["options"] is None and given.items() >= arguments.items()
+
+
 def test_token_labelling_compiles_once_for_all_boxes_in_a_tensor():
     model = create("svt_s", token_label=True, depths=(1, 1, 1, 1), drop_path_rate=0.0).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")

@@ -70,7 +70,9 @@ class Runner:
         self.settings = settings = contender.settings
         self.label = contender.label
         self.model = contender.build()
-        self.call = torch.compile(self.model) if settings.compile else self.model
+        self.call = self.model
+        if settings.compile:
+            self.model.compile()
         if contender.model.startswith("onnx:"):
             from .onnx_runtime import in_onnxruntime  # its package is of the tests
 
