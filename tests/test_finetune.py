@@ -98,6 +98,13 @@ def test_another_input_size_is_resized_to(tmp_path, pretrained):
     assert torch.equal(resized["head.weight"], weights(pretrained)["head.weight"])
 
 
+def test_weights_that_do_not_say_their_model_leave_it_to_the_flags(tmp_path, pretrained):
+    bare = tmp_path / "bare.pth"
+    torch.save({"model": weights(pretrained)}, bare)
+    args, told = parse_args(FLAGS, [*DIGITS, "--finetune", str(bare)]), parse_args(FLAGS, DIGITS)
+    assert (args.arch, args.model_kwargs) == (told.arch, told.model_kwargs)
+
+
 def modes(flags, model=TINY_SVT):
     args = parse_args(FLAGS, [*model, *flags])
     kwargs = {"drop_path_rate": 0.1} | full_model_kwargs(args)

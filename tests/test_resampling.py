@@ -41,6 +41,14 @@ def test_resampling_at_each_call_is_resampling_for_good(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_weights_of_the_same_grid_are_left_alone(name):
+    layer = mixer(name)
+    weights = dict(layer.named_parameters())
+    resized = type(layer).resize_weights(weights, layer.grid_size)
+    assert all(resized[name] is weights[name] for name in resized)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_height_and_width_are_not_taken_for_one_another(name):
     layer, turned = mixer(name), mixer(name)
     wide, high = (torch.randn(1, *grid, 8, dtype=torch.float64) for grid in ((5, 9), (9, 5)))

@@ -135,6 +135,10 @@ def test_the_order_is_pinned_for_good():
 PINNED = [3, 4, 9, 6, 5, 2, 8, 7, 0, 1]
 
 
+def test_one_process_reads_everything_unless_told_of_others():
+    assert sorted(key.index for keys in KeyedSampler(10, 2, seed=0).epoch(0) for key in keys) == list(range(10))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     size=st.integers(1, 300),
