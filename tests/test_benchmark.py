@@ -39,6 +39,12 @@ def test_models_are_measured_side_by_side(tmp_path, capsys):
     assert all(label in table for label in labels) and max(map(len, table.splitlines())) <= 100
 
 
+def test_a_compiled_models_graph_breaks_are_counted(tmp_path):
+    labels = ["spectformer_h_n@compile", "plain:spectformer_ti"]
+    run = report(tmp_path / "out.json", *labels, "--rounds", "1", "--parts", "graph-breaks")["runs"][0]
+    assert [run["models"][label]["graph_breaks"] for label in labels] == [0, 0]
+
+
 def test_peak_memory_counts_weights_gradients_and_optimiser_state():
     contender = Contender.parse("spectformer_ti", Settings(batch_size=1, img_size=32))
     assert peak_memory(contender, True, 1) > 4 * 8.888 * 4 / 1.05  # four copies of the parameters

@@ -55,7 +55,7 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
         if "training" in parts and "spectral-share" in parts:
             row["spectral_share"] = spectral_seconds(runner, rounds) / (row["training_ms"] / 1000)
         if "graph-breaks" in parts:
-            row["graph_breaks"] = torch._dynamo.explain(runner.model)(runner.images).graph_break_count
+            row["graph_breaks"] = torch._dynamo.explain(runner.model.forward)(runner.images).graph_break_count
     return result
 
 
