@@ -302,6 +302,18 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_kept(tmp_path, one_epoch, fl
     assert (tmp_path / "checkpoint_last.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize("optimizer", ["nmuon", "lookahead_lamb", "nadamw"])
+def test_runs_of_every_kind_of_optimiser_go_on(tmp_path, monkeypatch, optimizer):
+    """Of Muon with filters too, which look like matrices to it and are none."""
+    flags, model = ["--epochs", "2", "--opt", optimizer], [*TINY, "patch_size=8"]
+    log = train(tmp_path / "whole", *flags, model=model)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        signal_at(patch, "step_loss", 6)
+        train(tmp_path / "stopped", *flags, model=model)
+    assert timeless(train(tmp_path / "stopped", *flags, "--resume", "auto", model=model)) == timeless(log)
+    assert_same(trained_state(tmp_path / "stopped"), trained_state(tmp_path / "whole"))
+
+
 def test_resume_takes_a_run_directory_with_the_flags_it_was_started_with(tmp_path, one_epoch, monkeypatch):
     shutil.copytree(one_epoch, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
     main_svt.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])

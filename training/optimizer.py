@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
@@ -24,9 +25,9 @@ def images_per_update(args: argparse.Namespace, dist: Distributed) -> int:
 
 
 def build_optimizer(
-    args: argparse.Namespace, model: nn.Module | list[nn.Parameter], dist: Distributed
+    args: argparse.Namespace, model: nn.Module | list[dict[str, Any]], dist: Distributed
 ) -> torch.optim.Optimizer:
-    """Timm's optimiser of that name for a model or some weights.
+    """Timm's optimiser of that name for a model or some groups of weights.
 
     The rate is scaled linearly with the images an update (Goyal et al. 2017).
 

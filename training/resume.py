@@ -226,28 +226,28 @@ def check_optimizer_state(trainer: Trainer) -> None:
 
     torch takes any, and stumbles over it at the next update.
     """
-    made: dict[torch.Size, dict[str, Any]] = {}
     fresh = build_optimizer(trainer.args, trainer.model, trainer.dist)
     for group, own in zip(trainer.optimizer.param_groups, fresh.param_groups, strict=True):
         for name, value in own.items():
             kind = (int, float) if isinstance(value, (int, float)) else (tuple, list)
             if isinstance(value, (int, float, tuple)) and not isinstance(group.get(name), kind):
                 raise ValueError(f"its optimizer has {group.get(name)!r} for {name}")
+        made: dict[torch.Size, dict[str, Any]] = {}  # of this group: Muon treats weights of the same shape unlike
         for weight in group["params"]:
             state = trainer.optimizer.state.get(weight)
             if state:
                 if weight.shape not in made:
-                    made[weight.shape] = state_after_a_step(trainer, weight)
+                    made[weight.shape] = state_after_a_step(trainer, own, weight)
                 if (found := shapes(state)) != made[weight.shape]:
                     raise ValueError(f"its optimizer holds {found} for a weight, not {made[weight.shape]}")
 
 
-def state_after_a_step(trainer: Trainer, weight: Tensor) -> dict[str, Any]:
-    """`shapes` of the state that the optimiser keeps for a weight like this one."""
+def state_after_a_step(trainer: Trainer, group: Mapping[str, Any], weight: Tensor) -> dict[str, Any]:
+    """`shapes` of the state that the optimiser keeps for a weight like this one of its group."""
     trial = nn.Parameter(torch.zeros_like(weight))
     trial.grad = torch.zeros_like(weight)
     alone = argparse.Namespace(**vars(trainer.args) | {"layer_decay": None})
-    optimizer = build_optimizer(alone, [trial], trainer.dist)
+    optimizer = build_optimizer(alone, [{**group, "params": [trial]}], trainer.dist)
     optimizer.step()
     return shapes(optimizer.state[trial])
 
