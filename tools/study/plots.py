@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from .speed import Speeds
 from .summary import Summary
 
 ACCURACY = "Top-1 accuracy (%)"
+COLORS, MARKERS = [f"C{number}" for number in range(10)], "osD^vP*"  # of 10 and of 7: no cell has another's of both
 WIDE = 2  # times the slowest: from there on speeds are drawn on a logarithmic axis
 
 
@@ -46,25 +48,17 @@ def draw_speeds(study: Study, summaries: Sequence[Summary], speeds: Speeds) -> F
     """Accuracy against images/s in inference."""
     figure, axes = _axes(study.title)
     rates: Mapping[str, Mapping[str, float]] = speeds["images_per_s"]
-    for number, summary in enumerate(sorted(summaries, key=lambda summary: summary.mean)):
+    best_first = sorted(summaries, key=lambda summary: summary.mean, reverse=True)
+    for summary, color, marker in zip(best_first, cycle(COLORS), cycle(MARKERS), strict=False):
         rate = rates[summary.cell]["inference"]
-        axes.errorbar(rate, summary.mean, _bar(summary), fmt="o", capsize=3, color=f"C{number % 10}")
-        # Alternating sides keep the names of neighbours apart.
-        side = 1 if number % 2 else -1
-        axes.annotate(
-            summary.cell,
-            (rate, summary.mean),
-            (6 * side, 3),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            fontsize=8,
-        )
+        style = {"fmt": marker, "capsize": 3, "color": color, "label": summary.cell}
+        axes.errorbar(rate, summary.mean, _bar(summary), **style)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     found = [rates[summary.cell]["inference"] for summary in summaries]
     if max(found) > WIDE * min(found):
         axes.set_xscale("log")
         for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             formatter(ScalarFormatter())
-    axes.margins(x=0.3)
     axes.set_xlabel(f"Images/s in inference ({speeds['machine']})")
     return figure
 
