@@ -20,7 +20,7 @@ from tools.study import __main__ as study_tool
 from tools.study.cell import Cell
 from tools.study.definition import read_study
 from tools.study.results import read_lines
-from tools.study.summary import Summary, equal, residual_deviation, spread
+from tools.study.summary import Summary, compare, equal, residual_deviation
 from training.classification import Classification
 from training.options import parse_args
 from utils import UserError
@@ -190,7 +190,8 @@ def test_cells_are_told_apart_seed_by_seed():
     one, other = Summary("a", {0: 50.0, 1: 60.0, 2: 40.0}, {}), Summary("b", {0: 53.0, 1: 62.0, 2: 44.5}, {})
     deviation = residual_deviation([one, other])
     differences = [3.0, 2.0, 4.5]  # of two cells it is the error of the paired differences
-    assert spread(one, other, deviation) == pytest.approx(2 * statistics.stdev(differences) / 3**0.5)
+    expected = (-statistics.fmean(differences), 2 * statistics.stdev(differences) / 3**0.5)
+    assert compare(one, other, deviation) == pytest.approx(expected)
     assert not equal(one, other, deviation) and not equal(other, one, deviation)
     moved = [Summary(cell.cell, {s: a + 7 * s for s, a in cell.by_seed.items()}, {}) for cell in (one, other)]
     assert residual_deviation(moved) == pytest.approx(deviation)  # a seed that moves every cell tells nothing
@@ -201,6 +202,7 @@ def test_seeds_that_a_cell_lacks_are_not_compared():
     whole = [Summary("a", {0: 50.0, 1: 60.0, 2: 40.0}, {}), Summary("b", {0: 53.0, 1: 62.0, 2: 44.5}, {})]
     more = [Summary("a", {**whole[0].by_seed, 3: 10.0}, {}), whole[1]]
     assert residual_deviation(more) == residual_deviation(whole) and not equal(*more, residual_deviation(more))
+    assert compare(*more, 1.0) == compare(*whole, 1.0)
     lonely = Summary("a", {0: 50.0}, {}), Summary("b", {0: 90.0}, {})
     assert equal(*lonely, residual_deviation(lonely))  # nothing to tell them apart by
     assert equal(Summary("a", {0: 50.0}, {}), Summary("b", {1: 90.0}, {}), 1.0)

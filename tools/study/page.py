@@ -15,7 +15,7 @@ from .definition import Study
 from .plots import draw_against, draw_speeds
 from .results import Line
 from .speed import Speeds
-from .summary import Summary, equal, residual_deviation, spread, summarise
+from .summary import Summary, compare, equal, residual_deviation, summarise
 
 EPOCHS = 300  # of a recipe that does not say
 BEGIN, END = "<!-- {}: written by python -m tools.study -->", "<!-- {}: end -->"
@@ -86,7 +86,7 @@ def table(summaries: Sequence[Summary], deviation: float, speeds: Speeds | None)
     rows = [head, ["---"] * len(head)]
     for summary in summaries:
         shown = "" if math.isnan(summary.deviation) else f" ± {summary.deviation:.2f}"
-        apart = "best" if summary is best else f"{summary.mean - best.mean:.2f}"
+        apart = "best" if summary is best else f"{compare(summary, best, deviation)[0]:.2f}"
         if summary is not best and equal(summary, best, deviation):
             apart = "equal"
         row = [summary.cell, f"{summary.mean:.2f}{shown}", apart]
@@ -105,7 +105,7 @@ def verdict(summaries: Sequence[Summary], deviation: float) -> str:
         return "One run a cell: there is no spread, and no two cells can be told apart."
     others = [summary for summary in summaries if summary is not best]
     alike = [summary.cell for summary in others if equal(summary, best, deviation)]
-    least = min((spread(best, summary, deviation) for summary in others), default=0.0)
+    least = min((compare(best, summary, deviation)[1] for summary in others), default=0.0)
     return (
         f"Neither its cell nor its seed explains {deviation:.2f} points of a run's accuracy (the standard deviation), "
         f"so that cells closer than {least:.2f}, twice the standard error of their difference over the same seeds, are "

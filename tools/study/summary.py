@@ -61,14 +61,19 @@ def residual_deviation(summaries: Sequence[Summary]) -> float:
     return math.sqrt(squares / freedom)
 
 
-def spread(one: Summary, other: Summary, deviation: float) -> float:
-    """How far two cells are apart by chance: twice the standard error of their difference over the seeds of both."""
-    shared = len(one.by_seed.keys() & other.by_seed.keys())
-    return 2 * deviation * math.sqrt(2 / shared) if shared else math.nan
+def compare(one: Summary, other: Summary, deviation: float) -> tuple[float, float]:
+    """(difference of the means over the seeds of both, how large it may be by chance); nan where they share no seed.
+
+    By chance is twice the standard error of the difference.
+    """
+    shared = one.by_seed.keys() & other.by_seed.keys()
+    if not shared:
+        return math.nan, math.nan
+    difference = statistics.fmean(one.by_seed[seed] - other.by_seed[seed] for seed in shared)
+    return difference, 2 * deviation * math.sqrt(2 / len(shared))
 
 
 def equal(one: Summary, other: Summary, deviation: float) -> bool:
-    """Whether two cells differ, seed by seed, by less than the spread. Without one (nan) nothing is told apart."""
-    shared = one.by_seed.keys() & other.by_seed.keys()
-    difference = statistics.fmean(one.by_seed[seed] - other.by_seed[seed] for seed in shared) if shared else math.nan
-    return not abs(difference) >= spread(one, other, deviation)
+    """Whether two cells differ, seed by seed, by no more than by chance. Nothing is told apart by nan."""
+    difference, chance = compare(one, other, deviation)
+    return not abs(difference) >= chance
