@@ -62,13 +62,16 @@ demo-transfer: $(VENV)/installed  ## digits from a tenth of their images: from C
 
 # DATA_SET=FOLDER for class folders. Hours on a CPU; a second `make` goes on where the first was stopped.
 DATA_SET ?= CIFAR10
+DATA_FLAGS = --data-set $(DATA_SET) --data-path "$(DATA)"
+define train_weights
+	$(RUN) $(1) --config configs/cifar10/$(2).yaml $(DATA_FLAGS) --output-dir runs/$(2) --resume auto
+	$(RUN) $(1) --config configs/cifar10/$(2)_again.yaml $(DATA_FLAGS) --output-dir runs/$(2)_again --resume auto \
+		--finetune runs/$(2)/checkpoint_last.pth
+	$(RUN) -m tools.ship_weights runs/$(2)_again --begun-with runs/$(2)
+endef
 weights: $(VENV)/installed  ## train the models of models/weights on CIFAR-10 in DATA, and make weights and cards
-	$(RUN) main_spectformer.py --config configs/cifar10/spectformer_h_n.yaml --data-set $(DATA_SET) \
-		--data-path "$(DATA)" --output-dir runs/spectformer_h_n --resume auto
-	$(RUN) main_svt.py --config configs/cifar10/svt_h_n.yaml --data-set $(DATA_SET) --data-path "$(DATA)" \
-		--output-dir runs/svt_h_n --resume auto
-	$(RUN) -m tools.ship_weights runs/spectformer_h_n
-	$(RUN) -m tools.ship_weights runs/svt_h_n
+	$(call train_weights,main_spectformer.py,spectformer_h_n)
+	$(call train_weights,main_svt.py,svt_h_n)
 
 test: $(VENV)/installed-tests  ## the whole suite
 	$(RUN) -m pytest -q -n 2 --dist worksteal

@@ -153,6 +153,22 @@ def test_weights_are_made_of_a_run_with_the_accuracy_of_the_file_itself(tmp_path
     accuracy = json.loads((tmp_path / "o.json").read_text())["acc1"]
     card = (made / f"{base.name}.md").read_text()
     assert f"| {accuracy:.2f} % |" in card and "epoch 1 of 1, the last" in card and "2009) as scans:" in card
+    again = tmp_path / "again"
+    begin = ["--finetune", str(run / "checkpoint_last.pth")]
+    train(again, "--epochs", "1", *begin, model=[*DIGITS, "--arch", "spectformer_h_n"])
+    with pytest.raises(UserError, match=r"it began with .*checkpoint_last\.pth; --begun-with RUN says"):
+        ship_weights.main([str(again), "--output", str(made)])
+    with pytest.raises(UserError, match=r"nowhere: no log\.txt of a run is there"):
+        ship_weights.main([str(again), "--begun-with", str(tmp_path / "nowhere"), "--output", str(made)])
+    with pytest.raises(UserError, match="began with no weights"):
+        ship_weights.main([str(run), "--begun-with", str(again), "--output", str(made)])
+    ship_weights.main([str(again), "--begun-with", str(run), "--output", str(made)])
+    rows = [json.loads(line) for line in (made / f"{base.name}.log.txt").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    once, twice = (json.loads((at / "log.txt").read_text()) for at in (run, again))
+    assert [row["train_loss"] for row in rows] == [once["train_loss"], twice["train_loss"]]
+    card = (made / f"{base.name}.md").read_text()
+    assert "spectformer_h_n_again.yaml) from its weights (`checkpoint_last.pth`)" in card
     with pytest.raises(UserError, match="of spectformer_ti; those to ship are"):
         train(tmp_path / "other", "--epochs", "1")
         ship_weights.main([str(tmp_path / "other"), "--output", str(made)])

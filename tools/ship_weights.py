@@ -1,8 +1,8 @@
 """Make the weights that come with the package of a run on CIFAR-10, and all that lies beside them.
 
-    python -m tools.ship_weights runs/spectformer_h_n
+    python -m tools.ship_weights runs/spectformer_h_n_again --begun-with runs/spectformer_h_n
 
-writes into models/weights NAME.cifar10.safetensors (float16), its model card, the run's log and its curve. The
+writes into models/weights NAME.cifar10.safetensors (float16), its model card, the log and the curve of both runs. The
 accuracy on the card is that of the file itself, on the run's test images. The weights are those of the last epoch: the
 best one would be chosen by the very images that it is judged by.
 """
@@ -10,8 +10,8 @@ best one would be chosen by the very images that it is judged by.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,25 +19,31 @@ from typing import Any
 
 import infer
 import models
+from inference.figures import save_figure
 from inference.from_checkpoint import ModelInfo, build_from_checkpoint
 from models.flops import count_flops
 from runtime import checkpoints
+from runtime.curves import draw_curves
 from runtime.entry_point import run_cli
+from runtime.lineage import LOG
 from runtime.run_directory import read_log
 from tools.command_line import ToolParser
 from tools.export.__main__ import main as export
 from tools.export.hub import CITATIONS
+from training.classification import Classification
 from training.model import count_parameters
 from training.resume import LAST
 from utils import UserError, atomic_write, say
 
 ROOT = Path(__file__).resolve().parent.parent
+ACCURACY = next(plot for plot in Classification.plots if plot.file == "acc_plot.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser("ship_weights", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="the run's directory")
+    add("--begun-with", type=Path, metavar="RUN", help="the run whose weights it began with (its --finetune)")
     add("--checkpoint", default=LAST, metavar="FILE", help="of the run (default: %(default)s)")
     add("--data-path", metavar="DIR", help="where the test images lie (default: the run's)")
     add("--stored", default="", metavar="WORDS", help="for the card, how the images were stored: 'as JPEG copies'")
@@ -51,17 +57,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{checkpoint}: of {info.arch}; those to ship are {', '.join(models.shipped())}")
     if info.model_kwargs or info.data_set is None:
         raise UserError(f"{checkpoint}: it has to be of {info.arch} as it is registered, and of a run")
+    if (begun_with := state["args"].get("finetune")) and not args.begun_with:
+        raise UserError(
+            f"{checkpoint}: it began with {begun_with}; --begun-with RUN says which run these weights are of"
+        )
+    if args.begun_with and not begun_with:
+        raise UserError(f"--begun-with {args.begun_with}: {checkpoint} began with no weights (--finetune)")
+    rows = log_of([run for run in (args.begun_with, args.run) if run is not None])
     args.output.mkdir(parents=True, exist_ok=True)
     base = args.output / models.shipped()[info.arch].stem
     weights = base.with_name(f"{base.name}.safetensors")
     export([str(checkpoint), "--to", "safetensors", str(weights), "--half", "--overwrite"])
     results = evaluate(weights, state["args"], args.data_path)
-    shutil.copyfile(args.run / "acc_plot.png", base.with_name(f"{base.name}.png"))
-    shutil.copyfile(args.run / "log.txt", base.with_name(f"{base.name}.log.txt"))
+    save_figure(base.with_name(f"{base.name}.png"), draw_curves(rows, ACCURACY, title=base.name))
+    atomic_write(base.with_name(f"{base.name}.log.txt"), "".join(json.dumps(row) + "\n" for row in rows))
     figures = {
+        "begun_with": args.begun_with,
         "parameters": count_parameters(model),
         "mflops": count_flops(model, info.input_size) / 1e6,
-        "row": read_log(args.run / "log.txt")[state["epoch"] - 1],
+        "row": read_log(args.run / LOG)[state["epoch"] - 1],
         "file": weights.read_bytes(),
         "stored": args.stored and f" {args.stored}",
     }
@@ -69,6 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         base.with_name(f"{base.name}.md"), card(base.name, state, info, model.pretrained_cfg, results, figures)
     )
     say(f"{weights}: {len(figures['file']) / 1e6:.2f} MB, top-1 {results['acc1']:.2f} %")
+
+
+def log_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of one log after the other's, their epochs counted through."""
+    logs = {run: read_log(run / LOG) for run in runs}
+    for run, rows in logs.items():
+        if not rows:
+            raise UserError(f"{run}: no {LOG} of a run is there")
+    return [row | {"epoch": epoch} for epoch, row in enumerate(itertools.chain.from_iterable(logs.values()))]
 
 
 def evaluate(weights: Path, settings: Mapping[str, Any], data_path: str | None) -> dict[str, Any]:
@@ -95,10 +118,10 @@ def card(
 ) -> str:
     """A model card in Markdown."""
     settings, row, file = state["args"], figures["row"], figures["file"]
+    begun_with = Path(settings["finetune"]).name if figures["begun_with"] else None
     epochs = settings["epochs"] + settings["cooldown_epochs"]
     chosen = "the last" if state["epoch"] == epochs else "chosen by the test images, which flatters it"
     height, width = info.input_size
-    main = "main_svt.py" if info.arch.startswith("svt") else "main_spectformer.py"
     return f"""# {name}
 
 `{info.arch}` for {height}×{width}-pixel images of {info.num_classes} classes ({", ".join(info.labels)}):
@@ -123,10 +146,11 @@ print(model.pretrained_cfg["label_names"])
 
 - **Data**: CIFAR-10 (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009){figures["stored"]}: its
   50,000 training images, and its 10,000 test images for the figures above; no other data and no other pre-training.
-- **Recipe**: [configs/cifar10/{info.arch}.yaml](../../configs/cifar10/{info.arch}.yaml), on a CPU
-  (torch {state["version"]["torch"]}); the weights are those of epoch {state["epoch"]} of {epochs}, {chosen}. Log:
-  [{name}.log.txt]({name}.log.txt), curve below.
-- **Seeds**: one run, seed {settings["seed"]}; how far another seed's accuracy would be is not known.
+- **Recipe**: {_recipes(info.arch, begun_with)},
+  on a CPU (torch {state["version"]["torch"]}); the weights are those of epoch {state["epoch"]} of {epochs}, {chosen}.
+  Log: [{name}.log.txt]({name}.log.txt), curve below.
+- **Seeds**: one training, seed {settings["seed"]}{" the second time" if begun_with else ""}; how far another seed's \
+accuracy would be is not known.
 - **Images**: RGB, mean {_numbers(info.mean)}, std {_numbers(info.std)}, {info.interpolation} resizing to
   {height}×{width}. Larger photographs are shrunk to that.
 - **Limits**: it knows ten classes and calls everything one of them; its probabilities are not calibrated; it has been
@@ -138,8 +162,7 @@ print(model.pretrained_cfg["label_names"])
 
 Made again by
 
-    python {main} --config configs/cifar10/{info.arch}.yaml --data-path DIR --output-dir runs/{info.arch} --resume auto
-    python -m tools.ship_weights runs/{info.arch}
+{_commands(info.arch, again=begun_with is not None)}
 
 ![top-1 and top-5 accuracy over the epochs]({name}.png)
 
@@ -147,6 +170,23 @@ Made again by
 {CITATIONS[cfg["paper_ids"]]}
 ```
 """
+
+
+def _recipes(arch: str, begun_with: str | None) -> str:
+    first, again = (
+        f"[{name}](../../{name})" for name in (f"configs/cifar10/{arch}{end}.yaml" for end in ("", "_again"))
+    )
+    return f"{first}, then\n  {again} from its weights (`{begun_with}`)" if begun_with else first
+
+
+def _commands(arch: str, again: bool) -> str:
+    main = "main_svt.py" if arch.startswith("svt") else "main_spectformer.py"
+    line = "    python {} --config configs/cifar10/{}.yaml --data-path DIR --output-dir runs/{}{} --resume auto"
+    lines = [line.format(main, arch, arch, "")]
+    if again:
+        lines.append(line.format(main, f"{arch}_again", f"{arch}_again", f" \\\n        --finetune runs/{arch}/{LAST}"))
+    ship = f"runs/{arch}_again --begun-with runs/{arch}" if again else f"runs/{arch}"
+    return "\n".join([*lines, f"    python -m tools.ship_weights {ship}"])
 
 
 def _precision(settings: Mapping[str, Any]) -> str:

@@ -2,31 +2,27 @@
 
 from .models import PARTS
 
-PEERS = "pvt_v2_b2 deit_small_patch16_224 swin_tiny_patch4_window7_224"
-ALL_AT_ONCE = f"svt_h_s plain:svt_h_s spectformer_h_s plain:spectformer_h_s spectformer_xs {PEERS}"
+DEIT = "deit_small_patch16_224"
+PEERS = f"pvt_v2_b2 {DEIT} swin_tiny_patch4_window7_224"
 VARIANTS = " ".join(
     [f"spectformer_{size}" for size in ("ti", "xs", "s", "b")]
     + [f"{family}_{size}" for family in ("spectformer_h", "svt_h") for size in ("s", "b", "l")]
 )
+CPU = "--rounds 7 --parts inference training memory"
 FAST_CUDA = "--device cuda --dtype bfloat16 --channels-last --batch-size 256 --rounds 20"
 SUITES = {
     "cpu": (
-        "svt_h_s plain:svt_h_s pvt_v2_b2 --rounds 7",
-        "spectformer_h_s plain:spectformer_h_s pvt_v2_b2 --rounds 7",
-        "spectformer_xs deit_small_patch16_224 --rounds 7",
+        f"svt_h_s@bfloat16 svt_h_s plain:svt_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 {CPU}",
+        f"spectformer_h_s@bfloat16 spectformer_h_s plain:spectformer_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 {CPU}",
+        f"spectformer_xs@bfloat16 spectformer_xs {DEIT}@bfloat16 {DEIT} {CPU}",
         "onnx:spectformer_xs spectformer_xs onnx:spectformer_h_s spectformer_h_s onnx:svt_h_s svt_h_s --batch-size 4"
         " --rounds 7 --parts inference",
-        "--layers --rounds 9",
-        f"{ALL_AT_ONCE} --rounds 5 --parts inference training",
     ),
-    "cpu-half": (
-        "svt_h_s@bfloat16 svt_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 5 --parts inference training memory",
-        "spectformer_h_s@bfloat16 spectformer_h_s pvt_v2_b2@bfloat16 --rounds 5 --parts inference training memory",
-        "spectformer_xs@bfloat16 deit_small_patch16_224@bfloat16 --rounds 5 --parts inference training memory",
+    "cpu-compiled": (
         "svt_h_s@compile svt_h_s pvt_v2_b2@compile pvt_v2_b2 --rounds 5 --parts inference training",
         "spectformer_h_s@compile spectformer_h_s pvt_v2_b2@compile --rounds 5 --parts inference training",
-        "--precisions --dtype bfloat16 --rounds 9",
     ),
+    "cpu-layers": ("--layers --rounds 9", "--precisions --dtype bfloat16 --rounds 9"),
     "cuda": (
         f"svt_h_s spectformer_h_s spectformer_xs {PEERS} plain:svt_h_s@float16,eager,contiguous"
         f" {FAST_CUDA} --compile --parts {' '.join(PARTS)}",
