@@ -20,7 +20,7 @@ from .contenders import Contender
 from .settings import Settings
 
 SEEDS = (0, 1)
-RATE = 5e-4  # AdamW's, as in the published recipes
+RATE = 5e-4  # AdamW's, as in the published recipes, which it is at the last step: they warm up too
 
 
 def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, steps: int) -> dict:
@@ -106,7 +106,8 @@ def _losses(contender: Contender, dtype: str, batches: Sequence[tuple[Tensor, Te
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     scaler = torch.amp.GradScaler(settings.device, enabled=dtype == "float16")
     losses = []
-    for images, labels in batches:
+    for step, (images, labels) in enumerate(batches, 1):
+        optimizer.param_groups[0]["lr"] = RATE * step / len(batches)
         with settings.autocast():
             logits = model(images)
             loss = F.cross_entropy(logits.float(), labels % logits.shape[1])
