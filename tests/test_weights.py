@@ -168,7 +168,7 @@ def test_weights_are_made_of_a_run_with_the_accuracy_of_the_file_itself(tmp_path
     once, twice = (json.loads((at / "log.txt").read_text()) for at in (run, again))
     assert [row["train_loss"] for row in rows] == [once["train_loss"], twice["train_loss"]]
     card = (made / f"{base.name}.md").read_text()
-    assert "spectformer_h_n_again.yaml) from its weights (`checkpoint_last.pth`)" in card
+    assert "spectformer_h_n_again.yaml) from its weights (then in `checkpoint_last.pth`)" in card
     with pytest.raises(UserError, match="of spectformer_ti; those to ship are"):
         train(tmp_path / "other", "--epochs", "1")
         ship_weights.main([str(tmp_path / "other"), "--output", str(made)])

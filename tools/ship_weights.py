@@ -176,7 +176,7 @@ def _recipes(arch: str, begun_with: str | None) -> str:
     first, again = (
         f"[{name}](../../{name})" for name in (f"configs/cifar10/{arch}{end}.yaml" for end in ("", "_again"))
     )
-    return f"{first}, then\n  {again} from its weights (`{begun_with}`)" if begun_with else first
+    return f"{first}, then\n  {again} from its weights (then in `{begun_with}`)" if begun_with else first
 
 
 def _commands(arch: str, again: bool) -> str:
