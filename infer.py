@@ -29,9 +29,9 @@ from runtime import checkpoints
 from runtime.entry_point import run_cli
 from runtime.processes import init_distributed
 from training.arguments import (
-    COUNT,
     FRACTION,
     POSITIVE,
+    WORKERS,
     KeyValues,
     Parser,
     class_list,
@@ -127,7 +127,7 @@ def build_parser() -> Parser:
     add("--batch-size", type=POSITIVE, default=128, metavar="N", help="images a process and step")
     add(
         "--num-workers",
-        type=COUNT,
+        type=WORKERS,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
         help="loader processes; 0: load in this one",

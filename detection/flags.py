@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from detection.detectors import ARGUMENTS
 from training.arguments import COUNT, FRACTION, POSITIVE, KeyValues, Parser, integers
 from training.options import TaskFlags, refuse
 
@@ -63,8 +64,10 @@ def derived(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself."""
+    """Refuse what contradicts itself, and arguments of the detector that are of another kind."""
     refuse(
+        (problem := ARGUMENTS.problem(args.detector_kwargs), f"--detector-kwargs{problem}"),
+        (None in args.detector_kwargs.values(), "--detector-kwargs: None is not a number"),
         (args.backbone_weights and args.finetune, "--finetune has the backbone's weights too: no --backbone-weights"),
         (args.max_size < args.min_size[-1], f"--max-size {args.max_size} is below --min-size {args.min_size[-1]}"),
         (args.compile, "--compile: detectors take images of many sizes, for each of which they would be compiled"),

@@ -11,28 +11,26 @@ from typing import Any
 import timm
 
 from detection.backbone import create_classifier
-from detection.detectors import STRIDES, Detector
+from detection.detectors import ARGUMENTS, SIDE, STRIDES, Detector
 from detection.task import detector_over
 from runtime import checkpoints
-from runtime.schema import Either, Fields, Items, Number, Text
+from runtime.schema import Fields, Items, Number, Text
 from training.model import load
 from training.model_bounds import check_arguments, check_size
 from utils import UserError
 
-_NUMBER = Number(-10_000, 10_000)
-_SIDE = Number(1, 10_000, whole=True)
 DETECTOR = Fields(
     {
         "arch": Text(200),
         "detector": Text(among=tuple(STRIDES)),
         "heads": Text(among=("v2", "classic")),
-        "detector_kwargs": Fields(others=Either((_NUMBER, Items(_SIDE, most=16)))),
+        "detector_kwargs": ARGUMENTS,
         "num_classes": Number(1, 10_000, whole=True),
         "class_names": Items(Text(), most=10_000),
         "category_ids": Items(Number(whole=True), most=10_000),
-        "input_size": Items(_SIDE, 2, 2),
-        "min_size": _SIDE,
-        "max_size": _SIDE,
+        "input_size": Items(SIDE, 2, 2),
+        "min_size": SIDE,
+        "max_size": SIDE,
     },
     required={"arch", "detector", "heads", "class_names", "category_ids", "input_size", "min_size", "max_size"},
 )

@@ -229,6 +229,13 @@ def test_without_data_path_the_digits_are_trained():
         (["--aa", "rand-m9-nope"], "no policy"),
         (["--epochs", "0"], r"at least 1 and at most 1000000\b"),
         (["--seed", str(2**63)], "at most 9223372036854775807"),
+        (["--arch", ""], "--arch: '' names nothing"),
+        (["--arch="], "--arch: '' names nothing"),
+        (["--remode=--"], "--remode: '--' names nothing"),
+        (["--accum-iter=--"], "--accum-iter: '--' names nothing"),
+        (["--resume", "a/" + "(" * 300], r"--resume: .* is longer than a name can be"),
+        (["--config", ""], "--config: '' names nothing"),
+        (["--data-path", "a\0b"], "--data-path: no name has a NUL in it"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_told_in_one_line(words, expected):
@@ -250,6 +257,7 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(words, expected):
         ("lr: .nan", "lr"),
         ("eval: 1", "true or false"),
         ("arch: 5", "arch"),
+        ("arch: ''", "--arch: '' names nothing"),
         ("sched: linear", "sched"),
         ("model-kwargs: 3", "mapping"),
         ("cutmix-minmax: [0.1]", "list of 2"),
@@ -415,7 +423,6 @@ def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
         ("spectral*4,attention*7", "those of 11 blocks, not of 12"),
         ("spectral*x,attention*8", "neither NAME nor NAME"),
         ("spectral*4/attention*8", "neither NAME nor NAME"),
-        ("", "no mixer is called ''"),
     ],
 )
 def test_wrong_mixers_are_told_in_one_line(mixers, expected):

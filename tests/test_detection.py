@@ -152,7 +152,7 @@ def twice(kind):
 
 
 SPOILED = {
-    "missing file": (spoil_image(file_name="no.png"), "image 93: its file .*no.png is missing"),
+    "missing file": (spoil_image(file_name="no.png"), "image 93: its file .*no.png. is missing"),
     "file outside": (spoil_image(file_name="../train2017/0.png"), "image 93: its file_name"),
     "no size": (spoil_image(height=None), "image 93: its height and width are None"),
     "unknown image": (spoil_object(image_id=5), "annotation 3: of image 5"),

@@ -27,7 +27,7 @@ from inputs.images import BadImage
 from runtime.entry_point import run_cli
 from tools.command_line import ToolParser
 from tools.machine import cores
-from training.arguments import COUNT
+from training.arguments import WORKERS
 from utils import UserError, atomic_write
 
 CHUNK = 32  # images that a process takes at a time
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--folder", type=Path, metavar="DIR", help="all images below it, in place of a data set")
     add(
         "--num-workers",
-        type=COUNT,
+        type=WORKERS,
         default=cores(),
         metavar="N",
         help="processes; 0: this one alone (default: %(default)s)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils import UserError, quote
 
 UNSET = object()
 MAX_CONFIG_BYTES = 2**20
+LONGEST_NAME = 255  # of a file, in bytes, on any system here
 LARGEST = 2**63 - 1  # integers that every library takes
 
 
@@ -43,6 +45,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        flag = "an argument"
+        for word in args:
+            flag, equals, value = word.partition("=") if word.startswith("--") else (flag, "=", word)
+            action = self._option_string_actions.get(flag)
+            as_it_is = getattr(action, "type", None) in (None, Path) and not isinstance(action, ParseKwargs)
+            if equals and (as_it_is or value == "--"):
+                _check_text(flag, value)
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0]
@@ -57,6 +66,16 @@ class Parser(argparse.ArgumentParser):
         """What the words themselves set, without defaults."""
         blank = argparse.Namespace(**{action.dest: UNSET for action in self._actions})
         return {name: value for name, value in vars(self.parse_args(words, blank)).items() if value is not UNSET}
+
+
+def _check_text(flag: str, value: str) -> None:
+    """Refuse what names nothing: argparse takes ``--flag=--`` for a list without anything in it."""
+    if value in ("", "--"):
+        raise UserError(f"{flag}: {value!r} names nothing")
+    if "\0" in value:
+        raise UserError(f"{flag}: no name has a NUL in it")
+    if max(map(len, os.fsencode(value).split(b"/"))) > LONGEST_NAME:
+        raise UserError(f"{flag}: {quote(value)} is longer than a name can be")
 
 
 class KeyValues(ParseKwargs):
@@ -111,6 +130,7 @@ def number(kind: type, low: float = -math.inf, high: float = LARGEST, above: boo
 
 COUNT, POSITIVE = number(int, 0), number(int, 1)
 AMOUNT, FRACTION = number(float, 0), number(float, 0, 1)
+WORKERS = number(int, 0, 1024)  # loader processes
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from typing import Any
 
 import timm
@@ -34,7 +35,10 @@ def create_model(
         # timm's models of a fixed size are told it; the others take any, and most of them have no such argument.
         if get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
             size = {"img_size": input_size}
-        return timm.create_model(name, num_classes=num_classes, **size | model_kwargs)
+        with warnings.catch_warnings():
+            # Of a layer without weights, which arguments can ask for: what does not fit is told in words of ours.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            return timm.create_model(name, num_classes=num_classes, **size | model_kwargs)
     except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{flag} {name} with {size | model_kwargs}: {one_line(error)}") from error
 

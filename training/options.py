@@ -24,6 +24,7 @@ from training.arguments import (
     COUNT,
     FRACTION,
     POSITIVE,
+    WORKERS,
     KeyValues,
     Parser,
     dashed,
@@ -39,7 +40,6 @@ from utils import UserError, say
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = "spectformer_xs"
-MOST_WORKERS = 1024
 ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
 MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # arguments of models for the same choice
 Settings = dict[str, Any]
@@ -213,7 +213,7 @@ def add_loader_flags(parser: Parser) -> None:
     add("--batch-size", type=POSITIVE, default=128, metavar="N", help="images a process and step")
     add(
         "--num-workers",
-        type=number(int, 0, MOST_WORKERS),
+        type=WORKERS,
         default=min(10, available_cores()),
         metavar="N",
         help="loader processes; 0: load in this one (default: 10, or the number of cores)",
@@ -306,7 +306,6 @@ def add_machine_flags(parser: Parser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before anything is read or written."""
     refuse(
-        (args.output_dir == "", "--output-dir: it has to name a directory"),
         (args.opt_betas and max(args.opt_betas) >= 1, "--opt-betas have to be below 1"),
         (
             args.eval and not (args.resume or args.finetune),
@@ -324,9 +323,6 @@ def check(args: argparse.Namespace) -> None:
     )
     if timm.is_model(name := models.resolve_arch(args.arch)):
         check_arguments(name, args.model_kwargs, "--model-kwargs")
-    for name, value in vars(args).items():
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"--{name.replace('_', '-')}: no name has a NUL in it")
 
 
 def refuse(*rules: tuple[Any, str]) -> None:

@@ -126,7 +126,7 @@ def feed_forward_backward(
             before_gelu = _convolve(h, depthwise, depthwise_bias)
             a = F.gelu(before_gelu)
         grad_weight2 += _rows(g).T @ _rows(a)
-        grad_bias2 += _rows(g).sum(0, dtype=grad_bias2.dtype)
+        grad_bias2 += _rows(g).sum(0)
         grad_h = scratch.resize_(h.shape)
         torch.mm(_rows(g), weight2, out=_rows(grad_h))
         torch.ops.aten.gelu_backward.grad_input(grad_h, before_gelu, grad_input=grad_h)
@@ -135,7 +135,7 @@ def feed_forward_backward(
             for total, addend in zip(grad_depthwise, new, strict=True):
                 total += addend
         grad_weight1 += _rows(grad_h).T @ _rows(part)
-        grad_bias1 += _rows(grad_h).sum(0, dtype=grad_bias1.dtype)
+        grad_bias1 += _rows(grad_h).sum(0)
         torch.mm(_rows(grad_h), weight1, out=_rows(out))
     return grads
 

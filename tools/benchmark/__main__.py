@@ -30,7 +30,7 @@ import torch
 from runtime.entry_point import run_cli
 from tools import machine
 from tools.command_line import ToolParser
-from training.arguments import COUNT, POSITIVE
+from training.arguments import POSITIVE, WORKERS
 from utils import UserError, atomic_write
 
 from .detection import compare_detectors
@@ -69,7 +69,7 @@ def build_parser() -> ToolParser:
     add("--parts", nargs="+", choices=PARTS, default=PARTS[:4], metavar="PART", help=parts)
     add("--grids", nargs="+", type=POSITIVE, default=LAYER_GRIDS, help="of --layers, --precisions (default: 7 to 128)")
     add("--channels", type=POSITIVE, default=64, help="of --layers and --precisions")
-    add("--workers", type=COUNT, default=2, help="of --loader")
+    add("--workers", type=WORKERS, default=2, help="of --loader")
     add("--threads", type=POSITIVE, default=torch.get_num_threads(), help="of the CPU")
     add("--json", type=Path, help="write all figures, with machine and versions, to this file")
     return parser

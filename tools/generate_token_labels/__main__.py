@@ -33,7 +33,7 @@ from runtime.entry_point import run_cli
 from runtime.processes import init_distributed
 from tools.command_line import ToolParser
 from tools.machine import cores
-from training.arguments import COUNT, POSITIVE, class_list, image_size
+from training.arguments import POSITIVE, WORKERS, class_list, image_size
 from utils import UserError
 
 from .checking import check
@@ -72,7 +72,7 @@ def build_parser() -> ToolParser:
     add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images a step (default: %(default)s)")
     add(
         "--num-workers",
-        type=COUNT,
+        type=WORKERS,
         default=min(10, cores()),
         metavar="N",
         help="processes that read; 0: read in this one (default: %(default)s)",
