@@ -1,6 +1,6 @@
 """Make the weights that come with the package of a run on CIFAR-10, and all that lies beside them.
 
-    python -m tools.ship_weights runs/spectformer_h_n_again --begun-with runs/spectformer_h_n
+    python -m tools.ship_weights runs/svt_h_n_again --begun-with runs/svt_h_n
 
 writes into models/weights NAME.cifar10.safetensors (float16), its model card, the log and the curve of both runs. The
 accuracy on the card is that of the file itself, on the run's test images. The weights are those of the last epoch: the
