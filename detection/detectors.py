@@ -30,9 +30,10 @@ Target = dict[str, Any]
 GROUPS = 32
 RATIOS = (0.5, 1.0, 2.0)
 STRIDES = {"mask_rcnn": (4, 8, 16, 32), "faster_rcnn": (4, 8, 16, 32), "retinanet": (8, 16, 32)}
-SIDE = Number(1, 10_000, whole=True)
+POSITIVE = Number(1, 10_000, whole=True)
 ARGUMENTS = Fields(  # of --detector-kwargs, also as a checkpoint has them
-    {"fpn_channels": SIDE, "anchor_sizes": Items(SIDE, most=16), "detections": SIDE}, others=Number(-10_000, 10_000)
+    {"fpn_channels": POSITIVE, "anchor_sizes": Items(POSITIVE, most=16), "detections": POSITIVE},
+    others=Number(-10_000, 10_000),
 )
 OFFSETS = ("bbox_pred", "bbox_reg")  # the layers that say where boxes are, relative to anchors or proposals
 # How many anchors or proposals each loss is a mean over.

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 
 from detection.backbone import create_classifier
-from detection.detectors import ARGUMENTS, SIDE, STRIDES, Detector
+from detection.detectors import ARGUMENTS, POSITIVE, STRIDES, Detector
 from detection.task import detector_over
 from runtime import checkpoints
 from runtime.schema import Fields, Items, Number, Text
@@ -28,9 +28,9 @@ DETECTOR = Fields(
         "num_classes": Number(1, 10_000, whole=True),
         "class_names": Items(Text(), most=10_000),
         "category_ids": Items(Number(whole=True), most=10_000),
-        "input_size": Items(SIDE, 2, 2),
-        "min_size": SIDE,
-        "max_size": SIDE,
+        "input_size": Items(POSITIVE, 2, 2),
+        "min_size": POSITIVE,
+        "max_size": POSITIVE,
     },
     required={"arch", "detector", "heads", "class_names", "category_ids", "input_size", "min_size", "max_size"},
 )

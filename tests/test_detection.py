@@ -153,6 +153,8 @@ def twice(kind):
 
 SPOILED = {
     "missing file": (spoil_image(file_name="no.png"), "image 93: its file .*no.png. is missing"),
+    "line break in a name": (spoil_image(file_name="a\nb"), r"image 93: its file .*a\\nb. is missing"),
+    "list as a name": (spoil_image(file_name=[0] * 10**5), r"image 93: its file_name is \[0, 0"),
     "file outside": (spoil_image(file_name="../train2017/0.png"), "image 93: its file_name"),
     "no size": (spoil_image(height=None), "image 93: its height and width are None"),
     "unknown image": (spoil_object(image_id=5), "annotation 3: of image 5"),
@@ -162,6 +164,7 @@ SPOILED = {
     "box of NaN": (spoil_object(bbox=[1, float("nan"), 3, 4]), "annotation 3: its bbox"),
     "polygon of two points": (spoil_object(segmentation=[[1, 2, 3, 4]]), "annotation 3: a polygon of 2 points"),
     "odd polygon": (spoil_object(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 3: a polygon of 7 numbers"),
+    "endless coordinate": (spoil_object(segmentation=[[1, 2, 3, 4, 5, 10**400]]), "annotation 3: a polygon"),
     "other mask size": (
         spoil_object(segmentation={"size": [9, 9], "counts": [81]}),
         "annotation 3: its mask is of size",
@@ -195,6 +198,7 @@ def test_what_is_wrong_in_an_annotation_file_is_named_with_its_id(cells, tmp_pat
     with pytest.raises(UserError, match=message) as error:
         open_split(tmp_path, train=True, masks=True)
     assert "\n" not in str(error.value) and "instances_train2017.json" in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_a_file_that_is_cut_short_is_named(cells, tmp_path):
@@ -582,6 +586,9 @@ def test_the_embedded_cells_are_whole():
         (["--min-size", "800", "--max-size", "700"], "--max-size 700 is below"),
         (["--min-size", "800,600"], "no list of ascending numbers"),
         (["--warmup-updates", "5", "--no-sched-on-updates"], "needs --sched-on-updates"),
+        (["--detector-kwargs", "fpn_channels={}"], "--detector-kwargs.*fpn_channels.* is a dict"),
+        (["--detector-kwargs", "fpn_channels=None"], "--detector-kwargs: None is not a number"),
+        (["--detector-kwargs", "anchor_sizes=5"], "--detector-kwargs.*anchor_sizes.* is a int"),
     ],
 )
 def test_flags_that_contradict_each_other_are_told(flags, message, tmp_path):

@@ -281,6 +281,19 @@ def test_evaluation_writes_what_it_prints(tmp_path, capsys):
     assert correct == results["correct1"]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--num-workers", "4611686018427387904"], "--num-workers.*at most 1024"),  # each would be a process
+        (["--model-path", ""], "--model-path: '' names nothing"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told_in_one_line(words, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        infer.main(words)
+    assert "\n" not in str(caught.value)
+
+
 def test_mirrored_images_have_their_part_in_the_logits(tmp_path, capsys):
     model = save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
     images = torch.randn(2, 3, 32, 32)

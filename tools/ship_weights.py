@@ -173,10 +173,9 @@ Made again by
 
 
 def _recipes(arch: str, begun_with: str | None) -> str:
-    first, again = (
-        f"[{name}](../../{name})" for name in (f"configs/cifar10/{arch}{end}.yaml" for end in ("", "_again"))
-    )
-    return f"{first}, then\n  {again} from its weights (then in `{begun_with}`)" if begun_with else first
+    link = "[configs/cifar10/{0}.yaml](../../configs/cifar10/{0}.yaml)"
+    more = f", then\n  {link.format(f'{arch}_again')} from its weights (then in `{begun_with}`)" if begun_with else ""
+    return link.format(arch) + more
 
 
 def _commands(arch: str, again: bool) -> str:
