@@ -75,6 +75,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         dist.world_size,
         args.accum_iter,
         REPEATS if args.repeated_aug else 1,
+        args.resume,
     )
     samples = KeyedImages(train_set, _train_transform(args), args.seed, args.skip_bad_images, args.token_label_data)
     data.train = TrainLoader(samples, sampler, _loader_settings(args, dist, data.mean, data.std))

@@ -112,6 +112,7 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> Dete
         dist.rank,
         dist.world_size,
         args.accum_iter,
+        resumed=args.resume,
         groups=train_set.groups,
     )
     samples = DetectionSamples(train_set, args.seed, TrainTransform(args), args.skip_bad_images)

@@ -51,6 +51,7 @@ class KeyedSampler:
         size: samples in the data set.
         batch_size: samples a rank and micro-step.
         accum_iter: micro-steps an optimiser step; an epoch holds whole optimiser steps.
+        resumed: the checkpoint that decided how many samples an optimiser step has, to be named in the error.
 
     Raises:
         UserError: the data set is smaller than one optimiser step.
@@ -63,14 +64,18 @@ class KeyedSampler:
     world_size: int = 1
     accum_iter: int = 1
     repeats: int = 1
+    resumed: str | None = None
 
     def __post_init__(self) -> None:
         if len(self) == 0:
             step = self.batch_size * self.world_size * self.accum_iter
-            raise UserError(
+            too_large = (
                 f"an update takes {step} images (--batch-size {self.batch_size} x "
                 f"{self.world_size} processes x --accum-iter {self.accum_iter}) and the training "
-                f"set has {self.size}: lower --batch-size"
+                f"set has {self.size}"
+            )
+            raise UserError(
+                f"--resume {self.resumed}: {too_large}" if self.resumed else f"{too_large}: lower --batch-size"
             )
 
     def __len__(self) -> int:

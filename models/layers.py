@@ -153,9 +153,9 @@ def check_heads(dim: int, num_heads: int) -> int:
     """The number of heads.
 
     Raises:
-        ValueError: it does not divide the width.
+        ValueError: it does not divide the width, or is none.
     """
-    if dim % num_heads:
+    if num_heads < 1 or dim % num_heads:
         raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
     return num_heads
 

@@ -51,6 +51,7 @@ DEFAULTS = {
     "token_label_data": None,
     "seed": 0,
     "accum_iter": 1,
+    "resume": None,
 }
 
 
@@ -676,6 +677,8 @@ def test_a_training_set_smaller_than_an_update_is_refused_with_both_numbers():
     numbers = r"takes 2000 images \(--batch-size 500 x 2 processes x --accum-iter 2\) .* has 1437"
     with pytest.raises(UserError, match=numbers):
         build_data(arguments(batch_size=500, accum_iter=2), Distributed(world_size=2))
+    with pytest.raises(UserError, match="^--resume run.pth: an update takes 2000 images .* has 1437$"):
+        build_data(arguments(batch_size=500, accum_iter=2, resume="run.pth"), Distributed(world_size=2))
 
 
 def test_token_label_maps_come_with_their_images(tmp_path):

@@ -335,6 +335,7 @@ def test_boxes_are_within_the_grid_and_cover_half_of_it_less_clipping():
     [
         {"name": "spectformer_ti", "alpha": 13},
         {"name": "spectformer_ti", "num_heads": 6},
+        {"name": "spectformer_ti", "num_heads": -1},
         {"name": "spectformer_ti", "img_size": 15},
         {"name": "spectformer_ti", "patch_size": 0},
         {"name": "spectformer_ti", "patch_size": 4, "img_size": 3},

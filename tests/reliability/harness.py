@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ class Child:
     def kill(self, signum: int = signal.SIGKILL) -> None:
         """Send a signal, unless the process has ended."""
         if self.server.codes.get(self.pid) is None:
-            os.kill(self.pid, signum)
+            with suppress(ProcessLookupError):  # it ended a moment ago
+                os.kill(self.pid, signum)
 
     def left_behind(self) -> list[int]:
         """Processes of its session that still live."""
