@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -73,7 +74,9 @@ class DeviceLoader:
 
     def _on_device(self, loaded: LoadedBatch | UserError) -> Any:
         if isinstance(loaded, UserError):
-            raise loaded
+            # Not `loaded` itself, whose traceback would hold this frame, and this frame it: freed from such a cycle,
+            # the workers do not hear of their end, and are waited for.
+            raise copy(loaded)
         for path, reason in loaded.skipped:
             if path not in self.skipped:
                 self.skipped[path] = reason

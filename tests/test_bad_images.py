@@ -171,6 +171,19 @@ def test_training_stops_with_the_files_name_on_one_line(damaged, workers):
     assert caught.value.exit_code == 2
 
 
+def test_workers_end_with_the_error_and_not_seconds_later(damaged):
+    """A reader that its own error keeps alive is freed late, and then waits five seconds for workers."""
+    before = multiprocessing.active_children()
+    gc.disable()
+    try:
+        list(loaders(damaged, num_workers=2).train.epoch(0))
+    except UserError:
+        pass
+    finally:
+        gc.enable()
+    assert [child for child in multiprocessing.active_children() if child not in before] == []
+
+
 def trace(data, epochs=3):
     return [
         (int(index), int(target), image.numpy().tobytes())
