@@ -61,6 +61,13 @@ def test_other_classes_get_a_new_classifier_and_it_is_said(tmp_path, pretrained,
     assert "not from it: head.weight, head.bias" in capsys.readouterr().out
 
 
+def test_what_is_no_classifier_in_the_file_is_replaced_by_one(tmp_path, pretrained):
+    damaged = tmp_path / "damaged.pth"
+    torch.save({"model": weights(pretrained) | {"head.weight": torch.tensor(1.0)}}, damaged)
+    train(tmp_path / "run", *STILL, "--finetune", str(damaged))
+    assert changed(weights(pretrained), last(tmp_path / "run")["model"]) == {"head.weight", "head.bias"}
+
+
 def test_transfer_always_begins_with_a_new_classifier(tmp_path, pretrained):
     transfer(tmp_path, *STILL, "--finetune", str(pretrained))
     assert "head.weight" in changed(weights(pretrained), last(tmp_path)["model"])

@@ -85,7 +85,7 @@ def load_finetuned(model: nn.Module, path: str, class_names: tuple[str, ...], ke
     state = checkpoints.load(path)
     weights = unwrap(checkpoints.weights(state, path=path))
     classifier = weights.get(f"{classifier_names(model)[0]}.weight")
-    same_number = classifier is not None and len(classifier) == len(class_names)
+    same_number = classifier is not None and classifier.shape[:1] == (len(class_names),)
     same_names = tuple(state.get("class_names") or class_names) == tuple(class_names)
     return load(model, weights, path, new_head=not (keep_classifier and same_number and same_names))
 
