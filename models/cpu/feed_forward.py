@@ -77,17 +77,19 @@ def feed_forward(
         for weight in (weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
     )
     more = 2 if keep and depthwise is None else 1  # where all is kept anyway, larger slices are faster
-    scratch = x.new_empty(0)
     for part, out, kept, kept_activated in _in_slices(len(weight1), more, x.contiguous(), y, hidden, activated):
-        h = kept if keep else scratch.resize_(*part.shape[:3], len(weight1))
-        torch.addmm(bias1, _rows(part), weight1.T, out=_rows(h))
+        if keep:  # a plain product can be written where it is kept
+            h = kept
+            torch.addmm(bias1, _rows(part), weight1.T, out=_rows(h))
+        else:
+            h = _linear(part, weight1, bias1)
         if depthwise is None:
             a = torch.ops.aten.gelu.out(h, out=kept_activated if keep else h)
         elif can_fuse(h):
             a = _channels_last(convolve_and_activate(_channels_first(h), depthwise, depthwise_bias))
         else:
             a = F.gelu(_convolve(h, depthwise, depthwise_bias))
-        torch.addmm(bias2, _rows(a), weight2.T, out=_rows(out))
+        out.copy_(_linear(a, weight2, bias2))
     return y, hidden, activated
 
 
@@ -182,6 +184,11 @@ def _channels_first(grid: Tensor) -> Tensor:
 
 def _channels_last(grid: Tensor) -> Tensor:
     return grid.permute(0, 2, 3, 1)
+
+
+def _linear(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer on (B, H, W, C) as a pointwise convolution, which oneDNN computes: bias added on the way."""
+    return _channels_last(F.conv2d(_channels_first(grid), weight[..., None, None], bias))
 
 
 def _convolve(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
