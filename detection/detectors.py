@@ -21,6 +21,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from detection.backbone import Backbone, in_full_precision
+from detection.pasting import paste
 from detection.subsampling import KeyedSubsampler
 from runtime.schema import Fields, Items, Number
 from utils import UserError
@@ -131,7 +132,10 @@ def _in_full_precision(_layer: nn.Module, _inputs: tuple, offsets: Tensor) -> Te
 
 
 class ScaledImages(GeneralizedRCNNTransform):
-    """Normalises and pads images; in evaluation it scales them, in training the augmentation has done so."""
+    """Normalises and pads images; in evaluation it scales them, in training the augmentation has done so.
+
+    What was found in them it brings back into their own pixels.
+    """
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         height, width = image.shape[-2:]
@@ -139,6 +143,18 @@ class ScaledImages(GeneralizedRCNNTransform):
         if not self.training and size != (height, width):
             image = interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
         return image, target
+
+    def postprocess(
+        self, found: list[dict[str, Tensor]], sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        if self.training:
+            return found
+        masks = [image.pop("masks", None) for image in found]
+        found = super().postprocess(found, sizes, original_sizes)
+        for image, on_boxes, size in zip(found, masks, original_sizes, strict=True):
+            if on_boxes is not None:
+                image["masks"] = paste(on_boxes, image["boxes"], size)
+        return found
 
 
 def scaled_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from coco_example import write_example
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 import infer
 import main_detection
@@ -605,3 +606,21 @@ def test_the_segmentation_example_of_the_docs_runs_on_wide_images():
     logits.square().mean().backward()
     grads = [weight.grad for name, weight in names["model"].named_parameters() if "complex_weight" in name]
     assert len(grads) == 7 and all(grad.abs().max() > 0 for grad in grads)
+
+
+def test_masks_of_cells_come_back_from_their_boxes_to_where_they_were():
+    """Cut out as training cuts out its targets, by boxes up to a pixel off, and found in an image twice as large."""
+    cells = open_split(NUCLEI, train=False, masks=True)
+    transform = small_detector().network.transform.eval()
+    overlaps = []
+    for index in range(4):
+        _, objects = cells.load(index)
+        truth, (height, width) = torch.as_tensor(objects.masks), objects.masks.shape[1:]
+        noise = torch.rand(objects.boxes.shape, generator=torch.Generator().manual_seed(index))
+        boxes = torch.as_tensor(objects.boxes) + 2 * noise - 1  # beyond the image's edges, too
+        masks = project_masks_on_boxes(truth.float(), boxes, torch.arange(len(boxes)), 28)[:, None]
+        found = [{"boxes": 2 * boxes, "masks": masks}]
+        (image,) = transform.postprocess(found, [(2 * height, 2 * width)], [(height, width)])
+        pasted = image["masks"][:, 0] > 0.5
+        overlaps.append((pasted & truth.bool()).sum((1, 2)) / (pasted | truth.bool()).sum((1, 2)))
+    assert torch.cat(overlaps).mean() > 0.92

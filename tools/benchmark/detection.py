@@ -21,7 +21,8 @@ def compare_detectors(archs: Sequence[str], settings: Settings, rounds: int) -> 
     """Training and inference of Mask R-CNN with the same heads over each of the backbones."""
     detectors = {arch: build(arch).to(settings.device) for arch in archs}
     rows = {arch: {"parameters": sum(p.numel() for p in model.parameters())} for arch, model in detectors.items()}
-    result: dict = {"settings": asdict(settings), "rounds": rounds, "models": rows, "ratios": {}}
+    size = {"img_size": [HEIGHT, WIDTH]}
+    result: dict = {"settings": asdict(settings) | size, "rounds": rounds, "models": rows, "ratios": {}}
     for part, make in (("inference", inference_run), ("training", training_run)):
         runs = {arch: make(model, settings) for arch, model in detectors.items()}
         seconds = take_turns(runs, rounds, settings.device)
