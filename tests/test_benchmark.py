@@ -73,9 +73,10 @@ def test_errors_of_half_precision_are_measured(tmp_path, images, capsys):
     rows = report(tmp_path / "out.json", *words, "--batch-size", "2", "--img-size", "32")["runs"][0]["exactness"]
     assert [row["trained"] for row in rows.values()] == [True, False]
     for row in rows.values():
-        assert len(row["logit_error"]) == 2 - row["trained"]
+        assert len(row["logit_error"]) == (1 if row["trained"] else 3)
         assert all(1e-4 < error < 0.05 for error in row["logit_error"])
-        assert len(row["losses"]) == 2 and 0 < row["loss_gap"] < 0.2
+        assert [len(losses) for losses in row["losses"]] == [2, 2, 2]
+        assert len(row["loss_gap"]) == 3 and all(0 < gap < 0.2 for gap in row["loss_gap"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
@@ -94,6 +95,11 @@ def test_loader_is_measured_against_timms(tmp_path, images):
 def test_unknown_contender_is_named(label):
     with pytest.raises(UserError, match=label):
         benchmark.main([label])
+
+
+def test_models_are_measured_without_stochastic_depth():
+    model = Contender.parse("svt_h_s", Settings(batch_size=1, img_size=32)).build().train()
+    assert model.stages[2].blocks[0].drop_path.drop_prob == 0
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios():

@@ -334,10 +334,11 @@ def test_a_layer_whose_forward_was_replaced_is_called():
 
 
 def test_torch_still_has_what_is_taken_from_its_private_parts():
-    """If this fails, inference has lost a fused operation, or hooks are no longer told from none: see `private`."""
+    """If this fails, operations of oneDNN are lost, or hooks are no longer told from none: see `private`."""
     linear = nn.Linear(2, 2)
     assert not private.are_hooked((linear,))
     assert private.can_fuse(torch.empty(1)) == torch.backends.mkldnn.is_available()
+    assert private._LINEAR_POINTWISE is not None
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -346,3 +347,13 @@ def test_the_fused_operation_is_convolution_and_gelu():
     x, weight, bias = torch.randn(2, 6, 5, 7), torch.randn(6, 1, 3, 3), torch.randn(6)
     expected = nn.functional.gelu(nn.functional.conv2d(x, weight, bias, padding=1, groups=6))
     torch.testing.assert_close(private.convolve_and_activate(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("without", [None, "_LINEAR_POINTWISE"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_product_is_the_same_from_onednn_and_without_it(dtype, without, monkeypatch):
+    if without:
+        monkeypatch.setattr(private, without, None)
+    torch.manual_seed(0)
+    rows, matrix, out = torch.randn(7, 5, dtype=dtype), torch.randn(5, 3, dtype=dtype), torch.empty(7, 3, dtype=dtype)
+    torch.testing.assert_close(private.product(rows, matrix, out), rows @ matrix)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from .operations import of_first_result, operation, save_for_backward
-from .private import can_fuse, convolve_and_activate
+from .private import can_fuse, convolve_and_activate, product
 from .slicing import images_per_slice, may_slice
 
 # Entries of a hidden tensor computed together: 16 MiB in float32, measured best of 4 to 32.
@@ -127,10 +127,9 @@ def feed_forward_backward(
         if depthwise is not None:
             before_gelu = _convolve(h, depthwise, depthwise_bias)
             a = F.gelu(before_gelu)
-        grad_weight2 += _rows(g).T @ _rows(a)
+        grad_weight2 += (_rows(a).T @ _rows(g)).T  # faster than the product of the transposed
         grad_bias2 += _rows(g).sum(0)
-        grad_h = scratch.resize_(h.shape)
-        torch.mm(_rows(g), weight2, out=_rows(grad_h))
+        grad_h = product(_rows(g), weight2, _rows(scratch.resize_(h.shape))).view(h.shape)
         torch.ops.aten.gelu_backward.grad_input(grad_h, before_gelu, grad_input=grad_h)
         if depthwise is not None:
             grad_h, *new = _convolution_backward(grad_h, h, depthwise)
@@ -138,7 +137,8 @@ def feed_forward_backward(
                 total += addend
         grad_weight1 += _rows(grad_h).T @ _rows(part)
         grad_bias1 += _rows(grad_h).sum(0)
-        torch.mm(_rows(grad_h), weight1, out=_rows(out))
+        rows = _rows(out)
+        rows.copy_(product(_rows(grad_h), weight1, rows))
     return grads
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-# The operation by which TorchInductor lets oneDNN convolve and activate in one pass.
+# The operations by which TorchInductor lets oneDNN convolve and activate in one pass, and multiply in float32.
 _CONVOLUTION_POINTWISE = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _FUSED = (torch.float32, torch.bfloat16)
 # Hooks decide what a layer computes (pruning, spectral norm) or who hears of it. They can be set and removed by public
 # functions, but not asked for.
@@ -28,3 +29,10 @@ def convolve_and_activate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of a depthwise 3x3 convolution that keeps the grid, of (B, C, H, W)."""
     ones = [1, 1]  # padding, stride and dilation
     return _CONVOLUTION_POINTWISE(x, weight, bias, ones, ones, ones, len(weight), "gelu", [], "none")
+
+
+def product(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+    """The product of (n, k) and (k, m): of oneDNN's own, in float32 faster than MKL's on AMD processors; else `out`."""
+    if _LINEAR_POINTWISE is None or rows.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return torch.mm(rows, matrix, out=out)
+    return _LINEAR_POINTWISE(rows, matrix.T, None, "none", [], "")

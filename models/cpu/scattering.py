@@ -1,8 +1,9 @@
 """The scattering mixer with channel blending in slices of a few images.
 
 All steps share buffers that stay in cache. Both passes are made of the same two steps, `split` and `join`: one is the
-transpose of the other. Real and imaginary parts lie in planes of their own, whole rows of channels side by side: sums
-and differences then run over long stretches of memory, and the matrix products take a block of channels out of it.
+transpose of the other. Sums and differences run over long stretches of memory, in planes of real and of imaginary parts
+with whole rows of channels side by side; from there each block of channels is copied once to where the matrix products
+find it in one piece.
 """
 
 from collections.abc import Iterator
@@ -73,58 +74,66 @@ class _Transform:
     """Splits images (n, H, W, C) into low-pass image and bands, and joins them, in memory used again and again.
 
     `low` is the low-pass image divided by sqrt(2), even rows and columns before odd ones. It stays where the filters
-    leave it. Bands are (2, n, 6, h, w, C), real parts first; their order is of no matter here.
+    leave it. Bands are (n * blocks, 6hw, 2 * size), what the layers multiply, real parts before imaginary ones; the
+    order of their positions is of no matter here.
     """
 
-    def __init__(self, like: Tensor, filters: Filters):
-        (height, _), (width, width_of_image) = (matrix.shape for matrix in filters)
+    def __init__(self, like: Tensor, split_filters: Filters, join_filters: Filters, blocks: int):
+        (height, _), (width, width_of_image) = (matrix.shape for matrix in split_filters)
         images, channels = len(like), like.shape[3]
+        self.split_filters, self.join_filters = split_filters, join_filters
         self.half = like.new_empty(images, height, width_of_image, channels)  # filtered along its height alone
         self.filtered = like.new_empty(images, height, width, channels)
         self.low = self.filtered[:, : height // 2, : width // 2]
         self.high = images_of(self.filtered)[1:]
-        self.bands_shape = (2, images, 6, height // 4, width // 4, channels)
+        self.planes = like.new_empty(2, images, 6, height // 4, width // 4, channels)  # real and imaginary parts
+        self.planes_by_block = self.planes.flatten(2, 4).unflatten(3, (blocks, -1)).transpose(2, 3)
 
-    def split(self, x: Tensor, filters: Filters, bands: Tensor) -> None:
+    def split(self, x: Tensor, bands: Tensor) -> None:
         """Filter x into `low` and the bands."""
-        height, width = filters
+        height, width = self.split_filters
         _multiply(height, x.flatten(2), out=self.half.flatten(2))
         _multiply(width, self.half.flatten(0, 1), out=self.filtered.flatten(0, 1))
-        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self._high_pass(bands):
+        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self._high_pass():
             torch.sub(a, d, out=real1)
             torch.add(b, c, out=imaginary1)
             torch.add(a, d, out=real2)
             torch.sub(b, c, out=imaginary2)
+        for part, plane in self._parts(bands):
+            part.copy_(plane)
 
-    def join(self, bands: Tensor, filters: Filters, y: Tensor) -> None:
-        """The transpose of `split` with transposed filters, of `low` and the bands, into y."""
-        height, width = filters
-        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self._high_pass(bands):
+    def join(self, bands: Tensor, y: Tensor) -> None:
+        """The transpose of `split` where its filters are transposed, of `low` and the bands, into y."""
+        for part, plane in self._parts(bands):
+            plane.copy_(part)
+        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self._high_pass():
             torch.add(real1, real2, out=a)
             torch.add(imaginary1, imaginary2, out=b)
             torch.sub(imaginary1, imaginary2, out=c)
             torch.sub(real2, real1, out=d)
+        height, width = self.join_filters
         _multiply(width, self.filtered.flatten(0, 1), out=self.half.flatten(0, 1))
         _multiply(height, self.half.flatten(2), out=y.flatten(2))
 
-    def empty_bands(self) -> Tensor:
-        """Memory for bands."""
-        return self.filtered.new_empty(self.bands_shape)
-
-    def _high_pass(self, bands: Tensor) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    def _high_pass(self) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """Each high-pass image's squares and its two bands, (n, h, w, C) each."""
-        planes = bands.unbind(2)
-        pairs = [tuple(plane) for plane in planes]
+        pairs = [tuple(plane) for plane in self.planes.unbind(2)]
         return zip(self.high, pairs[:3], pairs[3:], strict=True)
+
+    def _parts(self, bands: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Real and imaginary part of bands, and of `planes`, (n, blocks, 6hw, size) each."""
+        real_and_imaginary = bands.view(len(self.filtered), -1, *bands.shape[1:]).chunk(2, -1)
+        return zip(real_and_imaginary, self.planes_by_block, strict=True)
 
 
 def _multiply(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(len(batch), -1, -1), batch, out=out)
 
 
-def _by_block(bands: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of bands, (blocks, positions, size) each, as views."""
-    return tuple(plane.flatten(0, -2).unflatten(1, (blocks, -1)).transpose(0, 1) for plane in bands)
+def _bands_shape(filters: Filters, layer: Tensor) -> tuple[int, int, int]:
+    """(blocks, 6hw, 2 * size) of an image."""
+    (height, _), (width, _) = (matrix.shape for matrix in filters)
+    return len(layer), 6 * (height // 4) * (width // 4), layer.shape[2]
 
 
 @operation("scatter")
@@ -160,39 +169,29 @@ def scatter(
     y, low, bands = _empty_results(x, keep, *weights)
     *matrices, low_weight, layer1, bias1, layer2, bias2 = (weight.to(x.dtype) for weight in weights)
     analysis, synthesis = matrices[:2], matrices[2:]
-    blocks, size = len(layer1), layer1.shape[1] // 2
-    from_real, from_imaginary = layer1.split(size, 1)
-    to_real, to_imaginary = layer2.split(size, 2)
-    bias_real, bias_imaginary = bias2[:, None].split(size, 2)
     images = 0
     for part, out, kept_low, kept in _in_slices(x.contiguous(), y, low, bands):
         if len(part) != images:
             images = len(part)
-            transform = _Transform(part, analysis)
-            blended = transform.empty_bands()
-            hidden = part.new_empty(blocks, blended[0].numel() // (blocks * size), 2 * size)
-        split = kept if keep else blended
-        transform.split(part, analysis, split)
+            transform = _Transform(part, analysis, synthesis, len(layer1))
+            blended, hidden = part.new_empty(2, images, *_bands_shape(analysis, layer1)).flatten(1, 2)
+            first, first_bias, second, second_bias = _of_images(images, layer1, bias1, layer2, bias2)
+        coefficients = kept.flatten(0, 1) if keep else blended
+        transform.split(part, coefficients)
         if keep:
             kept_low.copy_(transform.low)
         transform.low.mul_(low_weight)
-        real, imaginary = _by_block(split, blocks)
-        torch.baddbmm(bias1[:, None], real, from_real, out=hidden).baddbmm_(imaginary, from_imaginary).relu_()
-        real, imaginary = _by_block(blended, blocks)
-        torch.baddbmm(bias_real, hidden, to_real, out=real)
-        torch.baddbmm(bias_imaginary, hidden, to_imaginary, out=imaginary)
-        transform.join(blended, synthesis, out)
+        torch.baddbmm(first_bias, coefficients, first, out=hidden).relu_()
+        torch.baddbmm(second_bias, hidden, second, out=blended)
+        transform.join(blended, out)
     return y, low, bands
 
 
 @scatter.register_fake
-def _empty_results(x, keep, analysis_height, analysis_width, *_):
+def _empty_results(x, keep, analysis_height, analysis_width, _sh, _sw, low_weight, layer1, *_):
     """Room for what `scatter` gives."""
-    batch, *_, channels = x.shape
-    height, width = len(analysis_height) // 2, len(analysis_width) // 2
-    low = (batch, height, width, channels) if keep else (0,)
-    bands = (2, batch, 6, height // 2, width // 2, channels) if keep else (0,)
-    return tuple(x.new_empty(size) for size in (x.shape, low, bands))
+    sizes = low_weight.shape, _bands_shape((analysis_height, analysis_width), layer1)
+    return x.new_empty(x.shape), *(x.new_empty((x.shape[0], *size) if keep else (0,)) for size in sizes)
 
 
 @operation("scatter_backward")
@@ -216,33 +215,29 @@ def scatter_backward(
     grad_low_weight, grad_layer1, grad_bias1, grad_layer2, grad_bias2 = totals
     *matrices, low_weight, layer1, bias1, layer2 = (weight.to(grad.dtype) for weight in weights)
     of_split, of_join = ([matrix.mT for matrix in filters] for filters in (matrices[:2], matrices[2:]))
-    blocks, size = len(layer1), layer1.shape[1] // 2
-    from_real, from_imaginary = layer1.split(size, 1)
-    to_real, to_imaginary = layer2.split(size, 2)
-    sides = slice(size), slice(size, None)  # real and imaginary part
     images = 0
     for part, out, kept_low, kept in _in_slices(grad.contiguous(), grad_x, low, bands):
+        coefficients = kept.flatten(0, 1)
         if len(part) != images:
             images = len(part)
-            transform = _Transform(part, of_join)
-            grad_bands = transform.empty_bands()
-            hidden = part.new_empty(blocks, grad_bands[0].numel() // (blocks * size), 2 * size)
-            grad_hidden = torch.empty_like(hidden)
-        transform.split(part, of_join, grad_bands)
+            transform = _Transform(part, of_join, of_split, len(layer1))
+            grad_bands, hidden, grad_hidden = part.new_empty(3, *coefficients.shape)
+            first, first_bias, second = _of_images(images, layer1, bias1, layer2)
+        transform.split(part, grad_bands)
         grad_low_weight += (kept_low * transform.low).sum(0, dtype=grad_low_weight.dtype)
         transform.low.mul_(low_weight)
-        real, imaginary = _by_block(kept, blocks)
-        grad_real, grad_imaginary = _by_block(grad_bands, blocks)
-        torch.baddbmm(bias1[:, None], real, from_real, out=hidden).baddbmm_(imaginary, from_imaginary).relu_()
-        torch.bmm(grad_real, to_real.mT, out=grad_hidden).baddbmm_(grad_imaginary, to_imaginary.mT)
+        torch.baddbmm(first_bias, coefficients, first, out=hidden).relu_()
+        torch.bmm(grad_bands, second.mT, out=grad_hidden)
         torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
-        grad_bias1 += grad_hidden.sum(1)
-        for side, band, grad_band in zip(sides, (real, imaginary), (grad_real, grad_imaginary), strict=True):
-            grad_layer2[..., side] += hidden.mT @ grad_band
-            grad_bias2[:, side] += grad_band.sum(1)
-            grad_layer1[:, side] += band.mT @ grad_hidden
-            torch.bmm(grad_hidden, layer1[:, side].mT, out=grad_band)
-        transform.join(grad_bands, of_split, out)
+        for total, of_each in (
+            (grad_layer2, hidden.mT @ grad_bands),
+            (grad_bias2, grad_bands.sum(1)),
+            (grad_layer1, coefficients.mT @ grad_hidden),
+            (grad_bias1, grad_hidden.sum(1)),
+        ):
+            total += of_each.view(images, *total.shape).sum(0, dtype=total.dtype)
+        torch.bmm(grad_hidden, first.mT, out=grad_bands)
+        transform.join(grad_bands, out)
     return grads
 
 
@@ -267,6 +262,13 @@ def _gradients(ctx, grad):
 scatter.register_autograd(_gradients, setup_context=_keep)
 
 
+def _of_images(images: int, *weights: Tensor) -> Iterator[Tensor]:
+    """Layers' matrices and biases (blocks, ...) for each block of each image, (n * blocks, 1 or 2 * size, 2 * size)."""
+    for weight in weights:
+        matrix = weight[:, None] if weight.dim() == 2 else weight
+        yield matrix.repeat(images, 1, 1)
+
+
 def _in_slices(x: Tensor, y: Tensor, low: Tensor, bands: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Grids, low-pass images and bands of a few images at a time, at least one for each processor.
 
@@ -276,4 +278,4 @@ def _in_slices(x: Tensor, y: Tensor, low: Tensor, bands: Tensor) -> Iterator[tup
     size = images_per_slice(len(x), elements, max(SLICE_ELEMENTS, torch.get_num_threads() * elements))
     for first in range(0, len(x), size):
         part = slice(first, first + size)
-        yield x[part], y[part], low[part], bands[:, part] if bands.numel() else bands
+        yield x[part], y[part], low[part], bands[part]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import nn
 
 import models  # noqa: F401 (registers ours)
@@ -51,7 +52,7 @@ class Contender:
         return cls(label, model, settings)
 
     def build(self) -> nn.Module:
-        """The model with random weights, on its device."""
+        """The model with random weights, on its device, without stochastic depth: the defaults of models differ."""
         size = {"img_size": self.settings.img_size}
         if self.model.startswith("plain:"):
             model = reference.create(self.model.removeprefix("plain:"), **size)
@@ -59,6 +60,9 @@ class Contender:
             name = self.model.removeprefix("onnx:")
             fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
             model = timm.create_model(name, **(size if fixed else {}))
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
         return model.to(self.settings.device, memory_format=self.settings.memory_format)
 
 
