@@ -28,7 +28,8 @@ def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, st
 
     "logit_error" is the L2 norm of the difference to float64 over that of float64's logits, for each seed of the
     weights, or once for weights that come with the package. "loss_gap" is, for each seed, the mean over the steps of
-    the absolute difference between the loss in half precision and in float32, from the same weights on the same batches.
+    the absolute difference between the losses in half precision and in float32, from the same weights, on the same
+    batches.
     """
     contenders = [Contender.parse(label, settings) for label in labels]
     if any(contender.settings.dtype == "float32" for contender in contenders):
