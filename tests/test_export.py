@@ -186,6 +186,16 @@ def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path,
     assert "any number of images, 64x32; onnxruntime's logits within" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [(), ("--dynamic-size",)], ids=["one size", "any size"])
+def test_onnxruntime_finds_gelu_as_one_operation(words, tmp_path):
+    untrained.save(tmp_path / "c.pth", "svt_h_s", untrained.PYRAMID, input_size=(64, 32))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(write(tmp_path / "c.pth", "onnx", tmp_path / "m.onnx", *words), options)
+    operations = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+    assert operations & {"Gelu", "BiasGelu"} and "Erf" not in operations
+
+
 @pytest.mark.parametrize("arch", ["spectformer_ti", "svt_h_s"])
 def test_onnx_of_any_size_resamples_as_torch_does(arch, tmp_path, capsys):
     path = tmp_path / "c.pth"

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +67,14 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     """The program's graph, from `images` to `logits`."""
     operators = _package("onnxscript").opset18
 
+    # The exporter's own takes a size that is dynamic for a number.
     def remainder(x, divisor):
         return operators.Mod(x, operators.CastLike(divisor, x))
+
+    # The exporter's own is in an order in which onnxruntime does not see GELU, for which it has one operation.
+    def gelu(x, approximate="none"):
+        half, one, root = (operators.CastLike(number, x) for number in (0.5, 1.0, math.sqrt(2)))
+        return operators.Mul(operators.Mul(x, operators.Add(operators.Erf(operators.Div(x, root)), one)), half)
 
     return torch.onnx.export(
         program,
@@ -76,8 +83,7 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
         opset_version=OPSET,
         external_data=False,
         verbose=False,
-        # The exporter's own takes a size that is dynamic for a number.
-        custom_translation_table={torch.ops.aten.remainder.Scalar: remainder},
+        custom_translation_table={torch.ops.aten.remainder.Scalar: remainder, torch.ops.aten.gelu.default: gelu},
     ).model_proto
 
 
