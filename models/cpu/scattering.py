@@ -85,16 +85,18 @@ class _Transform:
         self.half = like.new_empty(images, height, width_of_image, channels)  # filtered along its height alone
         self.filtered = like.new_empty(images, height, width, channels)
         self.low = self.filtered[:, : height // 2, : width // 2]
-        self.high = images_of(self.filtered)[1:]
-        self.planes = like.new_empty(2, images, 6, height // 4, width // 4, channels)  # real and imaginary parts
-        self.planes_by_block = self.planes.flatten(2, 4).unflatten(3, (blocks, -1)).transpose(2, 3)
+        planes = like.new_empty(2, images, 6, height // 4, width // 4, channels)  # real and imaginary parts
+        self.planes_by_block = planes.flatten(2, 4).unflatten(3, (blocks, -1)).transpose(2, 3)
+        # Each high-pass image's squares and its two bands, (n, h, w, C) each.
+        bands = [tuple(plane) for plane in planes.unbind(2)]
+        self.high_pass = tuple(zip(images_of(self.filtered)[1:], bands[:3], bands[3:], strict=True))
 
     def split(self, x: Tensor, bands: Tensor) -> None:
         """Filter x into `low` and the bands."""
         height, width = self.split_filters
         _multiply(height, x.flatten(2), out=self.half.flatten(2))
         _multiply(width, self.half.flatten(0, 1), out=self.filtered.flatten(0, 1))
-        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self._high_pass():
+        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self.high_pass:
             torch.sub(a, d, out=real1)
             torch.add(b, c, out=imaginary1)
             torch.add(a, d, out=real2)
@@ -106,7 +108,7 @@ class _Transform:
         """The transpose of `split` where its filters are transposed, of `low` and the bands, into y."""
         for part, plane in self._parts(bands):
             plane.copy_(part)
-        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self._high_pass():
+        for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self.high_pass:
             torch.add(real1, real2, out=a)
             torch.add(imaginary1, imaginary2, out=b)
             torch.sub(imaginary1, imaginary2, out=c)
@@ -115,13 +117,8 @@ class _Transform:
         _multiply(width, self.filtered.flatten(0, 1), out=self.half.flatten(0, 1))
         _multiply(height, self.half.flatten(2), out=y.flatten(2))
 
-    def _high_pass(self) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """Each high-pass image's squares and its two bands, (n, h, w, C) each."""
-        pairs = [tuple(plane) for plane in self.planes.unbind(2)]
-        return zip(self.high, pairs[:3], pairs[3:], strict=True)
-
     def _parts(self, bands: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Real and imaginary part of bands, and of `planes`, (n, blocks, 6hw, size) each."""
+        """Real and imaginary part of bands, and the planes of them, (n, blocks, 6hw, size) each."""
         real_and_imaginary = bands.view(len(self.filtered), -1, *bands.shape[1:]).chunk(2, -1)
         return zip(real_and_imaginary, self.planes_by_block, strict=True)
 
@@ -214,7 +211,7 @@ def scatter_backward(
     grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
     grad_low_weight, grad_layer1, grad_bias1, grad_layer2, grad_bias2 = totals
     *matrices, low_weight, layer1, bias1, layer2 = (weight.to(grad.dtype) for weight in weights)
-    of_split, of_join = ([matrix.mT for matrix in filters] for filters in (matrices[:2], matrices[2:]))
+    of_split, of_join = ([matrix.T.contiguous() for matrix in filters] for filters in (matrices[:2], matrices[2:]))
     images = 0
     for part, out, kept_low, kept in _in_slices(grad.contiguous(), grad_x, low, bands):
         coefficients = kept.flatten(0, 1)
