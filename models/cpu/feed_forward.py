@@ -12,8 +12,9 @@ from .operations import of_first_result, operation, save_for_backward
 from .private import can_fuse, convolve_and_activate, product
 from .slicing import images_per_slice, may_slice
 
-# Entries of a hidden tensor computed together: 16 MiB in float32, measured best of 4 to 32.
-SLICE_ELEMENTS = 2**22
+# Entries of a hidden tensor computed together in inference with a convolution: 8 MiB in float32, measured best of 4 to
+# 32. Twice as many are, both in training and without a convolution.
+SLICE_ELEMENTS = 2**21
 
 
 @register_notrace_module  # by timm's tracer, so that it stays as fast in a graph
@@ -76,8 +77,8 @@ def feed_forward(
         weight if weight is None else weight.to(x.dtype)
         for weight in (weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
     )
-    more = 2 if keep and depthwise is None else 1  # where all is kept anyway, larger slices are faster
-    for part, out, kept, kept_activated in _in_slices(len(weight1), more, x.contiguous(), y, hidden, activated):
+    pieces = _in_slices(len(weight1), keep, depthwise, x.contiguous(), y, hidden, activated)
+    for part, out, kept, kept_activated in pieces:
         if keep:  # a plain product can be written where it is kept
             h = kept
             torch.addmm(bias1, _rows(part), weight1.T, out=_rows(h))
@@ -119,9 +120,8 @@ def feed_forward_backward(
         weight if weight is None else weight.to(x.dtype) for weight in (weight1, depthwise, depthwise_bias, weight2)
     )
     grad_weight1, grad_bias1, grad_weight2, grad_bias2, *grad_depthwise = totals
-    more = 2 if depthwise is None else 1
     scratch = x.new_empty(0)
-    pieces = _in_slices(len(weight1), more, x.contiguous(), hidden, activated, grad.contiguous(), grad_x)
+    pieces = _in_slices(len(weight1), True, depthwise, x.contiguous(), hidden, activated, grad.contiguous(), grad_x)
     for part, h, a, g, out in pieces:
         before_gelu = h
         if depthwise is not None:
@@ -165,10 +165,13 @@ def _gradients(ctx, grad):
 feed_forward.register_autograd(_gradients, setup_context=_keep)
 
 
-def _in_slices(hidden_dim: int, more: int, *grids: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Grids (B, H, W, C), a few images at a time, of `more` times the usual number; an empty one stays as it is."""
+def _in_slices(
+    hidden_dim: int, training: bool, depthwise: Tensor | None, *grids: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Grids (B, H, W, C), a few images at a time; an empty one stays as it is."""
     batch, height, width, _ = grids[0].shape
-    size = images_per_slice(batch, hidden_dim * height * width, more * SLICE_ELEMENTS)
+    most = SLICE_ELEMENTS * (2 if training else 1) * (2 if depthwise is None else 1)
+    size = images_per_slice(batch, hidden_dim * height * width, most)
     for first in range(0, batch, size):
         yield tuple(grid[first : first + size] if grid.numel() else grid for grid in grids)
 
