@@ -196,6 +196,14 @@ def test_onnxruntime_finds_gelu_as_one_operation(words, tmp_path):
     assert operations & {"Gelu", "BiasGelu"} and "Erf" not in operations
 
 
+def test_onnx_multiplies_a_batch_by_one_matrix_not_by_its_copies(tmp_path):
+    untrained.save(tmp_path / "c.pth", "svt_h_s", untrained.PYRAMID, input_size=(64, 32))
+    graph = onnx.load(write(tmp_path / "c.pth", "onnx", tmp_path / "m.onnx")).graph
+    matrices = {matrix.name for matrix in graph.initializer}
+    copies = {node.output[0] for node in graph.node if node.op_type == "Expand" and node.input[0] in matrices}
+    assert not copies & {name for node in graph.node if node.op_type == "MatMul" for name in node.input}
+
+
 @pytest.mark.parametrize("arch", ["spectformer_ti", "svt_h_s"])
 def test_onnx_of_any_size_resamples_as_torch_does(arch, tmp_path, capsys):
     path = tmp_path / "c.pth"

@@ -76,7 +76,7 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
         half, one, root = (operators.CastLike(number, x) for number in (0.5, 1.0, math.sqrt(2)))
         return operators.Mul(operators.Mul(x, operators.Add(operators.Erf(operators.Div(x, root)), one)), half)
 
-    return torch.onnx.export(
+    proto = torch.onnx.export(
         program,
         input_names=["images"],
         output_names=["logits"],
@@ -85,6 +85,17 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
         verbose=False,
         custom_translation_table={torch.ops.aten.remainder.Scalar: remainder, torch.ops.aten.gelu.default: gelu},
     ).model_proto
+    _multiply_by_one_matrix(proto.graph)
+    return proto
+
+
+def _multiply_by_one_matrix(graph: onnx.GraphProto) -> None:
+    """Where a batch is multiplied by as many copies of one matrix, which PyTorch needs and ONNX does not, name it."""
+    matrices = {matrix.name for matrix in graph.initializer if len(matrix.dims) == 2 and min(matrix.dims) > 1}
+    copies = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Expand"}
+    for node in graph.node:
+        if node.op_type == "MatMul" and copies.get(node.input[0]) in matrices:
+            node.input[0] = copies[node.input[0]]
 
 
 def write_pt2(args: argparse.Namespace) -> str:
