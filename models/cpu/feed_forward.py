@@ -12,8 +12,8 @@ from .operations import of_first_result, operation, save_for_backward
 from .private import can_fuse, convolve_and_activate, product
 from .slicing import images_per_slice, may_slice
 
-# Entries of a hidden tensor computed together in inference with a convolution: 8 MiB in float32, measured best of 4 to
-# 32. Twice as many are, both in training and without a convolution.
+# Entries of a hidden tensor computed together, in inference with a convolution: 8 MiB in float32, measured best of 4 to
+# 32. In training it is twice as many, and without a convolution twice as many again.
 SLICE_ELEMENTS = 2**21
 
 

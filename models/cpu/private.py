@@ -32,7 +32,7 @@ def convolve_and_activate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def product(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """The product of (n, k) and (k, m): of oneDNN's own, in float32 faster than MKL's on AMD processors; else `out`."""
+    """(n, k) times (k, m): in float32 oneDNN's own result, faster than MKL's on AMD processors, else `out`, written."""
     if _LINEAR_POINTWISE is None or rows.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return torch.mm(rows, matrix, out=out)
     return _LINEAR_POINTWISE(rows, matrix.T, None, "none", [], "")
