@@ -19,7 +19,7 @@ from runtime import checkpoints
 from runtime.tensor_files import METADATA_KEYS
 from tools.export import __main__ as export
 from tools.export import graphs, hub
-from tools.export.fourier_products import FourierProducts, with_fourier_products
+from tools.export.portable import FourierProducts, portable
 from utils import MachineError, UserError
 
 ARCHITECTURES = {
@@ -167,7 +167,7 @@ def test_real_products_resample_the_filter_for_another_grid():
 
 def test_the_model_keeps_its_gates():
     model = timm.create_model("spectformer_ti", img_size=32, **untrained.VANILLA)
-    other = with_fourier_products(model, dynamic=False)
+    other = portable(model, dynamic=False)
     assert isinstance(model.blocks[0].mixer, SpectralGate) and isinstance(other.blocks[0].mixer, FourierProducts)
 
 
@@ -194,6 +194,14 @@ def test_onnxruntime_finds_gelu_as_one_operation(words, tmp_path):
     onnxruntime.InferenceSession(write(tmp_path / "c.pth", "onnx", tmp_path / "m.onnx", *words), options)
     operations = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
     assert operations & {"Gelu", "BiasGelu"} and "Erf" not in operations
+
+
+def test_onnx_transposes_no_hidden_grid_around_a_depthwise_convolution(tmp_path):
+    untrained.save(tmp_path / "c.pth", "svt_h_s", untrained.PYRAMID, input_size=(64, 32))
+    nodes = onnx.load(write(tmp_path / "c.pth", "onnx", tmp_path / "m.onnx")).graph.node
+    made_by = {name: node for node in nodes for name in node.output}
+    depthwise = [node for node in nodes if any(a.name == "group" and a.i > 1 for a in node.attribute)]
+    assert depthwise and {made_by[node.input[0]].op_type for node in depthwise} == {"Conv"}
 
 
 def test_onnx_multiplies_a_batch_by_one_matrix_not_by_its_copies(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models import reference, set_spectral_precision
 from models.mixers import build_mixer
 from models.wavelet import DTCWT
-from tools.export.fourier_products import FourierProducts
+from tools.export.portable import FourierProducts
 
 from .settings import Settings
 from .stopwatch import speed_ratio, take_turns

@@ -21,7 +21,7 @@ from inference.from_checkpoint import ModelInfo, build_from_checkpoint
 from models.base import ImageModel
 from models.layers import Grid
 from runtime.tensor_files import METADATA_KEYS
-from tools.export.fourier_products import with_fourier_products
+from tools.export.portable import portable
 from utils import MachineError, UserError, atomic_write, one_line
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def write_onnx(args: argparse.Namespace) -> str:
         native = tuple(max(side // stride, 2) * stride for side in info.input_size)
         # Made at a size where weights are resampled, so that this is a part of the graph.
         size, sizes = (native[0] + stride, native[1] + 2 * stride), [*sizes, native]
-    proto = to_onnx(export(with_fourier_products(model, args.dynamic_size), size, shape))
+    proto = to_onnx(export(portable(model, args.dynamic_size), size, shape))
     onnx.helper.set_model_props(proto, _metadata(info))
     content = proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""The spectral gate as products with real matrices, for runtimes whose Fourier transform is slow or missing."""
+"""Layers as other runtimes compute them fast: without a Fourier transform, and few grids transposed."""
 
 import copy
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.fourier_matrices import fourier_matrices
+from models.layers import FeedForward
 from models.spectral_gate import SpectralGate
 
 
@@ -48,10 +49,32 @@ class FourierProducts(nn.Module):
         return matrices["columns_back"] @ y
 
 
-def with_fourier_products(model: nn.Module, dynamic: bool) -> nn.Module:
-    """A copy of the model whose spectral gates are `FourierProducts`; its logits differ by rounding alone."""
+class PointwiseFeedForward(nn.Module):
+    """What a `FeedForward` with a depthwise convolution computes, (B, H, W, C) to (B, H, W, C), by convolutions alone.
+
+    So a runtime that lays out images (B, C, H, W) transposes the grid before and after, not the wider hidden one.
+    """
+
+    def __init__(self, plain: FeedForward):
+        super().__init__()
+        self.layers = nn.Sequential(_pointwise(plain.fc1), plain.dwconv, plain.act, _pointwise(plain.fc2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _pointwise(linear: nn.Linear) -> nn.Conv2d:
+    layer = nn.Conv2d(linear.in_features, linear.out_features, 1)
+    layer.weight, layer.bias = nn.Parameter(linear.weight[..., None, None]), linear.bias
+    return layer
+
+
+def portable(model: nn.Module, dynamic: bool) -> nn.Module:
+    """A copy of the model with these layers in the place of its own; its logits differ by rounding alone."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SpectralGate):
             model.set_submodule(name, FourierProducts(module, dynamic))
+        elif isinstance(module, FeedForward) and module.dwconv is not None:
+            model.set_submodule(name, PointwiseFeedForward(module))
     return model
