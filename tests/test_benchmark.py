@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from PIL import Image
 
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark.contenders import Contender
-from tools.benchmark.memory import peak_memory
+from tools.benchmark.elsewhere import RunnerElsewhere, peak_memory
 from tools.benchmark.settings import Settings
 from tools.benchmark.stopwatch import speed_ratio
 from utils import UserError
@@ -47,7 +48,18 @@ def test_a_compiled_models_graph_breaks_are_counted(tmp_path):
 
 def test_peak_memory_counts_weights_gradients_and_optimiser_state():
     contender = Contender.parse("spectformer_ti", Settings(batch_size=1, img_size=32))
-    assert peak_memory(contender, True, 1) > 4 * 8.888 * 4 / 1.05  # four copies of the parameters
+    with RunnerElsewhere(contender) as runner:
+        assert runner.call(peak_memory, "training") > 4 * 8.888 * 4 / 1.05  # four copies of the parameters
+
+
+def test_a_process_that_dies_is_named_by_its_contender():
+    contender = Contender.parse("spectformer_ti", Settings(batch_size=1, img_size=32))
+    with RunnerElsewhere(contender) as runner, pytest.raises(UserError, match="spectformer_ti: the process .* died"):
+        runner.call(die)
+
+
+def die(_):
+    os._exit(9)
 
 
 def test_layers_are_measured_against_plain_ones(tmp_path, capsys):

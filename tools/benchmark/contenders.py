@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -72,15 +74,14 @@ class Runner:
     def __init__(self, contender: Contender):
         self.contender = contender
         self.settings = settings = contender.settings
-        self.label = contender.label
         self.model = contender.build()
-        self.call = self.model
+        self.forward = self.model
         if settings.compile:
             self.model.compile()
         if contender.model.startswith("onnx:"):
             from .onnx_runtime import in_onnxruntime  # its package is of the tests
 
-            self.call = in_onnxruntime(self.model, settings.img_size)
+            self.forward = in_onnxruntime(self.model, settings.img_size)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.scaler = torch.amp.GradScaler(settings.device, enabled=settings.dtype == "float16")
         shape = (settings.batch_size, 3, settings.img_size, settings.img_size)
@@ -91,7 +92,7 @@ class Runner:
     def training(self) -> None:
         """Forward, cross-entropy, backward, AdamW."""
         with self.settings.autocast():
-            loss = F.cross_entropy(self.call(self.images), self.targets)
+            loss = F.cross_entropy(self.forward(self.images), self.targets)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -99,18 +100,21 @@ class Runner:
 
     def inference(self) -> None:
         with torch.inference_mode(), self.settings.autocast():
-            self.call(self.images)
+            self.forward(self.images)
 
     def latency(self) -> None:
         with torch.inference_mode(), self.settings.autocast():
             for _ in range(LATENCY_REPEATS):
-                self.call(self.images[:1])
+                self.forward(self.images[:1])
+
+    def run(self, part: str) -> None:
+        """The method called `part`, with the model in the mode that it needs."""
+        self.model.train(part == "training")
+        getattr(self, part)()
 
     def task(self, part: str) -> Callable[[], None]:
-        """The method called `part`, which puts the model into the mode it needs."""
+        return partial(self.run, part)
 
-        def run() -> None:
-            self.model.train(part == "training")
-            getattr(self, part)()
-
-        return run
+    def call(self, function: Callable, *args: object) -> Any:
+        """function(self, *args)."""
+        return function(self, *args)

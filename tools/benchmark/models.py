@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 import torch
@@ -14,8 +15,8 @@ from models.spectral_gate import SpectralGate
 from utils import UserError
 
 from .contenders import LATENCY_REPEATS, Contender, Runner
+from .elsewhere import RunnerElsewhere, peak_memory
 from .layers import training_run
-from .memory import peak_memory
 from .settings import Settings
 from .stopwatch import matmul_rate, speed_ratio, take_turns
 
@@ -30,44 +31,47 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
     ):
         raise UserError("onnx:NAME is measured with --parts inference latency, on the CPU")
     rows: dict[str, dict] = {contender.label: {} for contender in contenders}
-    if "memory" in parts:  # first, while this process is small itself
-        for contender in contenders:
-            for part, training in (("training", True), ("inference", False)):
-                peak = peak_memory(contender, training, torch.get_num_threads())
-                rows[contender.label][f"{part}_peak_mib"] = round(peak, 1)
-    runners = [Runner(contender) for contender in contenders]
-    for runner in runners:
-        rows[runner.label].update(_describe(runner))
+    for contender in contenders:
+        row = rows[contender.label]
+        row.update(_describe(contender))
+        for part in ("training", "inference") if "memory" in parts else ():
+            with RunnerElsewhere(contender) as runner:
+                row[f"{part}_peak_mib"] = round(runner.call(peak_memory, part), 1)
     result: dict = {"settings": asdict(settings), "rounds": rounds, "models": rows, "ratios": {}}
-    # Training last: it leaves memory with the C library that a process which only infers has to ask for.
-    for part in ("inference", "latency", "training"):
-        if part in parts:
-            runs = {runner.label: runner.task(part) for runner in runners}
-            seconds = take_turns(runs, rounds, settings.device)
-            result["ratios"][part] = {a: {b: speed_ratio(seconds, a, b) for b in runs} for a in runs}
-            for runner in runners:
-                rows[runner.label] |= figures(part, seconds[runner.label], settings.batch_size)
-    for runner in runners:
-        row = rows[runner.label]
-        if "training" in parts:
-            macs = 3e9 * row["gmacs"] * row["training_images_per_s"]  # the backward pass is two forward passes
-            row["utilisation"] = macs / matmul_rate(runner.settings)
-        if "training" in parts and "spectral-share" in parts:
-            row["spectral_share"] = spectral_seconds(runner, rounds) / (row["training_ms"] / 1000)
-        if "graph-breaks" in parts:
-            row["graph_breaks"] = torch._dynamo.explain(runner.model.forward)(runner.images).graph_break_count
+    with ExitStack() as stack:
+        # On CUDA all are in this process and share what memory PyTorch holds: each for itself would hold its peak.
+        runners: list[Runner | RunnerElsewhere] = [
+            Runner(contender) if settings.device == "cuda" else stack.enter_context(RunnerElsewhere(contender))
+            for contender in contenders
+        ]
+        # Training last: it leaves memory with the C library that a process which only infers has to ask for.
+        for part in ("inference", "latency", "training"):
+            if part in parts:
+                runs = {runner.contender.label: runner.task(part) for runner in runners}
+                seconds = take_turns(runs, rounds, settings.device)
+                result["ratios"][part] = {a: {b: speed_ratio(seconds, a, b) for b in runs} for a in runs}
+                for label, times in seconds.items():
+                    rows[label] |= figures(part, times, settings.batch_size)
+        for runner in runners:
+            row = rows[runner.contender.label]
+            if "training" in parts:
+                macs = 3e9 * row["gmacs"] * row["training_images_per_s"]  # the backward pass is two forward passes
+                row["utilisation"] = macs / matmul_rate(runner.contender.settings)
+            if "training" in parts and "spectral-share" in parts:
+                row["spectral_share"] = runner.call(spectral_seconds, rounds) / (row["training_ms"] / 1000)
+            if "graph-breaks" in parts:
+                row["graph_breaks"] = runner.call(graph_breaks)
     return result
 
 
-def _describe(runner: Runner) -> dict:
+def _describe(contender: Contender) -> dict:
     """Size and arithmetic; a plain model's is that of ours. Useful is all but our models' spectral mixers."""
-    plain = runner.contender.model.startswith("plain:")
-    model = replace(runner.contender, model=runner.contender.model[6:]).build() if plain else runner.model
-    kinds = flops_by_kind(model, runner.settings.img_size)
+    model = replace(contender, model=contender.model.removeprefix("plain:")).build()
+    kinds = flops_by_kind(model, contender.settings.img_size)
     spectral = kinds["spectral"] if isinstance(model, ImageModel) else 0
     return {
-        "settings": asdict(runner.settings),
-        "parameters": sum(p.numel() for p in runner.model.parameters()),
+        "settings": asdict(contender.settings),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "gmacs": sum(kinds.values()) / 1e9,
         "useful_gmacs": (sum(kinds.values()) - spectral) / 1e9,
     }
@@ -82,6 +86,11 @@ def figures(part: str, times: list[float], batch_size: int) -> dict[str, float]:
     if part != "latency":
         figures[f"{part}_images_per_s"] = 1000 * batch_size / median
     return figures
+
+
+def graph_breaks(runner: Runner) -> int:
+    """Places where a compiled graph of the model ends and another begins."""
+    return torch._dynamo.explain(runner.model.forward)(runner.images).graph_break_count
 
 
 def spectral_seconds(runner: Runner, rounds: int) -> float:

@@ -56,12 +56,12 @@ def measure_speeds(study: Study, num_classes: int, device: str) -> Speeds:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        figures: dict[str, dict[str, float]] = {runner.label: {} for runner in runners}
+        figures: dict[str, dict[str, float]] = {runner.contender.label: {} for runner in runners}
         for part in ("inference", "training"):
-            seconds = take_turns({runner.label: runner.task(part) for runner in runners}, ROUNDS, device)
+            seconds = take_turns({runner.contender.label: runner.task(part) for runner in runners}, ROUNDS, device)
             for runner in runners:
-                rate = runner.settings.batch_size / statistics.median(seconds[runner.label])
-                figures[runner.label][part] = round(rate, 1)
+                rate = runner.settings.batch_size / statistics.median(seconds[runner.contender.label])
+                figures[runner.contender.label][part] = round(rate, 1)
     finally:
         torch.set_num_threads(threads)
     return {"machine": describe_device(device), "batch_size": runners[0].settings.batch_size, "images_per_s": figures}
