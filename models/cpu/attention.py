@@ -35,8 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(head_dim)) v for (heads, N, head_dim) each."""
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     scale = q.shape[2] ** -0.5
-    for q_, k_, v_, out, scores, shares in _in_slices(q * scale, k, v, y):
-        _shares(q_, k_, scores, shares)
+    for q_, k_, v_, out, (shares,) in _in_slices(1, q * scale, k, v, y):
+        _share(q_, k_, out=shares)
         torch.bmm(shares, v_, out=out)
     return y
 
@@ -46,12 +46,12 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     """Gradients of `attend`'s arguments; the shares are computed anew."""
     grads = tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
     scale = q.shape[2] ** -0.5
-    q = q * scale
-    for q_, k_, v_, g, grad_q, grad_k, grad_v, scores, shares in _in_slices(q, k, v, grad.contiguous(), *grads):
-        _shares(q_, k_, scores, shares)
+    pieces = _in_slices(2, q * scale, k, v, grad.contiguous(), *grads)
+    for q_, k_, v_, g, grad_q, grad_k, grad_v, (shares, grad_scores) in pieces:
+        _share(q_, k_, out=shares)
         torch.bmm(shares.mT, g, out=grad_v)
-        grad_shares = torch.bmm(g, v_.mT, out=scores)
-        grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
+        torch.bmm(g, v_.mT, out=grad_scores)  # the shares' gradient, until the next line
+        torch._softmax_backward_data(grad_scores, shares, -1, shares.dtype, grad_input=grad_scores)
         torch.bmm(grad_scores, k_, out=grad_q)
         torch.bmm(grad_scores.mT, q_, out=grad_k)
     grads[0].mul_(scale)
@@ -79,16 +79,16 @@ def _gradients(ctx, grad):
 attend.register_autograd(_gradients, setup_context=_keep)
 
 
-def _shares(q: Tensor, k: Tensor, scores: Tensor, shares: Tensor) -> None:
-    """What each token takes of every other one, (heads, N, N), and the scores that it follows from."""
-    torch.bmm(q, k.mT, out=scores)
-    torch._softmax(scores, -1, False, out=shares)
+def _share(q: Tensor, k: Tensor, out: Tensor) -> None:
+    """What each token takes of every other one, into (heads, N, N)."""
+    torch.bmm(q, k.mT, out=out)
+    torch._softmax(out, -1, False, out=out)
 
 
-def _in_slices(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (heads, N, head_dim) a few heads at a time, and memory for twice as many (N, N)."""
+def _in_slices(buffers: int, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors (heads, N, head_dim) a few heads at a time, and memory for as many (N, N) in each of the buffers."""
     heads, tokens, _ = parts[0].shape
     size = images_per_slice(heads, tokens**2, SLICE_ELEMENTS)
-    memory = parts[0].new_empty(2, size, tokens, tokens)
+    memory = parts[0].new_empty(buffers, size, tokens, tokens)
     for slices in zip(*(part.split(size) for part in parts), strict=True):
-        yield *slices, *memory[:, : len(slices[0])]
+        yield *slices, memory[:, : len(slices[0])]
