@@ -80,7 +80,7 @@ attend.register_autograd(_gradients, setup_context=_keep)
 
 
 def _share(q: Tensor, k: Tensor, out: Tensor) -> None:
-    """What each token takes of every other one, into (heads, N, N)."""
+    """What each token takes of every other one, into (heads, N, N). Softmax reads a row before it writes it."""
     torch.bmm(q, k.mT, out=out)
     torch._softmax(out, -1, False, out=out)
 

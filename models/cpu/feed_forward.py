@@ -126,7 +126,7 @@ def feed_forward_backward(
         before_gelu = h
         if depthwise is not None:
             before_gelu = _convolve(h, depthwise, depthwise_bias)
-            a = torch.ops.aten.gelu.out(before_gelu, out=scratch.resize_(h.shape))
+            a = torch.ops.aten.gelu.out(before_gelu, out=scratch.resize_(h.shape))  # until grad_h takes its place
         grad_weight2 += (_rows(a).T @ _rows(g)).T  # faster than the product of the transposed
         grad_bias2 += _rows(g).sum(0)
         grad_h = product(_rows(g), weight2, _rows(scratch.resize_(h.shape))).view(h.shape)
