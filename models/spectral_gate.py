@@ -40,8 +40,9 @@ class SpectralGate(GridMixer):
     """A learned filter over the token grid: FFT, times a complex weight, inverse FFT.
 
     (B, H, W, C) to (B, H, W, C). Computed in float32 with autocast off (float64 stays float64) and returned in the
-    input's dtype; on a CPU in half precision, where `spectral_precision` allows. `complex_weight` is (H, W // 2 + 1, C,
-    2), real and imaginary part last; for a grid other than `grid_size` it is resampled.
+    input's dtype; on a CPU by products of matrices where the grid is small, and then in half precision where
+    `spectral_precision` allows. `complex_weight` is (H, W // 2 + 1, C, 2), real and imaginary part last; for a grid
+    other than `grid_size` it is resampled.
     """
 
     def __init__(self, dim: int, grid_size: Grid):

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from models import set_spectral_precision
-from models.spectral_gate import gate as plain_gate
 from models.wavelet import analysis_matrix, synthesis_matrix
 
 pytest.importorskip("models.cpu", reason="without that folder all layers are the plain ones")
@@ -28,6 +27,8 @@ LAYERS = {
     "feed-forward with convolution": lambda: FeedForward(8, 12, depthwise=True),
     "scattering": lambda: ScatteringMixer(8, (12, 7)),
     "scattering on an odd grid": lambda: ScatteringMixer(8, (7, 5)),
+    "spectral gate": lambda: SpectralGate(8, (12, 7)),
+    "spectral gate on an even grid": lambda: SpectralGate(8, (6, 8)),
 }
 
 
@@ -42,8 +43,6 @@ def build(name, dtype=torch.float64):
 
 HALF = {
     **LAYERS,
-    "spectral gate": lambda: SpectralGate(8, (12, 7)),
-    "spectral gate on an even grid": lambda: SpectralGate(8, (6, 8)),
     "attention": lambda: Attention(8, 2),
 }
 MODULES = (attention, feed_forward, scattering, spectral_gate)
@@ -161,6 +160,14 @@ def test_spectral_mixers_compute_in_float32_under_autocast_where_told_to(name):
         assert not torch.equal(layer(x), exact)
 
 
+def test_a_gate_on_a_large_grid_keeps_the_fft():
+    layer, _ = build("spectral gate", torch.float32)
+    small, large = torch.randn(1, 56, 40, 8), torch.randn(1, 40, 57, 8)
+    assert in_slices(layer, small) and not in_slices(layer, large)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_slices(layer, large) and not in_slices(layer, torch.randn(1, 201, 40, 8))
+
+
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", HALF)
 def test_a_compiled_layer_keeps_the_operation_for_batches_of_any_size(name, amp):
@@ -210,13 +217,6 @@ def test_operations_say_the_truth_about_shapes_and_gradients(name):
 
 def first(results):
     return results[0] if isinstance(results, tuple) else results
-
-
-def test_the_gate_by_products_is_the_gate_by_fft():
-    x, _, weight = OPERATIONS["gate"]()
-    by_products = torch.ops.models_cpu.gate(x, False, weight)[0]
-    # its matrices are made in float32
-    torch.testing.assert_close(by_products, plain_gate(x, weight), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,8 +1,8 @@
-"""The spectral gate in half precision: products with small Fourier matrices, a few images at a time.
+"""The spectral gate as products with small Fourier matrices, a few images at a time.
 
-There is no FFT in half precision on a CPU, and on grids of this size one in full precision takes longer than the
-products. Both passes are made of the same two steps, `to_frequencies` and `to_tokens`: with the matrices transposed
-each is the other's transpose.
+There is no FFT in half precision on a CPU, and in full precision one of a small grid takes as long as the products, its
+gradient longer, and leaves its result channel by channel, where the next layer reads it slowly. Both passes are made of
+the same two steps, `to_frequencies` and `to_tokens`: with the matrices transposed each is the other's transpose.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from .. import spectral_gate
 from ..fourier_matrices import fourier_matrices
-from ..layers import Grid, autocast_dtype, to_autocast
+from ..layers import Grid
 from ..spectral_gate import resize_filter
 from .operations import of_first_result, operation, save_for_backward
 from .slicing import images_per_slice, may_slice
 
 # Entries of the spectrum, about HWC an image, computed together: 2 MiB in half precision.
 SLICE_ELEMENTS = 2**20
+# Rows and columns of the largest grids on which products are the faster way, in half precision and otherwise.
+LARGEST_GRID = {True: 200, False: 56}
 
 # (2F, W): a row of the grid to its F frequencies, and (2H, 2H): all columns of these to theirs.
 Matrices = tuple[Tensor, Tensor]
@@ -28,14 +30,17 @@ Matrices = tuple[Tensor, Tensor]
 
 @register_notrace_module  # by timm's tracer, so that it stays as fast in a graph
 class SpectralGate(spectral_gate.SpectralGate):
-    """`spectral_gate.SpectralGate`, by products of matrices where it computes in half precision and may be sliced."""
+    """`spectral_gate.SpectralGate`, by products of matrices on grids of that size, where it may be sliced."""
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.spectral_precision == "half"
-        if not half or not may_slice(x, (self.complex_weight,)) or autocast_dtype(x) != torch.bfloat16:
+        if not may_slice(x, (self.complex_weight,), half=half):
             return super().forward(x)
-        weight = resize_filter(self.complex_weight, x.shape[1:3])
-        return gate(to_autocast(x), torch.is_grad_enabled(), weight)[0]
+        signal = self.spectral_input(x)
+        if max(x.shape[1:3]) > LARGEST_GRID[signal.dtype == torch.bfloat16]:
+            return super().forward(x)
+        y = gate(signal, torch.is_grad_enabled(), resize_filter(self.complex_weight, x.shape[1:3]))[0]
+        return y if half else y.to(x.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -44,7 +49,7 @@ def _matrices(grid: Grid, dtype: torch.dtype) -> tuple[Matrices, Matrices]:
 
     Between the two products lie (H, 2, F) numbers: row, real or imaginary part, frequency; after them (2, H, F).
     """
-    matrices = {name: matrix.to(dtype) for name, matrix in fourier_matrices(grid).items()}
+    matrices = {name: matrix.to(dtype) for name, matrix in fourier_matrices(grid, torch.float64).items()}
     height = grid[0]
     by_row = [part * height + row for row in range(height) for part in range(2)]
     return (
@@ -68,12 +73,13 @@ def _to_tokens(spectrum: Tensor, matrices: Matrices, between: Tensor, y: Tensor)
 
 
 def _multiply(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:
-    return torch.bmm(matrix.expand(len(batch), -1, -1), batch, out=out)
+    # Not torch.bmm, which ptflops would count: a gate's multiply-adds are those of its FFT, see models/flops.py.
+    return torch.ops.aten.bmm.out(matrix.expand(len(batch), -1, -1), batch, out=out)
 
 
 def _filter(spectrum: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Complex product of (n, 2, H, F, C) and as much, or (2, H, F, C)."""
-    (real, imaginary), (weight_real, weight_imaginary) = spectrum.unbind(1), weight.unbind(-4)
+    """Complex product of (n, 2, H, F, C) and as much, or (1, 2, H, F, C)."""
+    (real, imaginary), (weight_real, weight_imaginary) = spectrum.unbind(1), weight.unbind(1)
     out_real, out_imaginary = out.unbind(1)
     torch.mul(real, weight_real, out=out_real).addcmul_(imaginary, weight_imaginary, value=-1)
     torch.mul(real, weight_imaginary, out=out_imaginary).addcmul_(imaginary, weight_real)
@@ -87,12 +93,12 @@ def gate(x: Tensor, keep: bool, complex_weight: Tensor) -> tuple[Tensor, Tensor]
     """
     y, spectrum = _empty_results(x, keep, complex_weight)
     there, back = _matrices(tuple(x.shape[1:3]), x.dtype)
-    weight = torch.stack(complex_weight.to(x.dtype).unbind(-1))
+    weight = torch.stack(complex_weight.to(x.dtype).unbind(-1))[None]
     images = 0
     for part, out, kept in _in_slices(x.contiguous(), y, spectrum):
         if len(part) != images:
             images = len(part)
-            between, filtered = (part.new_empty(images, *weight.shape) for _ in range(2))
+            between, filtered = (part.new_empty(images, *weight.shape[1:]) for _ in range(2))
         split = kept if keep else torch.empty_like(filtered)
         _to_frequencies(part, there, between, split)
         _filter(split, weight, out=filtered)
@@ -113,13 +119,13 @@ def gate_backward(grad: Tensor, spectrum: Tensor, complex_weight: Tensor) -> tup
     grad_x, grad_weight = _empty_gradients(grad, spectrum, complex_weight)
     there, back = _matrices(tuple(grad.shape[1:3]), grad.dtype)
     real, imaginary = complex_weight.to(grad.dtype).unbind(-1)
-    conjugate = torch.stack((real, -imaginary))
-    total = torch.zeros(conjugate.shape, dtype=grad_weight.dtype)
+    conjugate = torch.stack((real, -imaginary))[None]
+    total = torch.zeros(conjugate.shape[1:], dtype=grad_weight.dtype)
     images = 0
     for part, out, kept in _in_slices(grad.contiguous(), grad_x, spectrum):
         if len(part) != images:
             images = len(part)
-            between, split, filtered = (part.new_empty(images, *conjugate.shape) for _ in range(3))
+            between, split, filtered = (part.new_empty(images, *total.shape) for _ in range(3))
         _to_frequencies(part, back, between, split)
         real, imaginary = kept.unbind(1)
         _filter(split, torch.stack((real, -imaginary), 1), out=filtered)  # times the conjugate
