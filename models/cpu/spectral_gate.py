@@ -21,8 +21,8 @@ from .slicing import images_per_slice, may_slice
 
 # Entries of the spectrum, about HWC an image, computed together: 2 MiB in half precision.
 SLICE_ELEMENTS = 2**20
-# Rows and columns of the largest grids on which products are the faster way, in half precision and otherwise.
-LARGEST_GRID = {True: 200, False: 56}
+# Rows and columns of the largest grids on which products are the faster way.
+LARGEST_GRID = {torch.bfloat16: 200, torch.float32: 56, torch.float64: 56}
 
 # (2F, W): a row of the grid to its F frequencies, and (2H, 2H): all columns of these to theirs.
 Matrices = tuple[Tensor, Tensor]
@@ -30,17 +30,16 @@ Matrices = tuple[Tensor, Tensor]
 
 @register_notrace_module  # by timm's tracer, so that it stays as fast in a graph
 class SpectralGate(spectral_gate.SpectralGate):
-    """`spectral_gate.SpectralGate`, by products of matrices on grids of that size, where it may be sliced."""
+    """`spectral_gate.SpectralGate`, by products of matrices where it may be sliced and the grid is small."""
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.spectral_precision == "half"
-        if not may_slice(x, (self.complex_weight,), half=half):
-            return super().forward(x)
-        signal = self.spectral_input(x)
-        if max(x.shape[1:3]) > LARGEST_GRID[signal.dtype == torch.bfloat16]:
-            return super().forward(x)
-        y = gate(signal, torch.is_grad_enabled(), resize_filter(self.complex_weight, x.shape[1:3]))[0]
-        return y if half else y.to(x.dtype)
+        if may_slice(x, (self.complex_weight,), half=half):
+            signal = self.spectral_input(x)
+            if max(x.shape[1:3]) <= LARGEST_GRID[signal.dtype]:
+                y = gate(signal, torch.is_grad_enabled(), resize_filter(self.complex_weight, x.shape[1:3]))[0]
+                return y if half else y.to(x.dtype)
+        return super().forward(x)
 
 
 @lru_cache(maxsize=64)
