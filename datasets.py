@@ -117,6 +117,7 @@ def _train_transform(args: argparse.Namespace) -> Callable:
         True,
         args.input_size,
         interpolation=args.train_interpolation,
+        scale=args.scale,
         color_jitter=args.color_jitter,
         aa=args.aa,
         reprob=args.reprob,

@@ -52,6 +52,7 @@ def build_transform(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     interpolation: str = "bicubic",
     crop_pct: float = 0.875,
+    scale: Sequence[float] = (0.08, 1.0),
     color_jitter: float | None = 0.4,
     aa: str | None = None,
     reprob: float = 0.0,
@@ -69,6 +70,7 @@ def build_transform(
     Args:
         input_size: one side, or height and width.
         crop_pct: evaluation only; see `evaluation_crop`.
+        scale: training only; the part of the image's area that RandomResizedCrop takes.
         color_jitter: its strength; RandAugment takes its place.
         aa: an augmentation policy of timm's; None or "" for none.
         glyphs: images whose class changes when they are mirrored: no flip, and a gentle crop.
@@ -85,6 +87,7 @@ def build_transform(
     transform = create_transform(
         size,
         is_training=True,
+        scale=tuple(scale),
         color_jitter=color_jitter,
         auto_augment=aa or None,
         interpolation=interpolation,

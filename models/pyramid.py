@@ -32,6 +32,29 @@ from .mixers import FeedForward, Options, build_mixer, check_options, stage_mixe
 HEAD_DIM = 32
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Imagenette's ten classes of ImageNet, in the order of their WordNet ids.
+IMAGENETTE = (
+    "tench",
+    "English springer",
+    "cassette player",
+    "chain saw",
+    "church",
+    "French horn",
+    "garbage truck",
+    "gas pump",
+    "golf ball",
+    "parachute",
+)
+# The pyramids for photographs of 128 pixels. The stem's convolutions see the largest grid: 16 channels keep them from
+# taking half of the time.
+TINY = {
+    "img_size": 128,
+    "stem_width": 16,
+    "embed_dims": (32, 64, 160, 160),
+    "depths": (1, 2, 4, 1),
+    "num_heads": (1, 2, 5, 5),
+    "mlp_ratios": (4, 4, 4, 4),
+}
 Box = tuple[int, int, int, int] | Tensor
 
 
@@ -381,6 +404,16 @@ def small_pyramid_cfg(name: str, source: dict[str, str]) -> dict:
         "crop_pct": 1.0,
         "num_classes": len(CIFAR10),
         "label_names": CIFAR10,
+    }
+
+
+def photograph_cfg(source: dict[str, str]) -> dict:
+    """`pyramid_cfg` of a model for Imagenette's photographs at 128 pixels."""
+    return pyramid_cfg(source) | {
+        "input_size": (3, 128, 128),
+        "crop_pct": 0.875,
+        "num_classes": len(IMAGENETTE),
+        "label_names": IMAGENETTE,
     }
 
 

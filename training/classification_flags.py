@@ -65,6 +65,14 @@ def add_data_flags(parser: Parser) -> None:
 
 def add_augmentation_flags(parser: Parser) -> None:
     add = (group := parser.add_argument_group("augmentation")).add_argument
+    add(
+        "--scale",
+        type=FRACTION,
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar=("MIN", "MAX"),
+        help="part of the image's area that a random crop takes",
+    )
     add("--color-jitter", type=JITTER, default=0.4, metavar="X", help="strength; RandAugment takes its place")
     add(
         "--aa",
