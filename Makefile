@@ -67,9 +67,10 @@ define train_weights
 	$(RUN) $(1) --config configs/cifar10/$(2).yaml $(DATA_FLAGS) --output-dir runs/$(2) --resume auto
 	$(RUN) $(1) --config configs/cifar10/$(2)_again.yaml $(DATA_FLAGS) --output-dir runs/$(2)_again --resume auto \
 		--finetune runs/$(2)/checkpoint_last.pth
-	$(RUN) -m tools.ship_weights runs/$(2)_again --begun-with runs/$(2)
+	$(RUN) -m tools.export runs/$(2)_again/checkpoint_last.pth --half --overwrite --to safetensors runs/$(2).cifar10.safetensors
+	$(RUN) infer.py --model-path runs/$(2).cifar10.safetensors $(DATA_FLAGS) --amp none
 endef
-weights: $(VENV)/installed  ## train the models of models/weights on CIFAR-10 in DATA, and make weights and cards
+weights: $(VENV)/installed  ## train the models of models/weights on CIFAR-10 in DATA, write float16 weights, evaluate
 	$(call train_weights,main_spectformer.py,spectformer_h_n)
 	$(call train_weights,main_svt.py,svt_h_n)
 
@@ -79,8 +80,8 @@ test: $(VENV)/installed-tests  ## the whole suite
 test-fast: $(VENV)/installed-tests  ## the tests that start no process and are over in a quarter of a second: a minute
 	$(RUN) -m pytest -q -n 2 -m fast
 
-reliability: $(VENV)/installed-tests  ## every promise at its full count; writes docs/reliability.md
-	$(RUN) -m tools.reliability --output docs/reliability.md
+reliability: $(VENV)/installed-tests  ## the tests of docs/reliability.md at their full counts
+	RELIABILITY=full $(RUN) -m pytest -q -n 2 --dist worksteal tests/reliability
 
 lint: $(VENV)/installed-tests  ## format and lint of every file
 	$(RUN) -m ruff format --check .

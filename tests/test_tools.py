@@ -5,23 +5,16 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
 from PIL import Image
 
 from inputs.image_sets import ImageArrays
 from tools import save_images
-from tools.draw_architectures import __main__ as draw_architectures
-from tools.draw_architectures.palette import SCATTER
 
 TOOLS = [
     "benchmark",
-    "draw_architectures",
     "export",
     "generate_token_labels",
-    "mutate",
-    "reliability",
     "save_images",
-    "ship_weights",
     "study",
     "verify_dataset",
     "visualize_filters",
@@ -53,16 +46,3 @@ def test_images_are_saved_in_folders_of_their_classes_and_nowhere_else(tmp_path,
     assert [path.as_posix() for path in written] == sorted(f"out/{name}/{i:05d}.png" for i, name in enumerate(folders))
     with Image.open(tmp_path / "out" / "cat" / "00004.png") as image:
         assert image.getpixel((0, 0)) == (4, 4, 4)
-
-
-def test_the_picture_of_the_architectures_has_its_numbers_from_the_models(tmp_path, monkeypatch):
-    names = {"SpectFormer-H": "spectformer_h_b", "SVT-H": "svt_h_b"}
-    monkeypatch.setattr(draw_architectures, "VANILLA", "spectformer_ti")
-    monkeypatch.setattr(draw_architectures, "PYRAMIDS", names)
-    sheet = draw_architectures.draw()
-    words = {text.get_text() for text in sheet.axes.texts}
-    assert {"4 spectral blocks", "8 attention blocks", "14 × 14 × 256 throughout"} <= words
-    assert {"32.5 M parameters", "32.4 M parameters", "28 × 28 × 128", "14 × 14 × 320", "7 × 7 × 512"} <= words
-    assert {"spectrum\n56 × 29 × 64", "6 complex bands 28 × 28 × 64"} <= words
-    teal = [patch for patch in sheet.axes.patches if to_hex(patch.get_facecolor()) == SCATTER]
-    assert len(teal) == 3 + 1 + 1 + 2  # blocks, legend, and in the inset its mark and its two learned parts

@@ -1,7 +1,6 @@
-"""The weights that come with the package: loaded offline by timm, used by infer.py, made of a run."""
+"""The weights that come with the package: loaded offline by timm, used by infer.py."""
 
 import hashlib
-import json
 import re
 import socket
 
@@ -12,12 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_model_data_config
-from tiny_runs import DIGITS, train
 
 import infer
 import models
 from inference.from_checkpoint import build_from_checkpoint
-from tools import ship_weights
 from utils import UserError
 
 SHIPPED = models.shipped()
@@ -137,38 +134,3 @@ def test_infer_answers_by_the_name_of_a_model_alone(name, tmp_path, capsys, monk
 def test_a_model_without_weights_of_its_own_is_told_in_one_line(words, expected):
     with pytest.raises(UserError, match=expected):
         infer.main(words.split())
-
-
-def test_weights_are_made_of_a_run_with_the_accuracy_of_the_file_itself(tmp_path, capsys):
-    run, made = tmp_path / "run", tmp_path / "weights"
-    train(run, "--epochs", "1", model=[*DIGITS, "--arch", "spectformer_h_n"])
-    ship_weights.main([str(run), "--output", str(made), "--stored", "as scans"])
-    base = made / "spectformer_h_n.cifar10"
-    assert {path.name for path in made.iterdir()} == {
-        f"{base.name}{end}" for end in (".safetensors", ".md", ".png", ".log.txt")
-    }
-    capsys.readouterr()
-    words = ["--model-path", f"{base}.safetensors", "--data-set", "DIGITS", "--classes", "0,7"]
-    infer.main([*words, "--num-workers", "0", "--output", str(tmp_path / "o.json")])
-    accuracy = json.loads((tmp_path / "o.json").read_text())["acc1"]
-    card = (made / f"{base.name}.md").read_text()
-    assert f"| {accuracy:.2f} % |" in card and "epoch 1 of 1, the last" in card and "2009) as scans:" in card
-    again = tmp_path / "again"
-    begin = ["--finetune", str(run / "checkpoint_last.pth")]
-    train(again, "--epochs", "1", *begin, model=[*DIGITS, "--arch", "spectformer_h_n"])
-    with pytest.raises(UserError, match=r"it began with .*checkpoint_last\.pth; --begun-with RUN says"):
-        ship_weights.main([str(again), "--output", str(made)])
-    with pytest.raises(UserError, match=r"nowhere: no log\.txt of a run is there"):
-        ship_weights.main([str(again), "--begun-with", str(tmp_path / "nowhere"), "--output", str(made)])
-    with pytest.raises(UserError, match="began with no weights"):
-        ship_weights.main([str(run), "--begun-with", str(again), "--output", str(made)])
-    ship_weights.main([str(again), "--begun-with", str(run), "--output", str(made)])
-    rows = [json.loads(line) for line in (made / f"{base.name}.log.txt").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [0, 1]
-    once, twice = (json.loads((at / "log.txt").read_text()) for at in (run, again))
-    assert [row["train_loss"] for row in rows] == [once["train_loss"], twice["train_loss"]]
-    card = (made / f"{base.name}.md").read_text()
-    assert "spectformer_h_n_again.yaml) from its weights (then in `checkpoint_last.pth`)" in card
-    with pytest.raises(UserError, match="of spectformer_ti; those to ship are"):
-        train(tmp_path / "other", "--epochs", "1")
-        ship_weights.main([str(tmp_path / "other"), "--output", str(made)])
