@@ -1,25 +1,30 @@
-"""Data sets in COCO's format: images, and a JSON file of the objects in them, which is checked before it is used."""
+"""Data sets in COCO's format: images, and a JSON file of the objects in them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as coco_masks
 from PIL import Image
 
-from detection.run_lengths import decode_counts
 from inputs.images import BadImage, read_image
-from utils import UserError, one_line, quote
+from utils import UserError, one_line
 
 NUCLEI = Path(__file__).parent / "nuclei"  # the embedded example
-MOST_PIXELS = 2**28  # of an image, as its entry says
-SLACK = 1.0  # pixels that a box may reach over the image's edge, for rounding
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+ROBOFLOW = "_annotations.coco.json"
+REQUIRED = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Objects:
     """What is annotated in an image.
 
     boxes: float32 (N, 4), corners (x1, y1, x2, y2) in pixels; labels: int64 (N,), from 1; masks: uint8 (N, H, W), of
-    zeros and ones, None where they are not asked for.
+    zeros and ones, None for a detector of boxes alone.
     """
 
     boxes: np.ndarray
@@ -38,71 +43,84 @@ class Objects:
 class CocoImages:
     """The images that a COCO file lists, with their objects.
 
-    A category's label is its place, from 1, among the file's category ids in ascending order.
+    A category's label is its position, from 1, among the file's category ids in ascending order. Objects whose box has
+    no area are left out.
 
     Args:
         annotations: the JSON file.
         folder: that of its images.
-        masks: whether every object has to have a mask.
+        masks: whether the detector needs masks; without it, segmentations are not looked at.
 
     Raises:
-        UserError: in one line, for a file that cannot be read and for the first entry that is wrong, with its id.
+        UserError: the file cannot be read or used; the message gives the id of the first wrong entry.
 
     Attributes:
         groups: uint8 (N,), 1 for an image that is wider than high.
-        without_area: objects whose box has no area, which training leaves out.
+        objects: how many are trained on; crowds are not.
+        without_area: how many were left out.
     """
 
     def __init__(self, annotations: Path, folder: Path, masks: bool):
-        self._file, self._folder, self._masks = annotations, folder, masks
+        self.file, self._folder, self._masks = annotations, folder, masks
         content = read_annotations(annotations)
-        check = _Check(annotations, content)
-        check.categories()
-        check.images(folder)
-        check.annotations(masks)
+        check_entries(annotations, content, folder)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.category_ids = tuple(category["id"] for category in categories)
         self.class_names = tuple(str(category["name"]) for category in categories)
         self._label_of = {category: label for label, category in enumerate(self.category_ids, 1)}
-        # As bytes, which workers share: a million small objects would be copied to each as they are counted.
+        kept = [entry for entry in content["annotations"] if min(entry["bbox"][2:]) > 0]
+        for entry in kept:
+            width, height = entry["bbox"][2:]
+            entry |= {"iscrowd": entry.get("iscrowd", 0), "area": entry.get("area", width * height)}
+        if masks:
+            check_masks(annotations, kept)
+        else:
+            kept = [{key: value for key, value in entry.items() if key != "segmentation"} for entry in kept]
+        by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
+        for entry in kept:
+            by_image[entry["image_id"]].append(entry)
+        # As bytes, which workers share: Python objects would be copied to each worker as their references are counted.
         self._images = [json.dumps(image).encode() for image in content["images"]]
-        self._annotations = _grouped(content)
+        self._annotations = [json.dumps(own).encode() for own in by_image.values()]
         self.groups = np.array([image["width"] > image["height"] for image in content["images"]], dtype=np.uint8)
-        self.without_area = sum(min(found["bbox"][2:]) <= 0 for found in content["annotations"])
-        self.objects = len(content["annotations"]) - self.without_area
+        self.objects = sum(not entry["iscrowd"] for entry in kept)
+        self.without_area = len(content["annotations"]) - len(kept)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """What the file says of an image: at least id, file_name, width, height."""
+        """An image's entry in the file: at least id, file_name, width, height."""
         return json.loads(self._images[index])
 
     def path(self, index: int) -> str:
         return str(self._folder / self.entry(index)["file_name"])
 
     def image(self, index: int) -> Image.Image:
-        """The image as 8-bit RGB; raises `BadImage`, also if it is not of the size that the file says."""
-        entry = self.entry(index)
-        image = read_image(self.path(index))
-        if image.size != (entry["width"], entry["height"]):
+        """The image as 8-bit RGB; raises `BadImage`, also for an image that is not as large as its entry says.
+
+        It is turned as its EXIF orientation says, like annotation tools show it, unless its entry gives the size of
+        the image as it is stored.
+        """
+        entry, path = self.entry(index), self.path(index)
+        size = (entry["width"], entry["height"])
+        image = read_image(path, upright=True)
+        if image.size != size:
+            image = read_image(path)
+        if image.size != size:
             raise BadImage(
-                f"{self.path(index)}: {image.width}x{image.height} pixels, image {entry['id']} of {self._file} says "
-                f"{entry['width']}x{entry['height']}"
+                f"{path}: {image.width}x{image.height} pixels (with and without its EXIF orientation), but image "
+                f"{entry['id']} of {self.file} has {size[0]}x{size[1]}"
             )
         return image
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """An image's entries of the file, as they are in it."""
+        """An image's objects and crowds, as entries of the file."""
         return json.loads(self._annotations[index])
 
     def load(self, index: int) -> tuple[Image.Image, Objects]:
-        """An image and its objects to train on: no crowds, none without area; raises `BadImage`."""
-        found = [
-            annotation
-            for annotation in self.annotations(index)
-            if not annotation.get("iscrowd") and min(annotation["bbox"][2:]) > 0
-        ]
+        """An image and its objects to train on, without crowds; raises `BadImage`."""
+        found = [annotation for annotation in self.annotations(index) if not annotation["iscrowd"]]
         image = self.image(index)
         height, width = image.height, image.width
         boxes = np.array([annotation["bbox"] for annotation in found], dtype=np.float32).reshape(-1, 4)
@@ -113,11 +131,17 @@ class CocoImages:
         if self._masks:
             masks = np.zeros((len(found), height, width), dtype=np.uint8)
             for mask, annotation in zip(masks, found, strict=True):
-                mask[:] = decode_mask(annotation["segmentation"], height, width)
+                try:
+                    mask[:] = decode_mask(annotation["segmentation"], height, width)
+                except Exception as error:  # the decoder raises whatever it stumbles over
+                    raise BadImage(
+                        f"{self.path(index)}: the mask of annotation {annotation['id']} of {self.file} cannot be "
+                        f"decoded for {width}x{height} pixels: {one_line(error)}"
+                    ) from error
         return image, Objects(boxes, labels, masks)
 
     def ground_truth(self) -> dict[str, Any]:
-        """The content of the file that evaluation needs."""
+        """The file's content as evaluation needs it."""
         return {
             "images": [json.loads(image) for image in self._images],
             "annotations": [entry for own in self._annotations for entry in json.loads(own)],
@@ -127,175 +151,96 @@ class CocoImages:
         }
 
 
-def open_split(data_path: str | os.PathLike, train: bool, masks: bool) -> CocoImages:
-    """One split in COCO's layout: ``annotations/instances_train*.json`` and the folder ``train*`` it is called after.
+def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoImages:
+    """One split, "train", "val" or "test", in COCO's or Roboflow's layout.
+
+    COCO's: ``annotations/instances_train*.json`` and the folder ``train*`` that it is named after. Roboflow's:
+    ``train/_annotations.coco.json`` with the images beside it; its ``valid`` is val.
 
     Raises:
-        UserError: there is not exactly one such file; see `CocoImages`.
+        UserError: there is no such file, or more than one; see `CocoImages`.
     """
-    root, split = Path(data_path), "train" if train else "val"
+    root = Path(data_path)
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder")
+    for name in SPLIT_NAMES[split]:
+        if (root / name / ROBOFLOW).is_file():
+            return CocoImages(root / name / ROBOFLOW, root / name, masks)
     found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     if len(found) != 1:
-        named = ", ".join(path.name for path in found) or "none"
         raise UserError(
-            f"--data-path {root}: annotations/instances_{split}*.json is one file in COCO's layout, not {named}"
+            f"--data-path {root}: it needs one file annotations/instances_{split}*.json (COCO's layout) or "
+            f"{SPLIT_NAMES[split][-1]}/{ROBOFLOW} (Roboflow's), not {', '.join(path.name for path in found) or 'none'}"
         )
     folder = root / found[0].stem.removeprefix("instances_")
     if not folder.is_dir():
-        raise UserError(f"--data-path {root}: {found[0].name} is of the images in {folder.name}/, which is not there")
+        raise UserError(f"--data-path {root}: the images of {found[0].name} belong in {folder.name}/, which is missing")
     return CocoImages(found[0], folder, masks)
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """The content of a COCO file; raises UserError unless it is JSON with images, annotations, categories."""
+    """The content of a COCO file; raises UserError unless it is JSON with images, annotations and categories."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON, cut short perhaps: {one_line(error)}") from error
-    for key in ("images", "annotations", "categories"):
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(f"{path}: no list of {key} in it, so it is not in COCO's format")
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON; is it complete? {one_line(error)}") from error
+    for key in REQUIRED:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"{path}: it has no list of {key}, so it is not in COCO's format")
     return content
 
 
+def check_entries(path: Path, content: dict[str, list[dict]], folder: Path) -> None:
+    """Raise UserError for keys or image files that are missing, repeated ids and ids that refer to nothing."""
+    for kind, keys in REQUIRED.items():
+        for entry in content[kind]:
+            if missing := [key for key in keys if key not in entry]:
+                raise UserError(f"{path}: {kind[:-1]} {entry.get('id')} of {kind} has no {missing[0]}")
+        number, count = next(iter(Counter(entry["id"] for entry in content[kind]).most_common(1)), (None, 0))
+        if count > 1:
+            raise UserError(f"{path}: {count} of its {kind} have the id {number}")
+    if not content["images"] or not content["categories"]:
+        raise UserError(f"{path}: it has no {'categories' if content['images'] else 'images'}")
+    parents = {os.path.dirname(image["file_name"]) for image in content["images"]}
+    parents = [parent for parent in parents if (folder / parent).is_dir()]
+    present = {os.path.join(parent, name) for parent in parents for name in os.listdir(folder / parent)}
+    for image in content["images"]:
+        if image["file_name"] not in present:
+            raise UserError(f"{path}: the file of image {image['id']}, {folder / image['file_name']}, is missing")
+    for key, kind in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[kind]}
+        for entry in content["annotations"]:
+            if entry[key] not in known:
+                raise UserError(f"{path}: annotation {entry['id']}: its {key} {entry[key]} is not among the {kind}")
+    for entry in content["annotations"]:
+        box = entry["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and np.isfinite(np.array(box, dtype=float)).all()):
+            raise UserError(f"{path}: annotation {entry['id']}: its bbox is {box}, not [x, y, width, height]")
+
+
+def check_masks(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError for an object without a mask."""
+    without = [entry["id"] for entry in entries if not entry.get("segmentation")]
+    if without:
+        raise UserError(
+            f"{path}: {len(without)} of {len(entries)} objects have no segmentation (the first is annotation "
+            f"{without[0]}), which Mask R-CNN learns; for boxes alone use --detector faster_rcnn or retinanet"
+        )
+
+
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons or run lengths that were checked, as uint8 (height, width) of zeros and ones."""
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
-        return coco_masks.decode(segmentation)
-    encoded = coco_masks.frPyObjects(segmentation, height, width)
-    return coco_masks.decode(coco_masks.merge(encoded) if isinstance(encoded, list) else encoded)
-
-
-def _grouped(content: Mapping[str, Any]) -> list[bytes]:
-    """The annotations of each image as JSON."""
-    by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
-        by_image[annotation["image_id"]].append(annotation)
-    return [json.dumps(own).encode() for own in by_image.values()]
-
-
-class _Check:
-    """Raises UserError, naming file and id, for the first entry of a COCO file that is wrong."""
-
-    def __init__(self, path: Path, content: dict[str, Any]):
-        self._path, self._content = path, content
-        self._sizes: dict[int, tuple[int, int]] = {}  # (height, width) by the image's id
-        self._categories: set[int] = set()
-
-    def categories(self) -> None:
-        for category in self._content["categories"]:
-            number = self._id("category", category, self._categories)
-            self._categories.add(number)
-            if "name" not in category:
-                raise self._wrong(f"category {number}", "it has no name")
-        if not self._categories:
-            raise UserError(f"{self._path}: it has no categories")
-
-    def images(self, folder: Path) -> None:
-        present: dict[str, set[str]] = {}  # the files of each folder of images
-        for image in self._content["images"]:
-            number = self._id("image", image, self._sizes)
-            what = f"image {number}"
-            height, width = image.get("height"), image.get("width")
-            if not all(isinstance(side, int) and 0 < side < MOST_PIXELS for side in (height, width)):
-                raise self._wrong(what, f"its height and width are {quote(height)} and {quote(width)}")
-            if height * width > MOST_PIXELS:
-                raise self._wrong(what, f"{width}x{height} pixels are more than an image has")
-            name = image.get("file_name")
-            if (
-                not isinstance(name, str)
-                or "\0" in name
-                or PurePosixPath(name).is_absolute()
-                or ".." in name.split("/")
-            ):
-                raise self._wrong(what, f"its file_name is {quote(name)}, no file below {folder}")
-            parent, file = os.path.split(folder / name)
-            if parent not in present:
-                present[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
-            if file not in present[parent]:
-                raise self._wrong(what, f"its file {quote(str(folder / name))} is missing")
-            self._sizes[number] = (height, width)
-        if not self._sizes:
-            raise UserError(f"{self._path}: it has no images")
-
-    def annotations(self, masks: bool) -> None:
-        seen: set[int] = set()
-        for annotation in self._content["annotations"]:
-            number = self._id("annotation", annotation, seen)
-            seen.add(number)
-            what, image = f"annotation {number}", annotation.get("image_id")
-            if not _is_id(image) or image not in self._sizes:
-                raise self._wrong(what, f"of image {quote(image)}, which is not among the images")
-            category = annotation.get("category_id")
-            if not _is_id(category) or category not in self._categories:
-                raise self._wrong(what, f"of category {quote(category)}, which is not among the categories")
-            if annotation.get("iscrowd", 0) not in (0, 1):
-                raise self._wrong(what, f"its iscrowd is {quote(annotation['iscrowd'])}, not 0 or 1")
-            self._box(what, annotation.get("bbox"), *self._sizes[image])
-            if not _is_amount(annotation.get("area")):
-                raise self._wrong(what, f"its area is {quote(annotation.get('area'))}")
-            if "segmentation" in annotation:
-                self._segmentation(what, annotation["segmentation"], *self._sizes[image])
-            elif masks:
-                raise self._wrong(what, "it has no segmentation, and masks are to be learned")
-
-    def _box(self, what: str, box: Any, height: int, width: int) -> None:
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            raise self._wrong(what, f"its bbox is {str(box)[:60]}, not x, y, width, height")
-        x, y, w, h = box
-        if min(x, y) < -SLACK or x + w > width + SLACK or y + h > height + SLACK or x >= width or y >= height:
-            raise self._wrong(what, f"its box {box} reaches out of the image, {width}x{height} pixels")
-
-    def _segmentation(self, what: str, segmentation: Any, height: int, width: int) -> None:
-        if isinstance(segmentation, dict):
-            if segmentation.get("size") != [height, width]:
-                size = str(segmentation.get("size"))[:40]
-                raise self._wrong(what, f"its mask is of size {size}, the image [{height}, {width}] (height, width)")
-            try:
-                counts = decode_counts(segmentation.get("counts"))
-            except ValueError as error:
-                raise self._wrong(what, f"its mask cannot be read: {error}") from error
-            if sum(counts) != height * width:
-                raise self._wrong(what, f"its mask is of {sum(counts)} pixels, the image of {height * width}")
-        elif isinstance(segmentation, list) and segmentation:
-            for polygon in segmentation:
-                self._polygon(what, polygon)
-        else:
-            raise self._wrong(what, f"its segmentation is {str(segmentation)[:40]}, neither polygons nor run lengths")
-
-    def _polygon(self, what: str, polygon: Any) -> None:
-        if not isinstance(polygon, list) or len(polygon) < 6:
-            points = len(polygon) // 2 if isinstance(polygon, list) else "no"
-            raise self._wrong(what, f"a polygon of {points} points; it takes three")
-        if len(polygon) % 2:
-            raise self._wrong(what, f"a polygon of {len(polygon)} numbers; x and y make an even count")
-        if not all(map(_is_number, polygon)):
-            raise self._wrong(what, "a polygon of other things than numbers")
-
-    def _id(self, kind: str, entry: Mapping[str, Any], seen: Sequence[int] | set[int] | dict) -> int:
-        number = entry.get("id")
-        if not _is_id(number):
-            raise self._wrong(f"one {kind}", f"its id is {quote(number)}, not an integer")
-        if number in seen:
-            raise self._wrong(f"{kind} {number}", "its id is there twice")
-        return number
-
-    def _wrong(self, what: str, why: str) -> UserError:
-        return UserError(f"{self._path}: {what}: {why}")
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9
-
-
-def _is_amount(value: Any) -> bool:
-    return _is_number(value) and value >= 0
+    """Polygons or run lengths as uint8 (height, width) of zeros and ones; raises ValueError for another size."""
+    if isinstance(segmentation, list):
+        if min(map(len, segmentation)) < 6:  # four numbers would be taken for a box
+            raise ValueError("a polygon of fewer than three points")
+        encoded = coco_masks.merge(coco_masks.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        encoded = coco_masks.frPyObjects(segmentation, *segmentation["size"])
+    else:
+        encoded = segmentation
+    mask = coco_masks.decode(encoded)
+    if mask.shape != (height, width):
+        raise ValueError(f"its size is {mask.shape[1]}x{mask.shape[0]}")
+    return mask

@@ -96,15 +96,19 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> Dete
     """The loaders that the command line asks for.
 
     Raises:
-        UserError: see `open_split`; the splits are of different categories; or an update takes more images than
-            there are.
+        UserError: see `open_split`; the splits differ in their categories; there is nothing to train on; or an update
+            takes more images than there are.
     """
     path = data_path(args)
-    train_set, val_set = (open_split(path, train, masks) for train in (True, False))
+    train_set, val_set = (open_split(path, split, masks) for split in ("train", "val"))
     categories = [dict(zip(split.category_ids, split.class_names, strict=True)) for split in (train_set, val_set)]
     if categories[0] != categories[1]:
         number, name = sorted(categories[0].items() ^ categories[1].items())[0]
         raise UserError(f"--data-path {path}: training and validation differ in category {number}, {name!r}")
+    if train_set.objects == 0:
+        raise UserError(
+            f"{train_set.file}: it has no object to train on: crowds (iscrowd: 1) and boxes without area do not count"
+        )
     sampler = GroupedSampler(
         len(train_set),
         args.batch_size,

@@ -55,7 +55,7 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, model: Detect
         raise UserError(f"--data-set {data_set}: a detector is evaluated on COCO (any data in its layout) or NUCLEI")
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
     kinds = ("box", "mask") if info.detector == "mask_rcnn" else ("box",)
-    dataset = open_split(data_path(args), train=False, masks="mask" in kinds)
+    dataset = open_split(data_path(args), "val", masks="mask" in kinds)
     if (dataset.category_ids, dataset.class_names) != (info.category_ids, info.class_names):
         raise UserError(f"--data-set {data_set}: its categories are not those of {info.path}")
     output = args.output or info.path.with_name(f"{info.path.stem}_{data_set.lower()}.json")

@@ -134,7 +134,7 @@ def as_drawn(entries: Sequence[dict[str, Any]], dataset: CocoImages, index: int)
     boxes = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = None
-    if entries and all("segmentation" in entry for entry in entries):
+    if entries and all(entry.get("segmentation") for entry in entries):
         masks = np.stack([decode_mask(entry["segmentation"], image["height"], image["width"]) for entry in entries])
     scores = [entry["score"] for entry in entries] if entries and "score" in entries[0] else None
     return Drawn(boxes, [names[entry["category_id"]] for entry in entries], scores, masks)

@@ -115,7 +115,7 @@ class Detection(Task):
         left_out = f", {data.without_area} without area left out" if data.without_area else ""
         return (
             f"{self.args.detector} on {self.args.data_set}, {len(data)} images with {data.objects} objects of "
-            f"{len(data.class_names)} categories{left_out}"
+            f"{len(data.class_names)} categories{left_out}, {len(self.data.val_set)} validation images"
         )
 
     def describe_score(self, score: float) -> str:

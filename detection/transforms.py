@@ -53,7 +53,7 @@ class TrainTransform:
 
 def fit_boxes(target: dict[str, Any]) -> dict[str, Any]:
     """The boxes around what a crop has left of the masks, without the objects of which it has left nothing."""
-    left = target["masks"].flatten(1).any(1)
+    left = target["masks"].bool().flatten(1).any(1)
     target = {name: value[left] for name, value in target.items()}
     boxes = masks_to_boxes(target["masks"])
     boxes[:, 2:] += 1  # from the last pixel to its far edge

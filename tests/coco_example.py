@@ -23,7 +23,7 @@ def write_example(root, train=8, val=4, scale=1):
     for split, count in (("train", train), ("val", val)):
         folder = root / f"{split}2017"
         folder.mkdir()
-        cells = open_split(NUCLEI, split == "train", masks=True)
+        cells = open_split(NUCLEI, split, masks=True)
         content = {"images": [], "annotations": [], "categories": CATEGORIES}
         for i in range(count):
             image, objects = cells.load(i)
