@@ -96,7 +96,7 @@ def train(trainer: Trainer, run: Run) -> None:
     args, progress = trainer.args, trainer.progress
     if run.checkpoint is not None:
         restore(trainer, run.checkpoint)
-    run.directory.go_on_from(run.checkpoint)
+    run.directory.truncate_log(progress.epoch)
     run.directory.write_args(args, sys.argv)
     describe(trainer)
     if progress.epoch > 0 and progress.step == 0:
@@ -108,7 +108,7 @@ def train(trainer: Trainer, run: Run) -> None:
             train_one_epoch(trainer, run.directory)
             results = evaluate(trainer)
         except Interrupted:
-            run.directory.save_checkpoint(LAST, checkpoint_state(trainer))
+            run.directory.save_checkpoints([LAST], checkpoint_state(trainer))
             report(trainer.dist, f"saved {args.output_dir}/{LAST}")
             raise
         row = log_row(trainer, results)
@@ -123,10 +123,11 @@ def train(trainer: Trainer, run: Run) -> None:
 def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, Any]) -> None:
     """Write `state`, of the end of an epoch, as its checkpoints; to do so twice is the same as once."""
     args, progress = trainer.args, trainer.progress
-    directory.keep_best(state, progress.score, args.keep_best)
+    names = directory.names_for_best(state, args.keep_best)
     if args.checkpoint_epochs and progress.epoch % args.checkpoint_epochs == 0:
-        directory.save_checkpoint(f"checkpoint_{progress.epoch:04d}.pth", state)
-    directory.save_checkpoint(LAST, state)
+        names.append(f"checkpoint_{progress.epoch:04d}.pth")
+    directory.save_checkpoints([*names, LAST], state)
+    directory.remove_worse(progress.epoch, args.keep_best)
 
 
 def train_one_epoch(trainer: Trainer, directory: RunDirectory) -> None:
@@ -156,7 +157,7 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory) -> None:
             if stopping:
                 raise Interrupted(dist.max(trainer.stop.signum or 0))
             if args.checkpoint_steps and progress.step // args.accum_iter % args.checkpoint_steps == 0:
-                directory.save_checkpoint(LAST, checkpoint_state(trainer))
+                directory.save_checkpoints([LAST], checkpoint_state(trainer))
 
 
 def dry_run(trainer: Trainer, run: Run) -> None:

@@ -25,7 +25,7 @@ from inference.from_checkpoint import ModelInfo, build_from_checkpoint
 from inference.mirrored import average_mirrored
 from inference.prediction import run_prediction
 from inputs.inaturalist import RANKS
-from runtime import checkpoints
+from models.checkpoints import read_checkpoint
 from runtime.entry_point import run_cli
 from runtime.processes import init_distributed
 from training.arguments import (
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = init_distributed(args.device)
     if args.image is not None and dist.world_size > 1:
         raise UserError("--image runs in one process")
-    state = checkpoints.load(args.model_path)
+    state = read_checkpoint(args.model_path)
     if is_detector(state):
         run_detector(args, dist, state)
         return

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import timm
 
 from detection.backbone import create_classifier
 from detection.detectors import ARGUMENTS, POSITIVE, STRIDES, Detector
 from detection.task import detector_over
-from runtime import checkpoints
+from models.checkpoints import EMA_KEYS, check_model_kwargs, weights_of
 from runtime.schema import Fields, Items, Number, Text
 from training.model import load
-from training.model_bounds import check_arguments, check_size
 from utils import UserError
 
 DETECTOR = Fields(
@@ -71,14 +67,11 @@ def build_detector_from(path: Path, state: dict[str, Any], ema: bool | None) -> 
     if len(names) != len(ids) or len(names) != state.get("num_classes"):
         raise UserError(f"{path}: it has {len(names)} class_names, {len(ids)} category_ids and another num_classes")
     kwargs = state.get("model_kwargs") or {}
-    if timm.is_model(state["arch"]):
-        check_arguments(state["arch"], kwargs, f"{path}: model_kwargs")
-    build = partial(_build, state, kwargs, len(names))
-    weights = checkpoints.weights(state, ema, path)
-    check_size(build, weights, str(path))
-    model = build()
+    check_model_kwargs(kwargs, f"{path}: model_kwargs")
+    weights = weights_of(state, ema, path)
+    model = _build(state, kwargs, len(names))
     load(model, weights, str(path), new_head=False)
-    averaged = ema is not False and any(state.get(key) for key in checkpoints.EMA_KEYS)
+    averaged = ema is not False and any(state.get(key) for key in EMA_KEYS)
     data_set = (state.get("args") or {}).get("data_set")
     return model.eval(), DetectorInfo(path, state["arch"], state["detector"], names, ids, averaged, data_set)
 

@@ -17,8 +17,8 @@ from detection.detectors import STRIDES, Detector, build_detector
 from detection.evaluation import Result, evaluate_results, to_results
 from detection.flags import FLAGS
 from inputs.loader import EvalLoader
+from models.checkpoints import read_checkpoint, weights_of
 from models.resampling import keep_resampled
-from runtime import checkpoints
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.console import report
@@ -133,14 +133,14 @@ def build_model(run: Run, data: CocoImages) -> Detector:
     torch.manual_seed(args.seed)
     body = create_classifier(args.arch, args.input_size, args.model_kwargs, args.drop_path)
     if run.checkpoint is None and args.backbone_weights is not None:
-        weights = checkpoints.weights(checkpoints.load(args.backbone_weights), path=args.backbone_weights)
+        weights = weights_of(read_checkpoint(args.backbone_weights), path=args.backbone_weights)
         load(body, weights, args.backbone_weights, new_head=True)
         report(run.dist, f"loaded {args.backbone_weights} into the backbone")
     model = detector_over(body, args, len(data.class_names))
     model.to(getattr(torch, args.dtype))  # before loading: float64 weights keep their digits
     if run.checkpoint is not None and args.eval:
         check_same(run.checkpoint, {"class_names": list(data.class_names)}, args.resume)
-        load(model, checkpoints.weights(run.checkpoint, ema=False), args.resume, new_head=False)
+        load(model, weights_of(run.checkpoint, ema=False), args.resume, new_head=False)
     elif run.checkpoint is None and args.finetune is not None:
         load_finetuned(run, model, data.class_names)
     if args.freeze_bn:
@@ -164,10 +164,10 @@ def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -
 def load_finetuned(run: Run, model: Detector, class_names: tuple[str, ...]) -> None:
     """Load --finetune's detector, whose class layers are kept if it is for these very classes."""
     path = run.args.finetune
-    state = checkpoints.load(path)
+    state = read_checkpoint(path)
     same = tuple(state.get("class_names") or ()) == class_names
     keep = run.args.classifier == "auto" and same
-    left = load(model, checkpoints.weights(state, path=path), path, new_head=not keep)
+    left = load(model, weights_of(state, path=path), path, new_head=not keep)
     report(run.dist, f"loaded {path}; not from it: {', '.join(left) or 'nothing'}")
 
 

@@ -3,19 +3,17 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.data import ImageNetInfo
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
 import models
-from runtime import checkpoints
+from models.checkpoints import EMA_KEYS, check_model_kwargs, read_checkpoint, weights_of
 from training.model import create_model, load
-from training.model_bounds import check_arguments, check_size
 from utils import UserError, one_line
 
 from .fields import read_fields
@@ -85,20 +83,18 @@ def build_from_checkpoint(
         UserError: the file is unusable, contradicts `arch`, or is of no known model.
     """
     path = Path(path)
-    state = checkpoints.load(path) if state is None else state
-    weights = checkpoints.weights(state, ema, path)
+    state = read_checkpoint(path) if state is None else state
+    weights = weights_of(state, ema, path)
     shapes = our_shapes(weights, path)
     name, told_kwargs = _identify(state, shapes, arch, model_kwargs or {}, path)
     cfg = _pretrained_cfg(name, path)
-    if timm.is_model(name):
-        check_arguments(name, told_kwargs, f"{path}: model_kwargs")
-        check_arguments(name, model_kwargs or {}, "--model-kwargs")
+    check_model_kwargs(told_kwargs, f"{path}: model_kwargs")
+    check_model_kwargs(model_kwargs or {}, "--model-kwargs")
     kwargs = told_kwargs | dict(model_kwargs or {})
     told = read_fields(state, cfg, path)
     told_size = told["input_size"] or native_size(shapes, stem_stride(name, kwargs))
     size = input_size or told_size or tuple(cfg.input_size[1:])
     num_classes = state.get("num_classes") or _count_classes(shapes, cfg, path)
-    check_size(partial(create_model, name, num_classes, told_size or size, kwargs), weights, str(path))
     try:
         model = create_model(name, num_classes, size, kwargs)
     except UserError as error:  # of the size that was asked for
@@ -106,7 +102,7 @@ def build_from_checkpoint(
     load(model, weights, str(path), new_head=False)
     if told["class_names"] is not None and len(told["class_names"]) != num_classes:
         raise UserError(f"{path}: it names {len(told['class_names'])} classes and has {num_classes}")
-    ema = ema is not False and any(state.get(key) for key in checkpoints.EMA_KEYS)
+    ema = ema is not False and any(state.get(key) for key in EMA_KEYS)
     info = ModelInfo(path, name, kwargs, num_classes, ema=ema, **told | {"input_size": size})
     return model.eval(), info
 

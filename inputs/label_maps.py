@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from inputs.image_sets import NamedImages
+from models.checkpoints import check_archive
 from runtime.files import open_file
-from runtime.pickles import Unusable
-from runtime.untrusted import load_torch
-from utils import UserError
+from utils import UserError, one_line
 
 TOP_K = 5
 MAP_SIZE = 18
@@ -66,9 +65,10 @@ def read_label_map(path: str | os.PathLike, num_classes: int | None = None) -> T
     if len(content) > MAX_FILE_BYTES:
         raise UserError(f"{path}: too large for a label map of shape {MAP_SHAPE}")
     try:
-        label_map = load_torch(io.BytesIO(content), len(content))
-    except Unusable as error:
-        raise UserError(f"{path}: a damaged label map: {error}") from error
+        check_archive(io.BytesIO(content))
+        label_map = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damage leads to
+        raise UserError(f"{path}: a damaged label map: {one_line(error)[:200]}") from error
     problem = _problem(label_map, num_classes)
     if problem is not None:
         raise UserError(f"{path}: not a label map for this data: {problem}")

@@ -6,30 +6,16 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from .checkpoints import unwrap
 from .convert import StateDict, to_ours
 from .layers import Grid, GridMixer
 
 _WAVELET_FILTER = re.compile(r"(^|\.)(xfm|ifm)\.")
-_WRAPPERS = ("module.", "_orig_mod.")
 _HEADS = ("head", "aux_head")
 
 
 class WeightMismatch(ValueError):
     """A checkpoint does not fit the model; the message names the keys in one line."""
-
-
-def unwrap(checkpoint: Mapping) -> StateDict:
-    """The state dict inside {"model": ...}, {"state_dict": ...} or both, without `module.` prefixes."""
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    return {_strip(name): value for name, value in checkpoint.items()}
-
-
-def _strip(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:

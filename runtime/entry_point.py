@@ -14,9 +14,11 @@ from typing import NoReturn, TextIO
 import torch
 import torch.distributed as torch_dist
 
+from models.checkpoints import CheckpointError
+from models.loading import WeightMismatch
 from runtime.job_guard import exit_now
 from runtime.processes import close_distributed, job_guard
-from utils import JobError, MachineError, one_line, tell
+from utils import JobError, MachineError, UserError, one_line, tell
 
 
 def run_cli(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
@@ -47,6 +49,8 @@ def _outcome(main: Callable[[Sequence[str] | None], None]) -> tuple[int, str]:
         main(None)
     except JobError as error:
         return error.exit_code, f"error: {one_line(error)}"
+    except (CheckpointError, WeightMismatch) as error:
+        return UserError.exit_code, f"error: {one_line(error)}"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "stopped by SIGINT"
     except SystemExit as leave:

@@ -4,22 +4,21 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from models.checkpoints import CheckpointError
 from runtime import checkpoints
-from runtime.contents import COUNT
 from runtime.curves import Plot, draw_curves
-from runtime.files import read_file
-from runtime.lineage import BEST, LOG, Lineage, begin, finish_moves, holds
-from runtime.lock import LOCK, DirectoryLock
 from runtime.processes import Distributed
 from runtime.provenance import describe_run
-from runtime.schema import Either, Fields, Number, Text, Typed, parse_json
 from runtime.weights_and_biases import WeightsAndBiases
 from utils import (
     TEMPORARY_SUFFIX,
@@ -30,28 +29,30 @@ from utils import (
     cannot_write,
     make_directory,
     printable,
+    sync_directory,
 )
 
 ARGS = "args.yaml"
-MAX_LOG_BYTES = 2**26
-ROW = Fields({"epoch": COUNT}, others=Either((Number(finite=False), Text(), Typed((bool,)))), required={"epoch"})
+LOG = "log.txt"
+LOCK = ".lock"
+BEST = "checkpoint_best.pth"
+# Seconds to wait for the lock: the loader workers of a run that was killed keep it until they notice, 5 s later.
+LOCK_PATIENCE = 10.0
 
 
 class RunDirectory:
-    """A run's directory, held by one run at a time. Off the main rank every method does nothing.
-
-    It knows the epoch of a row and of a checkpoint, and of all else no more than its arguments say.
+    """A run's directory, locked so that one run at a time writes there. Off the main rank every method does nothing.
 
     Args:
-        path: the directory; it is made if it is not there, and goes again if nothing was written.
-        dist: this process's place in the job.
-        score: what checkpoints are ranked by, as their labels call it ("acc1").
-        plots: the pictures to draw of the log.
-        wandb: the project of Weights & Biases that the log goes to as well.
+        path: the directory; created if missing, and removed again if nothing was written.
+        dist: this process's rank and the world size.
+        score: the key of a checkpoint's score, by which the best are chosen ("acc1").
+        plots: the plots to draw of the log.
+        wandb: a project of Weights & Biases to log to as well.
 
     Raises:
-        UserError: another run holds it, or its log is none.
-        MachineError: it cannot be made or written.
+        UserError: another run is using it, or its log cannot be read.
+        MachineError: it cannot be created or written.
     """
 
     def __init__(
@@ -65,24 +66,22 @@ class RunDirectory:
         self._project = wandb
         self._wandb: WeightsAndBiases | None = None
         self._made: list[Path] = []  # directories, the innermost first
-        self._lock: DirectoryLock | None = None
-        self._lineage: Lineage = ()
+        self._lock: filelock.BaseFileLock | None = None
         self._rows: list[dict[str, Any]] = []
         self._events: SummaryWriter | None = None
         if self._active:
             self._made = [place for place in (self.path, *self.path.parents) if not os.path.exists(place)]
             make_directory(self.path)
-            self._lock = DirectoryLock(self.path)
+            self._lock = lock_directory(self.path)
             try:
                 self._remove_temporaries()
-                finish_moves(self.path)
                 self._rows = read_log(self.path / LOG)
             except JobError:
                 self.close()
                 raise
 
     def close(self) -> None:
-        """Finish the events and give the directory back."""
+        """Close the event files and unlock the directory."""
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -101,14 +100,14 @@ class RunDirectory:
         self.close()
 
     def _remove_temporaries(self) -> None:
-        """What a run that was killed while it wrote has left; only the holder of the lock writes here."""
+        """Remove what a run that was killed while writing has left; only the owner of the lock writes here."""
         for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
             with contextlib.suppress(OSError):
                 left.unlink()
 
     def _remove_if_unused(self) -> None:
-        """Leave nothing of a run that ended before it wrote anything."""
-        with contextlib.suppress(OSError):  # somebody else has written there meanwhile, or taken it away
+        """Leave nothing behind if the run ended before it wrote anything."""
+        with contextlib.suppress(OSError):  # somebody else has written there meanwhile, or deleted it
             if self._made and os.listdir(self.path) == [LOCK]:
                 (self.path / LOCK).unlink()
                 for place in self._made:
@@ -126,24 +125,8 @@ class RunDirectory:
         atomic_write(self.path / ARGS, yaml.safe_dump(record, sort_keys=False, width=100, allow_unicode=True))
 
     # --------------------------------------------------------------------------------------------------- log
-    def go_on_from(self, state: Mapping[str, Any] | None) -> None:
-        """Begin the run from a checkpoint, or from nothing (None), before anything is written.
-
-        Checkpoints that did not lead to it are set aside, as `runtime.lineage` says, and those of this run will
-        record where they come from. The log keeps the epochs before the checkpoint's.
-
-        Raises:
-            MachineError: the disk refuses.
-        """
-        if not self._active:
-            return
-        self._lineage, past = begin(self.path, state)
-        if past != self.path:
-            self._rows = read_log(past / LOG)
-        self.truncate_log(0 if state is None else state["epoch"])
-
     def truncate_log(self, epoch: int) -> None:
-        """Forget the rows of `epoch` and later ones, which are about to be trained (again)."""
+        """Drop the rows of `epoch` and later ones, which are about to be trained (again)."""
         if not self._active:
             return
         kept = {row["epoch"]: row for row in self._rows if row["epoch"] < epoch}
@@ -153,10 +136,10 @@ class RunDirectory:
             self._write_log()
 
     def log_row(self, row: Mapping[str, Any], best_epoch: int | None = None) -> None:
-        """Note the results of an epoch, `row["epoch"]`, in place of an earlier row of it; draw the plots anew.
+        """Log the results of epoch `row["epoch"]`, replacing an earlier row of it, and redraw the plots.
 
         Args:
-            row: numbers by column; those that end in `EMA` are drawn as the twins of the ones without.
+            row: numbers by column; a column ending in `EMA` is drawn dashed beside the one without.
             best_epoch: the epoch to mark.
         """
         if not self._active:
@@ -174,8 +157,8 @@ class RunDirectory:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
-        # TensorBoard's format is a growing stream, the one file here that is appended to. What a killed run
-        # noted at or after this epoch is hidden by purge_step.
+        # TensorBoard's format is the one file here that is appended to. purge_step hides what a killed run
+        # wrote at or after this epoch.
         try:
             if self._events is None:
                 self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=row["epoch"])
@@ -191,80 +174,118 @@ class RunDirectory:
         atomic_write(self.path / plot.file, lambda file: figure.savefig(file, format="png"))
 
     # ------------------------------------------------------------------------------------------- checkpoints
-    def save_checkpoint(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write `state`, and where it comes from, to the file `name` (`checkpoint_last.pth`) of this directory.
-
-        A state that was read from a checkpoint is not written over the file that it, or its equal, is in.
-        """
-        if self._active:
-            self._save(self.path / name, state)
-
-    def _save(self, path: Path, state: Mapping[str, Any], label: Mapping[str, float] | None = None) -> None:
-        if "lineage" in state and holds(path, state):
-            return
-        lineage = {"lineage": [list(began) for began in self._lineage]} if self._lineage else {}
-        checkpoints.save(path, {**state, **lineage}, label)
-
-    def keep_best(self, state: Mapping[str, Any], score: float, k: int = 1) -> None:
-        """Keep `state` if its `score`, the higher the better, is among the `k` best of the run up to now.
-
-        `checkpoint_best.pth` is the best one; with k > 1 there is also a `checkpoint_best_NNNN.pth` for each
-        of the best k, NNNN the epoch after which it was saved. Of two equal ones the earlier stays. An old file
-        goes only once the new one is on disk.
-
-        Args:
-            state: a checkpoint; its "epoch" is the one to go on with.
-            score: goes into the file's label.
-            k: how many.
-        """
+    def save_checkpoints(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
+        """Write `state` once, to the first of `names` in this directory, and link the others to it, in order."""
         if not self._active:
             return
-        epoch = state["epoch"]
-        label = {self._score: score}
-        best = self._kept_for(self.path / BEST, epoch)
-        if best is None or score > best:
-            self._save(self.path / BEST, state, label)
-        if k > 1:
-            found = sorted(self.path.glob("checkpoint_best_*.pth"))
-            new = self.path / f"checkpoint_best_{epoch - 1:04d}.pth"
-            kept = {path: self._kept_for(path, epoch) for path in found if path != new}
-            ranked = sorted((path for path in kept if kept[path] is not None), key=kept.get, reverse=True)
-            if len(ranked) < k or score > kept[ranked[k - 1]]:
-                self._save(new, state, label)
-                for path in ranked[k - 1 :]:
-                    _remove(path)
+        first, *others = (self.path / name for name in names)
+        checkpoints.save(first, state)
+        for path in others:
+            _link(first, path)
 
-    def _kept_for(self, path: Path, before: int) -> float | None:
-        """The score that the file was kept for; None if it tells none, or is as late as the epoch `before`."""
-        told = checkpoints.read_label(path)
-        return told[self._score] if told is not None and self._score in told and told["epoch"] < before else None
+    def names_for_best(self, state: Mapping[str, Any], k: int = 1) -> list[str]:
+        """The names under which to save `state` if its score, the higher the better, is among the best `k` so far.
+
+        `checkpoint_best.pth` is the best one; with k > 1 there is also a `checkpoint_best_NNNN.pth` for each of the
+        best k, where NNNN is the epoch they were trained to. Of two equal ones the earlier stays.
+
+        Args:
+            state: a checkpoint, with its score under the key that this directory ranks by.
+            k: how many to keep.
+        """
+        if not self._active:
+            return []
+        epoch, score = state["epoch"], state[self._score]
+        best = self._score_of(self.path / BEST, epoch)
+        names = [BEST] if best is None or score > best else []
+        if k > 1:
+            ranked = self._ranked(epoch)
+            if len(ranked) < k or score > ranked[k - 1][0]:
+                names.append(f"checkpoint_best_{epoch - 1:04d}.pth")
+        return names
+
+    def remove_worse(self, epoch: int, k: int) -> None:
+        """Remove the `checkpoint_best_NNNN.pth` beyond the best `k`, once that of a run at `epoch` is saved."""
+        if self._active and k > 1:
+            for _, path in self._ranked(epoch + 1)[k:]:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise MachineError(f"{path}: cannot be removed: {error.strerror}") from error
+
+    def _ranked(self, before: int) -> list[tuple[float, Path]]:
+        """The numbered best checkpoints of epochs up to `before`, the best first, of equals the earliest."""
+        paths = sorted(self.path.glob("checkpoint_best_*.pth"))
+        scored = [(score, path) for path in paths if (score := self._score_of(path, before)) is not None]
+        return sorted(scored, key=lambda found: -found[0])
+
+    def _score_of(self, path: Path, before: int) -> float | None:
+        """A checkpoint's score; None if it is missing or damaged, or if the run has yet to reach its epoch."""
+        try:
+            state = checkpoints.peek(path)
+        except CheckpointError:
+            return None
+        return state.get(self._score) if state.get("epoch", before) < before else None
+
+
+def lock_directory(directory: Path) -> filelock.BaseFileLock:
+    """Lock a directory for this process; the operating system unlocks it when the process ends, however it does.
+
+    Raises:
+        UserError: another process has locked it.
+        MachineError: the lock cannot be written.
+    """
+    lock = filelock.FileLock(directory / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_PATIENCE)
+    except filelock.Timeout:
+        raise UserError(
+            f"{directory}: another run is using it; wait for that run, or choose another --output-dir"
+        ) from None
+    except OSError as error:
+        raise cannot_write(directory / LOCK, error) from error
+    return lock
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system has no hard links, atomically.
+
+    Both are only ever replaced as a whole, so a later write to one of them leaves the other alone.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as file:
+            atomic_write(target, lambda copy: shutil.copyfileobj(file, copy))
+        return
+    try:
+        os.replace(temporary, target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # rename(2) leaves it where both are the same file already
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.txt, none if it is not there.
+    """The rows of a log.txt; none if it does not exist.
 
     Raises:
-        UserError: it is no log.
+        UserError: it is not a log.
     """
+    rows = []
     try:
-        lines = read_file(path, MAX_LOG_BYTES).splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path}: it is not a log ({error.strerror}); move it away to start a new one") from error
-    rows = []
+        raise UserError(f"{path}: not a log ({error.strerror}); move it away to start a new one") from error
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(parse_json(line))
-        except ValueError:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
             rows.append(None)
-        if ROW.problem(rows[-1]):
+        if not isinstance(rows[-1], dict) or type(rows[-1].get("epoch")) is not int:
             raise UserError(f"{path}: line {number} is not a row of a log; move the file away to start a new one")
     return rows
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be removed: {error.strerror}") from error

@@ -30,6 +30,7 @@ from detection.task import Detection
 from detection.transforms import TrainTransform
 from inputs.images import BadImage
 from inputs.sampler import KeyedSampler
+from models.checkpoints import read_checkpoint
 from runtime import checkpoints
 from training.optimizer import build_scheduler
 from training.options import parse_args
@@ -521,7 +522,7 @@ def rows(directory):
 def test_a_run_logs_the_numbers_of_boxes_and_masks_and_ranks_by_masks(trained):
     first, last = rows(trained)
     assert {"test_box_AP", "test_box_AP50", "test_mask_AP", "test_mask_AR"} <= last.keys()
-    state = checkpoints.load(trained / "checkpoint_last.pth")
+    state = read_checkpoint(trained / "checkpoint_last.pth")
     assert state["AP"] == last["test_AP"] == last["test_mask_AP"] and state["class_names"][2] == "mitosis"
     assert last["train_loss"] < first["train_loss"]
 
@@ -597,7 +598,7 @@ def test_backbone_weights_come_from_a_classifier(cells, tmp_path, capsys):
     checkpoints.save(tmp_path / "classifier.pth", {"model": classifier.state_dict()})
     flags = ["--backbone-weights", str(tmp_path / "classifier.pth"), "--epochs", "1", "--lr", "0", "--warmup-lr", "0"]
     main_detection.main([*RUN, *flags, "--freeze-bn", "--data-path", str(cells), "--output-dir", str(tmp_path / "run")])
-    weights = checkpoints.load(tmp_path / "run/checkpoint_last.pth")["model"]
+    weights = read_checkpoint(tmp_path / "run/checkpoint_last.pth")["model"]
     expected = classifier.state_dict()
     prefix = "network.backbone.body.model."
     shared = [name for name in expected if prefix + name in weights]

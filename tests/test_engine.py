@@ -14,6 +14,7 @@ from tiny_runs import assert_same
 from torch import nn
 
 import engine
+from models.checkpoints import read_checkpoint
 from runtime import checkpoints
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
@@ -223,11 +224,11 @@ def test_an_average_without_decay_is_the_weights(tmp_path):
 def test_the_scale_of_fp16_losses_goes_on_where_it_was(tmp_path):
     path = tmp_path / "checkpoint_last.pth"
     engine.fit(Regression, args_of(tmp_path, "--amp", "fp16", "--epochs", "1"))
-    state = checkpoints.load(path)
+    state = read_checkpoint(path)
     state["scaler"]["scale"] = 2.0**10
     checkpoints.save(path, state)
     engine.fit(Regression, args_of(tmp_path, "--amp", "fp16", "--epochs", "2", "--resume", str(path)))
-    assert checkpoints.load(path)["scaler"]["scale"] == 2.0**10
+    assert read_checkpoint(path)["scaler"]["scale"] == 2.0**10
 
 
 def test_every_process_evaluates_with_the_main_ones_batch_statistics(monkeypatch):

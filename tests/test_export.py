@@ -13,10 +13,10 @@ import untrained
 from transformers import AutoModelForImageClassification
 
 from inference.from_checkpoint import build_from_checkpoint
+from models.checkpoints import METADATA_KEYS, read_checkpoint
 from models.convert import to_ours
 from models.spectral_gate import SpectralGate
 from runtime import checkpoints
-from runtime.tensor_files import METADATA_KEYS
 from tools.export import __main__ as export
 from tools.export import graphs, hub
 from tools.export.portable import FourierProducts, portable
@@ -48,12 +48,12 @@ def write(path, name, output, *flags):
 # ------------------------------------------------------------------------------------------------------------- weights
 def test_safetensors_keep_weights_and_what_prediction_needs(tmp_path, capsys):
     model = untrained.save(tmp_path / "c.pth")
-    state = checkpoints.load(tmp_path / "c.pth")
+    state = read_checkpoint(tmp_path / "c.pth")
     averaged = {name: value + 1 for name, value in model.state_dict().items()}
     checkpoints.save(tmp_path / "c.pth", state | {"model_ema": averaged})
     for flags, expected in [([], averaged), (["--ema"], averaged), (["--no-ema"], model.state_dict())]:
         written = write(tmp_path / "c.pth", "safetensors", tmp_path / "e.safetensors", "--overwrite", *flags)
-        found = checkpoints.load(written)
+        found = read_checkpoint(written)
         assert all(torch.equal(found["model"][name], value) for name, value in expected.items())
         assert {key: found[key] for key in METADATA_KEYS} == {key: _listed(state[key]) for key in METADATA_KEYS}
     assert f"e.safetensors: written, {len(averaged)} tensors" in capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_the_card_says_what_the_checkpoint_knows(tmp_path, capsys):
 def test_the_accuracy_of_other_weights_than_the_exported_is_not_told(tmp_path):
     more = {"acc1": 98.765, "epoch": 1, "step": 0}
     model = untrained.save(tmp_path / "c.pth")
-    state = checkpoints.load(tmp_path / "c.pth") | more | {"averaged": False, "model_ema": model.state_dict()}
+    state = read_checkpoint(tmp_path / "c.pth") | more | {"averaged": False, "model_ema": model.state_dict()}
     checkpoints.save(tmp_path / "c.pth", state)
     _, info = build_from_checkpoint(tmp_path / "c.pth")
     assert hub.told_accuracy(state, info) is None

@@ -26,7 +26,7 @@ from inference import explanations, prediction, recognise, reports
 from inference.from_checkpoint import build_from_checkpoint
 from inference.mirrored import average_mirrored
 from inputs.transforms import build_transform
-from runtime import checkpoints
+from models.checkpoints import CheckpointError, read_checkpoint
 from runtime.processes import Distributed
 from tests.golden import recipe
 from tests.untrained import PYRAMID, VANILLA, save
@@ -187,7 +187,7 @@ def test_the_averaged_weights_are_used_where_there_are_any(tmp_path):
         assert torch.equal(model.norm.bias, expected["norm.bias"])
         assert info.ema == (expected is averaged)
     save(tmp_path / "b.pth")
-    with pytest.raises(UserError, match="no-ema"):
+    with pytest.raises(CheckpointError, match="no-ema"):
         build_from_checkpoint(tmp_path / "b.pth", ema=True)
 
 
@@ -337,8 +337,7 @@ def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
     save(tmp_path / "a.pth")
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
     read = []
-    load = checkpoints.load
-    monkeypatch.setattr(checkpoints, "load", lambda path: read.append(path) or load(path))
+    monkeypatch.setattr(infer, "read_checkpoint", lambda path: read.append(path) or read_checkpoint(path))
     run("--model-path", tmp_path / "a.pth", "--image", tmp_path / "image.png")
     assert read == [tmp_path / "a.pth"]
 

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runtime import checkpoints
-from runtime.checkpoints import load, read_label
+from models.checkpoints import read_checkpoint
+from runtime import checkpoints, run_directory
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from runtime.run_directory import RunDirectory
@@ -51,6 +51,13 @@ def state(epoch):
     return {"model": {"w": torch.full((3,), float(epoch))}, "epoch": epoch, "step": 0}
 
 
+def keep_best(run, state, score, k=1, key="acc1"):
+    """As the engine does at the end of an epoch."""
+    state = state | {key: score}
+    run.save_checkpoints([*run.names_for_best(state, k), "checkpoint_last.pth"], state)
+    run.remove_worse(state["epoch"], k)
+
+
 def logged(path):
     return [json.loads(line) for line in (path / "log.txt").read_text().splitlines()]
 
@@ -74,7 +81,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path, end):
     with opened(tmp_path / "a" / "run") as run:
         if end != "at once":
-            run.save_checkpoint("checkpoint_last.pth", state(0))
+            run.save_checkpoints(["checkpoint_last.pth"], state(0))
     assert names(tmp_path) == (set() if end == "at once" else {"a"})
     (tmp_path / "there").mkdir()
     opened(tmp_path / "there").close()
@@ -115,7 +122,7 @@ def test_a_row_of_an_epoch_appears_once_whatever_was_logged_before(tmp_path):
         for epoch in range(4):
             run.log_row(row(epoch))
     with opened(tmp_path) as run:  # goes on from a checkpoint of epoch 2
-        run.go_on_from({"epoch": 2, "step": 0})
+        run.truncate_log(2)
         assert [r["epoch"] for r in logged(tmp_path)] == [0, 1]
         run.log_row(row(2, train_loss=7.0))
         run.log_row(row(2, train_loss=8.0))
@@ -130,39 +137,24 @@ def test_rows_that_stand_twice_are_kept_once(tmp_path):
     lines = [row(0), row(1), row(1, train_loss=5.0), row(0, train_loss=4.0), row(2)]
     (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with opened(tmp_path) as run:
-        run.go_on_from({"epoch": 2, "step": 0})
+        run.truncate_log(2)
     assert [(r["epoch"], r["train_loss"]) for r in logged(tmp_path)] == [(0, 4.0), (1, 5.0)]
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b"not a row", "line 2 is not a row"),
-        (b'{"epoch": Infinity}', "line 2 is not a row"),
-        (b'{"epoch": -1}', "line 2 is not a row"),
-        (b'{"epoch": 1.5}', "line 2 is not a row"),
-        (b'{"epoch": true}', "line 2 is not a row"),
-        (b'{"epoch": ' + b"9" * 5000 + b"}", "line 2 is not a row"),
-        (b'{"train_loss": 1}', "line 2 is not a row"),
-        (b'{"epoch": 1, "test_loss": {"a": 1}}', "line 2 is not a row"),
-        (b'{"epoch": 1, "name": "\xff\xfe"}', "line 2 is not a row"),
-        (b"[" * 100_000, "line 2 is not a row"),
-        (b"[1]", "line 2 is not a row"),
-        (None, "not a regular file"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_log_that_is_none_is_named(tmp_path, line, reason):
+NOT_ROWS = [b"not a row", b'{"epoch": 1.5}', b'{"train_loss": 1}', b'{"name": "\xff"}', b"[1]", None]
+
+
+@pytest.mark.parametrize("line", NOT_ROWS)
+def test_a_file_that_is_not_a_log_is_named(tmp_path, line):
     log = tmp_path / "log.txt"
     if line is None:
         log.mkdir()
     else:
         log.write_bytes(json.dumps(row(0)).encode() + b"\n" + line + b"\n")
-    with pytest.raises(UserError, match=f"^{log}: .*{reason}.* move"):
+    with pytest.raises(UserError, match=f"^{log}: .*(line 2 is not a row|not a log).* move"):
         opened(tmp_path)
-    assert log.is_dir() or line in log.read_bytes()
     log.rename(tmp_path / "moved")
-    opened(tmp_path).close()  # the refusal has given the lock back
+    opened(tmp_path).close()  # the refusal has unlocked the directory
 
 
 def test_a_log_with_what_numbers_can_be_is_read_and_drawn(tmp_path):
@@ -170,7 +162,7 @@ def test_a_log_with_what_numbers_can_be_is_read_and_drawn(tmp_path):
     with opened(tmp_path) as run:
         run.log_row(row(0, test_loss=math.inf, test_acc1=math.nan, note=None))
     with opened(tmp_path) as run:
-        run.go_on_from({"epoch": 1, "step": 0})
+        run.truncate_log(1)
         run.log_row(row(1))
     assert [r["test_loss"] for r in logged(tmp_path)] == [math.inf, 1.2]
 
@@ -178,7 +170,7 @@ def test_a_log_with_what_numbers_can_be_is_read_and_drawn(tmp_path):
 def test_tensorboard_goes_on_where_the_log_does(tmp_path):
     for start in (0, 2):  # the first run is killed after epoch 3, the second goes on from epoch 2
         with opened(tmp_path) as run:
-            run.go_on_from({"epoch": start, "step": 0} if start else None)
+            run.truncate_log(start)
             for epoch in range(start, 4):
                 run.log_row(row(epoch, train_loss=10.0 * start + epoch))
         time.sleep(1.1)  # the events files are named by the second
@@ -206,55 +198,44 @@ def test_curves_of_a_run_are_images_and_keep_no_figure_open(tmp_path):
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 def best_files(path):
-    return {found.name: read_label(found)["acc1"] for found in path.glob("checkpoint_best*")}
+    return {found.name: checkpoints.peek(found)["acc1"] for found in path.glob("checkpoint_best*")}
 
 
 def test_the_best_checkpoint_stays_the_best(tmp_path):
     with opened(tmp_path) as run:
         for epoch, acc1 in enumerate([50.0, 60.0, 60.0, 55.0], 1):
-            run.keep_best(state(epoch), acc1)
+            keep_best(run, state(epoch), acc1)
     assert best_files(tmp_path) == {"checkpoint_best.pth": 60.0}
-    assert load(tmp_path / "checkpoint_best.pth")["epoch"] == 2
+    assert read_checkpoint(tmp_path / "checkpoint_best.pth")["epoch"] == 2
     with opened(tmp_path) as run:  # goes on from epoch 3, and finds out what the best was
-        run.keep_best(state(4), 59.0)
+        keep_best(run, state(4), 59.0)
         assert best_files(tmp_path) == {"checkpoint_best.pth": 60.0}
-        run.keep_best(state(5), 61.0)
-    assert load(tmp_path / "checkpoint_best.pth")["epoch"] == 5
+        keep_best(run, state(5), 61.0)
+    assert read_checkpoint(tmp_path / "checkpoint_best.pth")["epoch"] == 5
 
 
 def test_a_best_of_epochs_that_are_trained_again_does_not_count(tmp_path):
     with opened(tmp_path) as run:
-        run.go_on_from(None)
-        run.keep_best(state(1), 50.0, 2)
-        run.keep_best(state(5), 90.0, 2)
-    with opened(tmp_path) as run:
-        run.go_on_from(load(tmp_path / "checkpoint_best_0000.pth"))
-        run.keep_best(state(2), 40.0, 2)
-        assert best_files(tmp_path) == {
-            "checkpoint_best.pth": 40.0,
-            "checkpoint_best_0000.pth": 50.0,
-            "checkpoint_best_0001.pth": 40.0,
-        }
-    assert best_files(tmp_path / "abandoned_01") == {
-        "checkpoint_best.pth": 90.0,
-        "checkpoint_best_0000.pth": 50.0,
-        "checkpoint_best_0004.pth": 90.0,
-    }
+        keep_best(run, state(1), 50.0, 2)
+        keep_best(run, state(5), 90.0, 2)
+    with opened(tmp_path) as run:  # from a checkpoint of epoch 1, because all later ones were damaged
+        keep_best(run, state(2), 40.0, 2)
+        assert best_files(tmp_path)["checkpoint_best.pth"] == 40.0
 
 
 def test_checkpoints_are_ranked_by_the_score_that_the_task_names(tmp_path):
     with RunDirectory(tmp_path, MAIN, "box_ap", ()) as run:
         run.log_row({"epoch": 0, "test_box_ap": 0.3})
-        run.keep_best(state(1), 0.3)
-        run.keep_best(state(2), 0.2)
-    assert read_label(tmp_path / "checkpoint_best.pth") == {"epoch": 1, "step": 0, "box_ap": 0.3}
-    assert names(tmp_path) == {".lock", "log.txt", "tensorboard", "checkpoint_best.pth"}
+        keep_best(run, state(1), 0.3, key="box_ap")
+        keep_best(run, state(2), 0.2, key="box_ap")
+    assert checkpoints.peek(tmp_path / "checkpoint_best.pth")["box_ap"] == 0.3
+    assert names(tmp_path) == {".lock", "log.txt", "tensorboard", "checkpoint_best.pth", "checkpoint_last.pth"}
 
 
 def test_the_k_best_are_kept(tmp_path):
     with opened(tmp_path) as run:
         for epoch, acc1 in enumerate([50.0, 70.0, 60.0, 55.0, 60.0, 80.0], 1):
-            run.keep_best(state(epoch), acc1, 3)
+            keep_best(run, state(epoch), acc1, 3)
     assert best_files(tmp_path) == {
         "checkpoint_best.pth": 80.0,
         "checkpoint_best_0001.pth": 70.0,
@@ -263,29 +244,43 @@ def test_the_k_best_are_kept(tmp_path):
     }
 
 
+def test_a_state_is_written_once_and_its_other_names_do_not_follow_later_saves(tmp_path, monkeypatch):
+    for link in (run_directory.os.link, None):
+        if link is None:  # a file system without hard links
+            monkeypatch.setattr(run_directory.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+        with opened(tmp_path) as run:
+            keep_best(run, state(1), 50.0)
+            best, last = tmp_path / "checkpoint_best.pth", tmp_path / "checkpoint_last.pth"
+            assert best.read_bytes() == last.read_bytes() and best.samefile(last) == (link is not None)
+            run.save_checkpoints(["checkpoint_last.pth"], state(2))
+            assert read_checkpoint(best)["epoch"] == 1 and read_checkpoint(last)["epoch"] == 2
+            best.unlink()
+            assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_no_best_is_lost_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
     with opened(tmp_path) as run:
         for epoch, acc1 in enumerate([50.0, 60.0], 1):
-            run.keep_best(state(epoch), acc1, 2)
+            keep_best(run, state(epoch), acc1, 2)
         before = best_files(tmp_path)
-        for allowed in range(2):
-            writes = iter([None] * allowed)
-
-            def save(*args, real=checkpoints.save, writes=writes):
-                if next(writes, "full") == "full":
-                    raise MachineError("full")
-                real(*args)
-
-            with monkeypatch.context() as patch, pytest.raises(MachineError):
-                patch.setattr(checkpoints, "save", save)
-                run.keep_best(state(3), 70.0, 2)
-            assert before.items() - best_files(tmp_path).items() <= {("checkpoint_best.pth", 60.0)}
-        run.keep_best(state(3), 70.0, 2)
+        with monkeypatch.context() as patch, pytest.raises(MachineError):
+            patch.setattr(checkpoints, "save", lambda *_: (_ for _ in ()).throw(MachineError("full")))
+            keep_best(run, state(3), 70.0, 2)
+        assert best_files(tmp_path) == before
+        keep_best(run, state(3), 70.0, 2)
     assert best_files(tmp_path) == {
         "checkpoint_best.pth": 70.0,
         "checkpoint_best_0001.pth": 60.0,
         "checkpoint_best_0002.pth": 70.0,
     }
+
+
+# ------------------------------------------------------------------------------------------- one run at a time
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 0.1)
+    with opened(tmp_path), pytest.raises(UserError, match=f"^{tmp_path}: another run is using it; .*--output-dir"):
+        opened(tmp_path)
+    opened(tmp_path).close()
 
 
 # ------------------------------------------------------------------------------------ arguments, other ranks
@@ -304,14 +299,13 @@ def test_args_yaml_tells_how_to_run_it_again(tmp_path):
 def test_only_the_main_rank_writes(tmp_path):
     with opened(tmp_path / "run", Distributed(rank=1, world_size=2)) as run:
         run.write_args({}, [])
-        run.go_on_from(None)
         run.log_row(row(0))
-        run.save_checkpoint("checkpoint_last.pth", state(0))
-        run.keep_best(state(1), 50.0, 2)
+        run.save_checkpoints(["checkpoint_last.pth"], state(0))
+        assert run.names_for_best(state(1), 2) == []
     assert names(tmp_path) == set()
     with opened(tmp_path / "run") as run:
-        run.save_checkpoint("checkpoint_last.pth", state(0))
-    assert load(tmp_path / "run" / "checkpoint_last.pth")["epoch"] == 0
+        run.save_checkpoints(["checkpoint_last.pth"], state(0))
+    assert read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["epoch"] == 0
 
 
 class FakeWandb:
@@ -346,7 +340,7 @@ def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_th
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for epoch in (0, 1):
         with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory:
-            directory.go_on_from(state(epoch) if epoch else None)
+            directory.truncate_log(epoch)
             directory.write_args({"lr": 1e-3}, ["main.py"])
             directory.log_row(row(epoch))
     assert [(asked["project"], asked["id"]) for asked in fake.asked] == [("mine", None), ("mine", "abc")]

@@ -12,6 +12,7 @@ from tiny_runs import DIGITS, TINY, TINY_SVT, assert_same, last, rows, timeless,
 from torch import nn
 
 import engine
+import main_spectformer
 import main_svt
 from inputs.labelled_images import Batch
 from runtime.processes import Distributed
@@ -132,7 +133,7 @@ def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
 
     expected = train(tmp_path / "whole", "--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(engine.RunDirectory, "keep_best", killed)
+        patch.setattr(engine.RunDirectory, "names_for_best", killed)
         with pytest.raises(Killed):
             train(tmp_path / "killed", "--epochs", "2", "--checkpoint-steps", "3")
     assert len(rows(tmp_path / "killed")) == 1 and last(tmp_path / "killed")["step"] == 3
@@ -323,19 +324,15 @@ def test_resume_takes_a_run_directory_with_the_flags_it_was_started_with(tmp_pat
         main_svt.main(["--resume", str(tmp_path), "--output-dir", str(tmp_path / "new")])
 
 
-def test_going_back_begins_a_branch_that_auto_goes_on_with(tmp_path, monkeypatch, capsys):
-    """From the first epoch's checkpoint with another rate, stopped: auto takes the branch and not the later files."""
-    train(tmp_path, "--epochs", "3", "--checkpoint-epochs", "1")
-    back = ["--epochs", "3", "--checkpoint-epochs", "1", "--lr", "1e-4"]
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        signal_at(patch, "step_loss", 2)
-        train(tmp_path, *back, "--resume", str(tmp_path / "checkpoint_0001.pth"))
-    assert (last(tmp_path)["epoch"], last(tmp_path)["args"]["lr"]) == (1, 1e-4)
-    abandoned = {path.name for path in (tmp_path / "abandoned_01").iterdir()}
-    assert {"checkpoint_0002.pth", "checkpoint_0003.pth", "log.txt"} <= abandoned
-    log = train(tmp_path, *back, "--resume", "auto")
-    assert [row["epoch"] for row in log] == [0, 1, 2] and last(tmp_path)["args"]["lr"] == 1e-4
-    assert log[-1]["train_lr"] < 1e-4 < log[0]["train_lr"]
+def test_resuming_where_later_checkpoints_would_be_lost_is_refused(tmp_path):
+    expected = train(tmp_path / "run", "--epochs", "2", "--checkpoint-epochs", "1")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    first = str(tmp_path / "run" / "checkpoint_0001.pth")
+    with pytest.raises(UserError, match=r"checkpoint_0002.pth is further in training .* --output-dir"):
+        train(tmp_path / "run", "--epochs", "2", "--resume", first)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+    assert timeless(train(tmp_path / "other", "--epochs", "2", "--resume", first)) == timeless(expected[1:])
+    main_spectformer.main([*TINY, "--output-dir", str(tmp_path / "run"), "--eval", "--resume", first])
 
 
 def test_a_runs_own_arguments_are_a_config(tmp_path, one_epoch):

@@ -5,7 +5,7 @@ import json
 import torch
 
 import main_spectformer
-from runtime import checkpoints
+from models.checkpoints import read_checkpoint
 
 # 2 classes, some 290 images: 4 steps of 64 an epoch.
 DIGITS = [
@@ -57,7 +57,7 @@ def timeless(log):
 
 
 def last(directory):
-    return checkpoints.load(directory / "checkpoint_last.pth")
+    return read_checkpoint(directory / "checkpoint_last.pth")
 
 
 def assert_same(a, b):

@@ -13,8 +13,8 @@ import models
 from datasets import Data, build_data
 from inputs.labelled_images import Batch
 from inputs.loader import EvalLoader
+from models.checkpoints import read_checkpoint, weights_of
 from models.pyramid import sample_mix_box
-from runtime import checkpoints
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS, mixes
@@ -148,7 +148,7 @@ def build_model(run: Run, data: Data) -> nn.Module:
     if run.checkpoint is not None and args.eval:
         if run.checkpoint.get("class_names") is not None:
             check_same(run.checkpoint, {"class_names": list(data.class_names)}, args.resume)
-        load(model, checkpoints.weights(run.checkpoint, ema=False), args.resume, new_head=False)
+        load(model, weights_of(run.checkpoint, ema=False), args.resume, new_head=False)
     elif run.checkpoint is None and args.finetune is not None:
         left = load_finetuned(model, args.finetune, data.class_names, keep_classifier=args.classifier == "auto")
         if args.eval and left:
@@ -178,7 +178,7 @@ def build_criterion(run: Run, model: nn.Module, data: Data) -> nn.Module:
     teacher = None
     if args.distillation_type != "none":
         teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, "--teacher-model")
-        weights = checkpoints.weights(checkpoints.load(args.teacher_path), path=args.teacher_path)
+        weights = weights_of(read_checkpoint(args.teacher_path), path=args.teacher_path)
         load(teacher, weights, args.teacher_path, new_head=False)
     loss = build_loss(
         num_classes=data.num_classes,

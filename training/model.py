@@ -12,9 +12,8 @@ from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
 import models
+from models.checkpoints import check_model_kwargs, read_checkpoint, weights_of
 from models.loading import WeightMismatch, classifier_names, load_weights, unwrap
-from runtime import checkpoints
-from training.model_bounds import check_arguments
 from utils import UserError, one_line
 
 
@@ -60,12 +59,11 @@ def described_model(path: str) -> dict[str, Any]:
     Raises:
         UserError: the file is unusable, or its arguments are not the model's own.
     """
-    state = checkpoints.load(path)
+    state = read_checkpoint(path)
     if state.get("arch") is None:
         return {}
     kwargs = {name: value for name, value in (state.get("model_kwargs") or {}).items() if name != "token_label"}
-    if timm.is_model(name := models.resolve_arch(state["arch"])):
-        check_arguments(name, kwargs, f"{path}: model_kwargs")
+    check_model_kwargs(kwargs, f"{path}: model_kwargs")
     return {"arch": state["arch"], "model_kwargs": kwargs}
 
 
@@ -82,8 +80,8 @@ def load_finetuned(model: nn.Module, path: str, class_names: tuple[str, ...], ke
 
     With `keep_classifier` the file's classifier is taken if it is for these very classes.
     """
-    state = checkpoints.load(path)
-    weights = unwrap(checkpoints.weights(state, path=path))
+    state = read_checkpoint(path)
+    weights = unwrap(weights_of(state, path=path))
     classifier = weights.get(f"{classifier_names(model)[0]}.weight")
     same_number = classifier is not None and classifier.shape[:1] == (len(class_names),)
     same_names = tuple(state.get("class_names") or class_names) == tuple(class_names)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import yaml
 
 import models
+from models.checkpoints import READING_ARGUMENTS
 from runtime.provenance import plain
 from training.arguments import (
     AMOUNT,
@@ -35,7 +35,6 @@ from training.arguments import (
     switch,
 )
 from training.model import described_model
-from training.model_bounds import check_arguments
 from utils import UserError, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -320,9 +319,11 @@ def check(args: argparse.Namespace) -> None:
         (args.sync_bn and args.freeze_bn, "--sync-bn and --freeze-bn exclude each other"),
         (args.warmup_updates and not args.sched_on_updates, "--warmup-updates needs --sched-on-updates"),
         (args.model_kwargs.get("in_chans", 3) != 3, "--model-kwargs in_chans: images have 3 channels"),
+        (
+            reading := sorted(READING_ARGUMENTS.intersection(args.model_kwargs)),
+            f"--model-kwargs: {''.join(reading[:1])} would make timm read other files; leave it out",
+        ),
     )
-    if timm.is_model(name := models.resolve_arch(args.arch)):
-        check_arguments(name, args.model_kwargs, "--model-kwargs")
 
 
 def refuse(*rules: tuple[Any, str]) -> None:

@@ -14,9 +14,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from runtime import checkpoints
-from runtime.lineage import newest_valid
+from models.checkpoints import read_checkpoint, weights_of
+from runtime.checkpoints import later_checkpoint, newest_intact
 from runtime.processes import Distributed
+from runtime.provenance import plain
 from training.console import report
 from training.model import load
 from training.optimizer import build_optimizer, images_per_update
@@ -34,23 +35,35 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
     """The checkpoint that --resume names; UserError if, without one, another run would be overwritten."""
     if args.resume is not None and (args.resume == "auto" or Path(args.resume).is_dir()):
         directory = args.output_dir if args.resume == "auto" else args.resume
-        found = newest_valid(directory) if dist.is_main else None
+        found = newest_intact(directory) if dist.is_main else None
         path = dist.broadcast_object(None if found is None else str(found[0]))
         if path is None:
             if args.resume == "auto":
                 return None
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
-        report(dist, f"going on from {path}")
-        return found[1] if found is not None else checkpoints.load(path)
+        report(dist, f"resuming from {path}")
+        state = found[1] if found is not None else read_checkpoint(path)
+        return state if Path(directory) == Path(args.output_dir) else without_loss(args, state)
     if args.resume is not None:
-        return checkpoints.load(args.resume)
+        return without_loss(args, read_checkpoint(args.resume))
     for name in ("log.txt", LAST):
         if not args.eval and (Path(args.output_dir) / name).exists():
             raise UserError(
-                f"--output-dir {args.output_dir} holds another run's {name}: go on with it by "
-                "--resume auto, or name another directory"
+                f"--output-dir {args.output_dir}: it has another run's {name}; continue that run with "
+                "--resume auto, or choose another directory"
             )
     return None
+
+
+def without_loss(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
+    """`state`; UserError if a run that resumes from it would overwrite later checkpoints of --output-dir."""
+    later = None if args.eval or args.dry_run else later_checkpoint(args.output_dir, state)
+    if later is not None:
+        raise UserError(
+            f"--resume {args.resume}: {later} is further in training and would be overwritten; choose another "
+            "--output-dir, or continue from there with --resume auto"
+        )
+    return state
 
 
 def with_global_batch(
@@ -130,9 +143,9 @@ def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
         | {key: getattr(trainer.progress, name) for name, key in stored_names(task.ranked_by).items()}
         | task.record()
         | {
-            "args": vars(trainer.args),
+            "args": plain(vars(trainer.args)),
             "world_size": trainer.dist.world_size,
-            "version": {"torch": torch.__version__, "timm": timm.__version__},
+            "version": {"torch": str(torch.__version__), "timm": timm.__version__},
         }
     )
 
@@ -186,7 +199,7 @@ def load_average(trainer: Trainer, state: dict[str, Any]) -> None:
     """Give the average that is to be evaluated, if one is, its weights, which may be of another image size."""
     if trainer.ema is not None:
         path = trainer.args.resume
-        load(trainer.ema.module, checkpoints.weights(state, ema=True, path=path), path, new_head=False)
+        load(trainer.ema.module, weights_of(state, ema=True, path=path), path, new_head=False)
 
 
 def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:

@@ -6,25 +6,18 @@ import contextlib
 import importlib
 import io
 import json
-import random
 import resource
-import shutil
 import signal
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import mutations
 import numpy as np
 import torch
-import wrong_inputs
-from harness import digest, one_line
+from harness import digest
 
 import engine
 from datasets import build_data
@@ -40,7 +33,6 @@ from training.classification import evaluate
 from training.classification_flags import FLAGS
 from training.options import parse_args
 from training.precision import Precision
-from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -121,18 +113,6 @@ def commands(cases: str, report: str) -> None:
     Path(report).write_text(json.dumps(results))
 
 
-def mutated_checkpoints(
-    kind: str, number: int, source: str, target: str, main: str, argv: Sequence[str], report: str
-) -> None:
-    """Run one command line on many spoiled checkpoints; first on the intact one."""
-    shutil.copyfile(source, target)
-    with mock.patch.object(engine, "train_one_epoch", _accept):
-        results = [run_command(main, argv) | {"label": "intact"}]
-        for label in mutations.checkpoints(kind, number, Path(source), Path(target)):
-            results.append(run_command(main, argv) | {"label": label})
-    Path(report).write_text(json.dumps(results))
-
-
 def limit_memory(mebibytes: int) -> None:
     """Let this process have so much more memory than it has."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -178,57 +158,6 @@ def bounded(mebibytes: int, seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-
-def wrong(kind: str, number: int, sources: dict[str, Any], memory: int, seconds: float, report: str) -> None:
-    """Meet so many inputs of a kind; {"label", "outcome", "message", "seconds"} of each."""
-    results = []
-    inputs = wrong_inputs.KINDS[kind](random.Random(kind), wrong_inputs.Sources(**sources))
-    with mock.patch.object(engine, "train_one_epoch", _accept):
-        for label, named, trial in islice(inputs, number):
-            began = time.process_time()
-            outcome, message = meet(named, trial, memory, seconds)
-            results.append(
-                {"label": label, "outcome": outcome, "message": message, "seconds": time.process_time() - began}
-            )
-    Path(report).write_text(json.dumps(results))
-
-
-def meet(named: str, trial: Callable[[], object] | Sequence[str], memory: int, seconds: float) -> tuple[str, str]:
-    """("accepted", "refused" in one line that has `named`, or what else happened; the message)."""
-    try:
-        with bounded(memory, seconds):
-            if callable(trial):
-                trial()
-                return "accepted", ""
-            result = run_command(trial[0], trial[1:])
-    except TooLong:
-        return f"longer than {seconds} s", traceback.format_exc()[-1500:]
-    except UserError as error:
-        result = {"code": error.exit_code, "err": str(error)}
-    except BaseException:  # whatever else comes out is the finding
-        return "crashed", traceback.format_exc()[-1500:]
-    if result["code"] in (0, "accepted"):
-        return "accepted", ""
-    told = result["err"]
-    if result["code"] == 2 and one_line(told) and named in told and 15 < len(told) < 6000:
-        return "refused", told[:200]
-    return f"exit {result['code']}", told[-1500:]
-
-
-def load_all(paths: Sequence[str], report: str, memory: int) -> None:
-    """`checkpoints.load` of many files, with ``memory`` MiB to allocate; what came of each."""
-    limit_memory(memory)
-    results = []
-    for path in paths:
-        try:
-            checkpoints.load(path)
-            results.append({"outcome": "loaded", "message": ""})
-        except UserError as error:
-            results.append({"outcome": "refused", "message": str(error)})
-        except BaseException:  # whatever else comes out is the finding
-            results.append({"outcome": "crashed", "message": traceback.format_exc()})
-    Path(report).write_text(json.dumps(results))
 
 
 def write_again_and_again(path: str, times: int) -> None:

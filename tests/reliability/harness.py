@@ -372,9 +372,9 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def outcome(run_dir: Path) -> dict[str, str]:
     """The digests of all that a run has to reproduce: its last checkpoint part by part, and its log."""
-    from runtime import checkpoints
+    from models.checkpoints import read_checkpoint
 
-    state = checkpoints.load(run_dir / "checkpoint_last.pth")
+    state = read_checkpoint(run_dir / "checkpoint_last.pth")
     parts = {key: digest(value) for key, value in state.items() if key not in ("args", "version", "lineage")}
     return parts | {"log": digest(rows(run_dir))}
 
@@ -386,9 +386,9 @@ def differences(got: dict[str, str], expected: dict[str, str]) -> list[str]:
 
 def farthest(run_dir: Path, reference: Path) -> float:
     """The largest difference between two runs' weights."""
-    from runtime import checkpoints
+    from models.checkpoints import read_checkpoint
 
-    one, other = (checkpoints.load(path / "checkpoint_last.pth")["model"] for path in (run_dir, reference))
+    one, other = (read_checkpoint(path / "checkpoint_last.pth")["model"] for path in (run_dir, reference))
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 

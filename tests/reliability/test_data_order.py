@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import TINY, Launcher, count, free_port
 
-from runtime import checkpoints
+from models.checkpoints import read_checkpoint
 
 
 @pytest.mark.promise(3)
@@ -65,7 +65,7 @@ def test_weights_do_not_depend_on_the_number_of_processes(launcher: Launcher, tm
             assert child.wait() == 128 + signal.SIGTERM, child.err
     launcher.complete(tmp_path / "changing", *exact)
     alone, changing = (
-        checkpoints.load(tmp_path / name / "checkpoint_last.pth")["model"] for name in ("alone", "changing")
+        read_checkpoint(tmp_path / name / "checkpoint_last.pth")["model"] for name in ("alone", "changing")
     )
     apart = {name: (weight - changing[name]).abs().max().item() for name, weight in alone.items()}
     assert all(weight.dtype == torch.float64 for weight in alone.values())

@@ -29,7 +29,7 @@ from harness import (
     traced,
 )
 
-from runtime import checkpoints
+from models.checkpoints import read_checkpoint
 
 
 def ended_after(children: list[Child], report: Path) -> tuple[list[int], float]:
@@ -70,7 +70,7 @@ def test_a_non_finite_loss_changes_nothing(launcher: Launcher, tmp_path, flags, 
         if not one_line(told) or not all(word in told for word in ("step", "lr", ".png")):
             failures.append(f"{label}: said {told!r}")
         # The parameters after the last update of each rank are what the last checkpoint holds, bit for bit.
-        state = checkpoints.load(directory / "checkpoint_last.pth")
+        state = read_checkpoint(directory / "checkpoint_last.pth")
         notes = [traced(tmp_path / f"{number}.{r}.trace") for r in range(2)]
         last = [[note for note in own if note["kind"] == "updated"][-1] for own in notes]
         if [own[-1]["kind"] for own in notes] != ["refused"] * 2:
@@ -219,7 +219,7 @@ def test_another_number_of_processes_keeps_the_global_batch_or_says_why_not(laun
     if file_digest(tmp_path / "run" / "checkpoint_last.pth") != before:
         failures.append("3 processes: the checkpoint changed")
     (child,) = launcher.complete(tmp_path / "run", *flags, "--batch-size", "4", "--resume", "auto")
-    state = checkpoints.load(tmp_path / "run" / "checkpoint_last.pth")
+    state = read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")
     if state["updates"] != 12 or [row["samples_seen"] for row in rows(tmp_path / "run")] != [32, 64, 96]:
         failures.append(f"1 process: {state['updates']} updates, {rows(tmp_path / 'run')}")
     record("changes of the number of processes that kept the images an update, or said why not", 2, failures)

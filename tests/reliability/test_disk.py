@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import Launcher, copy_run, count, file_digest, one_line, spread, temporaries, traced
 
+from models.checkpoints import read_checkpoint
 from runtime import checkpoints
 from utils import UserError
 
@@ -34,7 +35,7 @@ def refusal(launcher: Launcher, source: Path, directory: Path, flags: list[str],
     if left := temporaries(directory):
         return f"left {left}"
     try:
-        checkpoints.load(directory / "checkpoint_last.pth")
+        read_checkpoint(directory / "checkpoint_last.pth")
     except UserError as error:
         return str(error)
     return ""
@@ -187,7 +188,7 @@ def test_a_reader_beside_the_writer_always_finds_a_whole_file(launcher: Launcher
             killed += 1
             writer = launcher.start("children:write_again_and_again", path=str(path), times=10**6)
         try:
-            state = checkpoints.load(path)
+            state = read_checkpoint(path)
             changes, last = changes + (state["epoch"] != last), state["epoch"]
         except UserError as error:
             wrong.append(str(error))

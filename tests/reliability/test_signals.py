@@ -7,7 +7,7 @@ import signal
 import pytest
 from harness import FULL, Launcher, count, differences, farthest, one_line, outcome
 
-from runtime import checkpoints
+from models.checkpoints import read_checkpoint
 
 # (signal, processes, rank that gets it, event, occurrence of it, times): 20 in a full run.
 CASES = [
@@ -58,7 +58,7 @@ def test_a_signal_saves_and_leaves(launcher: Launcher, tmp_path, flags, record, 
         announced = "finishing this step, then saving\n"  # at once, by the main process if it was signalled
         if told.count(announced) != (rank == 0) or not one_line(told.replace(announced, "")):
             failures.append(f"{label}: said {told!r}")
-        state = checkpoints.load(directory / "checkpoint_last.pth")
+        state = read_checkpoint(directory / "checkpoint_last.pth")
         done = state["updates"]
         least = {"updated": n, "update": n, "training": n}.get(event, 1)
         if done < least or done > 15:

@@ -19,8 +19,8 @@ from torch.export import Dim, ExportedProgram
 
 from inference.from_checkpoint import ModelInfo, build_from_checkpoint
 from models.base import ImageModel
+from models.checkpoints import METADATA_KEYS
 from models.layers import Grid
-from runtime.tensor_files import METADATA_KEYS
 from tools.export.portable import portable
 from utils import MachineError, UserError, atomic_write, one_line
 

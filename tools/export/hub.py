@@ -14,7 +14,7 @@ from timm.models._hub import generate_readme
 from torch import nn
 
 from inference.from_checkpoint import ModelInfo, build_from_checkpoint
-from runtime import checkpoints
+from models.checkpoints import read_checkpoint
 from training.model import count_parameters
 from utils import UserError, cannot_write, make_directory, one_line
 
@@ -43,7 +43,7 @@ RECIPE = (
 
 def write_hub(args: argparse.Namespace) -> str:
     """config.json, model.safetensors and README.md in a folder, and the same on the Hub if --push asks for it."""
-    state = checkpoints.load(args.checkpoint)
+    state = read_checkpoint(args.checkpoint)
     model, info = build_from_checkpoint(args.checkpoint, state=state, ema=args.ema)
     card = model_card(state, model, info, args.push or f"local-dir:{args.path}")
     made = {

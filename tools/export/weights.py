@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from models.checkpoints import read_checkpoint, weights_of
 from models.convert import to_original, to_ours
 from models.loading import unwrap
 from runtime import checkpoints
-from runtime.tensor_files import save_tensors
+from runtime.checkpoints import save_safetensors
 from utils import UserError
 
 
@@ -43,8 +44,8 @@ def write_original(args: argparse.Namespace) -> str:
 
 
 def _read(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state = checkpoints.load(args.checkpoint)
-    return state, unwrap(checkpoints.weights(state, args.ema, args.checkpoint))
+    state = read_checkpoint(args.checkpoint)
+    return state, unwrap(weights_of(state, args.ema, args.checkpoint))
 
 
 def _write(
@@ -53,7 +54,7 @@ def _write(
     if args.path.suffix not in suffixes:
         raise UserError(f"{args.path}: name it {' or '.join(suffixes)}")
     if args.path.suffix == ".safetensors":
-        save_tensors(args.path, tensors, state)
+        save_safetensors(args.path, tensors, state)
     else:
         checkpoints.save(args.path, {"model": tensors})
     return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} numbers"

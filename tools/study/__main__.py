@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from runtime.entry_point import run_cli
-from runtime.lock import DirectoryLock
+from runtime.run_directory import lock_directory
 from tools.command_line import ToolParser
 from training.arguments import POSITIVE, dashed
 from training.console import duration
@@ -98,7 +98,7 @@ def train(study: Study, jobs: Sequence[Job], results: Path, args) -> None:
     if not jobs:
         return
     make_directory(args.runs / study.name)
-    lock = DirectoryLock(args.runs / study.name)
+    lock = lock_directory(args.runs / study.name)
     places = devices(args.workers)
     used: dict[Job, str] = {}
 

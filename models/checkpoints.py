@@ -1,0 +1,171 @@
+"""Reading checkpoint files: ours, the original authors', timm's and safetensors. Nothing in a file is executed."""
+
+import argparse
+import json
+import os
+import pathlib
+import warnings
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+EMA_KEYS = ("model_ema", "state_dict_ema")
+# What an exported .safetensors file keeps beside its tensors, as JSON.
+METADATA_KEYS = (
+    "arch",
+    "model_kwargs",
+    "num_classes",
+    "input_size",
+    "mean",
+    "std",
+    "crop_pct",
+    "interpolation",
+    "class_names",
+)
+_CONTAINERS = ("model", "state_dict", "model_state_dict", "net")
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_COMMON_PREFIXES = ("model.", "net.", "backbone.", "encoder.")
+# timm's arguments that make it read the network or other files.
+READING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+# What DeiT-style training states and older files of this project contain beside tensors and plain values.
+_scalar = np.float64().__reduce__()[0]
+_SAFE = [
+    argparse.Namespace,
+    torch.torch_version.TorchVersion,
+    (pathlib.PosixPath, "pathlib.PosixPath"),
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),  # Python 3.13 and later
+    np.dtype,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),  # NumPy 2 and later
+    *(type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u1", "?")),
+]
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used as a checkpoint; the message is one line that begins with its path."""
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, after checking the CRC-32 of every entry of its zip archive.
+
+    Files from before torch's zip format (torch < 1.6) and `.safetensors` files have no checksum.
+
+    Returns:
+        The file's dict, with a saved `argparse.Namespace` under "args" as a dict. A `.safetensors` file comes back
+        as {"model": tensors} with those METADATA_KEYS that it has.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is not a checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
+    try:
+        if os.fspath(path).endswith(".safetensors"):
+            return _read_safetensors(path)
+        check_archive(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # zipfile and safetensors raise whatever the damage leads to
+        raise _unusable(path, error) from error
+    return load_unchecked(path)
+
+
+def check_archive(file: str | os.PathLike | BinaryIO) -> None:
+    """Raise zipfile.BadZipFile, or another error that damage leads to, unless a zip archive's CRC-32s all match."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
+
+
+def load_unchecked(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
+    """`read_checkpoint` of a `torch.save` file without verifying checksums.
+
+    With `mmap` the tensors stay on the disk until they are used: a fast way to read the other entries.
+    """
+    try:
+        with torch.serialization.safe_globals(_SAFE), warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # torch, too, raises whatever the damage leads to
+        raise _unusable(path, error) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: it contains a {type(checkpoint).__name__}, not the dict of a checkpoint")
+    if isinstance(checkpoint.get("args"), argparse.Namespace):
+        checkpoint["args"] = vars(checkpoint["args"])
+    return checkpoint
+
+
+def _unusable(path: str | os.PathLike, error: Exception) -> CheckpointError:
+    # Of torch's message only the reason: the rest advises to load the file unsafely.
+    reason = " ".join(str(error).partition("WeightsUnpickler error: ")[2].partition("Please use")[0].split())
+    reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
+    return CheckpointError(f"{path}: damaged, or not a checkpoint: {reason[:200]}")
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
+    with safetensors.safe_open(path, "pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+        checkpoint: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+    for key in METADATA_KEYS:
+        if key in metadata:
+            with suppress(ValueError):  # somebody else's entry of that name, not JSON
+                checkpoint[key] = json.loads(metadata[key])
+    return checkpoint
+
+
+def weights_of(
+    checkpoint: Mapping[str, Any], ema: bool | None = None, path: str | os.PathLike = "checkpoint"
+) -> StateDict:
+    """The state dict in a checkpoint of any known layout, without the name prefixes of wrappers.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        ema: the averaged weights (True), the trained ones (False), or the averaged ones if there are any (None).
+        path: the file's name for the error message.
+
+    Raises:
+        CheckpointError: there are no such weights in it.
+    """
+    averaged = next((checkpoint[key] for key in EMA_KEYS if checkpoint.get(key)), None)
+    if ema and averaged is None:
+        raise CheckpointError(f"{path}: it has no averaged (EMA) weights; use --no-ema")
+    found = unwrap(averaged if averaged is not None and ema is not False else checkpoint)
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        names = ", ".join(str(name)[:40] for name in list(checkpoint)[:12])
+        raise CheckpointError(f"{path}: it has no model weights; its keys are: {names}")
+    return found
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
+    """The innermost state dict of {"model": ...}, {"state_dict": ...} and the like, without wrappers' prefixes."""
+    while (key := next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)) is not None:
+        checkpoint = checkpoint[key]
+    weights = {_without_wrappers(str(name)): value for name, value in checkpoint.items()}
+    for prefix in _COMMON_PREFIXES:
+        if weights and all(name.startswith(prefix) for name in weights):
+            return {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def _without_wrappers(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError, which begins with `source`, for arguments that make timm open a URL or a file."""
+    found = READING_ARGUMENTS.intersection(model_kwargs)
+    if found:
+        raise CheckpointError(f"{source}: {sorted(found)[0]} would make timm read other files; leave it out")
