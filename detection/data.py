@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torchvision.transforms import v2
 
 from detection.coco import NUCLEI, CocoImages, open_split
 from detection.sampler import GroupedSampler
 from detection.transforms import TrainTransform
-from inputs.loader import EvalLoader, TrainLoader
-from inputs.samples import KeyedSamples
-from inputs.settings import LoaderSettings
+from inputs.loader import Batch, EvalLoader, KeyedSamples, TrainLoader
 from runtime.processes import Distributed
 from utils import UserError
-
-
-class Batch(NamedTuple):
-    """A batch on the device.
-
-    images: uint8 (3, H, W) each; targets: as `TrainTransform` gives them, empty in evaluation; indices: int64 (B,) on
-    the CPU.
-    """
-
-    images: list[Tensor]
-    targets: list[dict[str, Any]]
-    indices: Tensor
 
 
 class DetectionSamples(KeyedSamples):
@@ -47,28 +30,14 @@ class DetectionSamples(KeyedSamples):
         super().__init__(dataset, seed, skip_bad_images)
         self._transform = transform
 
-    def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+    def read(self, index: int) -> Batch:
         if self._transform is None:
-            return v2.functional.pil_to_tensor(self.dataset.image(index)), {}
-        return self._transform(*self.dataset.load(index))
+            return Batch(v2.functional.pil_to_tensor(self.dataset.image(index)), {}, index)
+        return Batch(*self._transform(*self.dataset.load(index)), index)
 
-    def collate(self, contents: list[tuple[Tensor, dict[str, Any]]]) -> list[list]:
-        return [list(part) for part in zip(*contents, strict=True)]
-
-    def placement(self, settings: LoaderSettings) -> Callable[[list[list], Tensor], Batch]:
-        return partial(_place, settings.dist.device)
-
-
-def _place(device: torch.device, content: list[list], indices: Tensor) -> Batch:
-    def move(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-    images, targets = content
-    return Batch(
-        [move(image) for image in images],
-        [{name: move(value) for name, value in target.items()} for target in targets],
-        indices,
-    )
+    def collate(self, samples: Sequence[Batch]) -> Batch:
+        images, targets, indices, *_ = zip(*samples, strict=True)
+        return Batch(list(images), list(targets), torch.tensor(indices))
 
 
 @dataclass
@@ -120,10 +89,10 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> Dete
         groups=train_set.groups,
     )
     samples = DetectionSamples(train_set, args.seed, TrainTransform(args), args.skip_bad_images)
-    train = TrainLoader(samples, sampler, LoaderSettings(args.batch_size, args.num_workers, args.pin_mem, dist))
+    train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
     return DetectionData(train_set, val_set, train, build_eval_loader(val_set, args, dist))
 
 
 def build_eval_loader(dataset: CocoImages, args: argparse.Namespace, dist: Distributed) -> EvalLoader:
     """Images one by one: together with others an image is padded, and its predictions are others."""
-    return EvalLoader(DetectionSamples(dataset), LoaderSettings(1, args.num_workers, args.pin_mem, dist))
+    return EvalLoader(DetectionSamples(dataset), 1, dist, args.num_workers, args.pin_mem)

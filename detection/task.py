@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import models
 from detection.backbone import create_classifier, freeze_batch_norms, pyramid_features
 from detection.coco import CocoImages
-from detection.data import Batch, build_data
+from detection.data import build_data
 from detection.detectors import STRIDES, Detector, build_detector
 from detection.evaluation import Result, evaluate_results, to_results
 from detection.flags import FLAGS
-from inputs.loader import EvalLoader
+from inputs.loader import Batch, EvalLoader
 from models.checkpoints import read_checkpoint, weights_of
 from models.resampling import keep_resampled
 from runtime.curves import Panel, Plot

@@ -9,9 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from datasets import Data, build_eval
-from inputs.labelled_images import Batch
-from inputs.loader import EvalLoader
+from inputs.data import Data, build_eval
+from inputs.loader import Batch, EvalLoader
 from runtime.processes import Distributed
 from training.classification import evaluate
 from training.precision import choose_precision

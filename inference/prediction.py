@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from inputs.image_sets import ImageFiles
-from inputs.images import read_image
-from inputs.labelled_images import KeyedImages
-from inputs.loader import EvalLoader
-from inputs.settings import LoaderSettings
-from inputs.transforms import build_transform
+from inputs.images import ImageFiles, read_image
+from inputs.loader import EvalLoader, KeyedImages
+from inputs.transforms import eval_transform
 from models.base import ImageModel
 from runtime.processes import Distributed
 from training.precision import Precision, as_input, choose_precision
@@ -65,13 +62,9 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, model: nn.Module
         overlays = overlay_paths(files, Path(args.explain or info.path.parent / "explained"))
     if args.output is not None:
         check_output(args.output)
-    transform = build_transform(
-        False, args.input_size, crop_pct=args.eval_crop_pct, interpolation=info.interpolation, normalize=False
-    )
-    loader = EvalLoader(
-        KeyedImages(Photographs(files), transform, seed=0),
-        LoaderSettings(args.batch_size, args.num_workers, args.pin_mem, dist, info.mean, info.std),
-    )
+    transform = eval_transform(args.input_size, crop_pct=args.eval_crop_pct, interpolation=info.interpolation)
+    samples = KeyedImages(Photographs(files), transform, mean=info.mean, std=info.std)
+    loader = EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
     precision = choose_precision(args, dist.device)
 
     def predict(images: Tensor) -> Tensor:

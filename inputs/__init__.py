@@ -1,1 +1,1 @@
-"""The room behind `datasets`: data sets, transforms, the order of samples, loaders, label maps."""
+"""Data sets, transforms, the order of samples, loaders and label maps. `inputs.data` builds a run's loaders."""

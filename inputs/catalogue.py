@@ -1,4 +1,4 @@
-"""The data sets by name, and what each asks of the command line and the augmentation."""
+"""The data sets by name, and what each requires of the command line and the augmentation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from inputs.dataset_options import DatasetOptions
 from inputs.digits import digits
 from inputs.folders import class_folders
 from inputs.hugging_face import hugging_face
-from inputs.image_sets import ClassSubset, ImageDataset
+from inputs.images import ImageDataset, choose_classes
 from inputs.inaturalist import inaturalist
-from inputs.request import Request
 from inputs.shards import web_shards
 from inputs.torchvision_sets import cars, cifar, flowers, pets
 from utils import UserError, one_line
@@ -20,11 +20,11 @@ from utils import UserError, one_line
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a data set is built, and what it needs of the command line and the augmentation."""
+    """How a data set is built, and what it requires of the command line and the augmentation."""
 
-    build: Callable[[Request], ImageDataset]
+    build: Callable[[DatasetOptions], ImageDataset]
     downloads: bool = False  # takes --download, if only to say what to do instead
-    needs_path: bool = True  # --data-path has to be given
+    needs_path: bool = True  # --data-path must be given
     splits: bool = False  # takes --val-split
     glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
 
@@ -56,53 +56,42 @@ def dataset_spec(name: str) -> DatasetSpec:
 def build_dataset(
     name: str,
     root: str | os.PathLike | None,
-    train: bool,
+    split: str,
     *,
-    download: bool = False,
-    inat_category: str = "name",
     classes: Sequence[str] | None = None,
-    val_split: tuple[float, int] | None = None,
+    **options: str | bool | tuple[float, int] | None,
 ) -> ImageDataset:
     """Open a data set.
 
     Args:
         name: a key of `DATASETS`, or ``hfds/…`` or ``wds/…``.
         root: its folder, --data-path; ``DIGITS`` needs none, for ``hfds/…`` it is the cache.
-        train: the training split, else the one to validate on.
-        download: fetch it where that is possible.
-        inat_category: the taxonomic rank that is the class, for INAT and INAT19.
+        split: "train", "val" (what training validates on), or "test".
         classes: keep only these, by name or number, labelled in this order.
-        val_split: the share of each class that is validated on and the seed of the choice, for class folders that
-            have no such split.
+        options: further fields of `DatasetOptions`.
 
     Raises:
         UserError: unknown name, missing or damaged files, an empty class, classes that differ between splits.
     """
     spec = dataset_spec(name)
-    if root is None and spec.needs_path:
-        raise UserError(f"--data-set {name}: --data-path has to say where its files are")
-    if download and not spec.downloads:
-        raise UserError(f"--download: --data-set {name} cannot be downloaded; put its files into --data-path")
-    if val_split is not None and not spec.splits:
-        raise UserError(f"--val-split: --data-set {name} has its own images to validate on; it is for FOLDER")
     folder = None if root is None else Path(root)
-    if folder is not None and not folder.is_dir() and not download:
+    chosen = DatasetOptions(name, folder, split, **options)
+    if folder is None and spec.needs_path:
+        raise UserError(f"--data-set {name}: --data-path must say where its files are")
+    if chosen.download and not spec.downloads:
+        raise UserError(f"--download: --data-set {name} cannot be downloaded; put its files into --data-path")
+    if chosen.val_split is not None and not spec.splits:
+        raise UserError(f"--val-split: --data-set {name} has its own images to validate on; it is for FOLDER")
+    if folder is not None and not folder.is_dir() and not chosen.download:
         raise UserError(f"--data-path {folder}: no such folder")
     where = f"--data-set {name}" + (f" --data-path {folder}" if folder is not None else "")
     try:
-        dataset = spec.build(Request(name, folder, train, download, inat_category, val_split))
+        dataset = spec.build(chosen)
     except OSError as error:
         raise UserError(f"{where}: {one_line(error)}") from error
     if len(dataset) == 0:
-        raise UserError(f"{where}: no images in it")
-    _check_text(dataset.class_names, where)
-    return dataset if classes is None else ClassSubset(dataset, classes)
-
-
-def _check_text(class_names: Sequence[str], where: str) -> None:
-    """Raise UserError for a name that is not Unicode: it goes into logs, results and checkpoints."""
-    for name in class_names:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: the class name {ascii(name)} is not UTF-8; rename it") from error
+        raise UserError(f"{where}: it contains no images")
+    for class_name in dataset.class_names:  # it goes into logs, results and checkpoints
+        if not class_name.isascii() and class_name != class_name.encode(errors="replace").decode():
+            raise UserError(f"{where}: the class name {ascii(class_name)} is not UTF-8; rename it")
+    return dataset if classes is None else choose_classes(dataset, classes)

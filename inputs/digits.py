@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from inputs.image_sets import ImageArrays, ImageDataset
-from inputs.request import Request
+from inputs.dataset_options import DatasetOptions
+from inputs.images import ImageArrays, ImageDataset
 
 
-def digits(request: Request) -> ImageDataset:
+def digits(options: DatasetOptions) -> ImageDataset:
     """1,797 digits of 8×8: 1,437 to train on and 360 to validate, in the same proportions of classes."""
     from sklearn.datasets import load_digits  # here: importing it takes a second that other data sets need not wait
     from sklearn.model_selection import train_test_split
@@ -16,7 +16,6 @@ def digits(request: Request) -> ImageDataset:
     found = load_digits()
     images = np.rint(found.images * (255 / 16)).astype(np.uint8)
     split = train_test_split(np.arange(len(images)), test_size=360, random_state=0, stratify=found.target)
-    chosen = np.sort(split[0 if request.train else 1])
-    return ImageArrays(
-        f"DIGITS/{request.split}", images[chosen], found.target[chosen], [str(name) for name in found.target_names]
-    )
+    chosen = np.sort(split[0 if options.train else 1])
+    class_names = [str(name) for name in found.target_names]
+    return ImageArrays(f"DIGITS/{options.split}", images[chosen], found.target[chosen], class_names)

@@ -1,131 +1,118 @@
-"""Hugging Face data sets, read by position from the Arrow files that their package keeps on disk.
+"""Hugging Face data sets, whose package has the name of this project's module `datasets`.
 
-The root's module `datasets` has the name of Hugging Face's package, which therefore never runs in this process:
-`locate_hugging_face` asks it once, in a process of its own, where the files are. They are read with pyarrow.
+The package is imported while that module and its folder are hidden from Python. It prepares the data set; the
+images are then read by position from its Arrow files, which pyarrow maps into memory.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
-import json
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
-from inputs.image_sets import ImageDataset, count_classes
-from inputs.images import BadImage, read_image
-from inputs.request import Request
+from inputs.dataset_options import DatasetOptions
+from inputs.images import BadImage, ImageDataset, count_classes
 from utils import UserError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
 
-LOCATE = Path(__file__).with_name("locate_hugging_face.py")
+PROJECT = Path(__file__).resolve().parent.parent
+SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` leaves in the folder of a data set
+_package: dict[str, ModuleType] = {}  # the modules of Hugging Face's package, between two uses
 
 
-class ArrowImages:
-    """Images in the record batches of Arrow files, which each process maps into its memory for itself."""
+class ArrowImages(ImageDataset):
+    """Images in a column of an Arrow table: structs of encoded bytes or a path."""
 
-    def __init__(
-        self, name: str, files: Sequence[str], image_column: str, label_column: str, class_names: Sequence[str] | None
-    ):
-        """class_names: None to name the classes by their numbers. Raises UserError for labels that are no classes."""
+    def __init__(self, name: str, images: pyarrow.ChunkedArray, labels: np.ndarray, class_names: tuple[str, ...]):
+        super().__init__(labels, class_names)
         self._name = name
-        self._files = tuple(files)
-        self._image_column = image_column
-        self._batches = _record_batches(self._files)
-        self._ends = np.cumsum([len(batch) for batch in self._batches])
-        self.labels = _labels(self._batches, label_column)
-        named = tuple(class_names or ())
-        self.class_names = named + tuple(str(i) for i in range(len(named), count_classes(self.labels)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_batches": None}  # a started process would be sent the images themselves
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _batches=_record_batches(state["_files"]))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        batch = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - int(self._ends[batch])  # from the batch's end
-        stored = self._batches[batch].column(self._image_column)[row].as_py() or {}
-        if stored.get("bytes"):
-            source = io.BytesIO(stored["bytes"])
-        elif stored.get("path"):
-            source = stored["path"]
-        else:
-            raise BadImage(f"{self.path(index)}: there is no image in this row")
-        return read_image(source, self.path(index)), int(self.labels[index])
+        self._images = images
 
     def path(self, index: int) -> str:
         return f"{self._name}[{index}]"
 
-
-def _record_batches(files: Sequence[str]) -> list[pyarrow.RecordBatch]:
-    import pyarrow  # comes with Hugging Face's package, which only these data sets need
-
-    # Without threads of its own it can be used on both sides of a fork.
-    options = pyarrow.ipc.IpcReadOptions(use_threads=False)
-    return [
-        batch
-        for file in files
-        for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(file), options=options)
-        if len(batch)
-    ]
+    def source(self, index: int) -> str | BinaryIO:
+        stored = self._images[index].as_py() or {}
+        if stored.get("bytes"):
+            return io.BytesIO(stored["bytes"])
+        if stored.get("path"):
+            return stored["path"]
+        raise BadImage(f"{self.path(index)}: there is no image in this row")
 
 
-def _labels(batches: Sequence[pyarrow.RecordBatch], column: str) -> np.ndarray:
-    parts = [batch.column(column) for batch in batches]
-    if any(part.null_count for part in parts):
-        raise UserError(f"column {column!r}: some rows have no label")
-    numbers = [part.to_numpy(zero_copy_only=False) for part in parts] or [np.zeros(0, np.int64)]
-    if not all(np.issubdtype(part.dtype, np.integer) for part in numbers):
-        raise UserError(f"column {column!r}: holds {parts[0].type} and not class numbers; make it a ClassLabel")
-    return np.concatenate(numbers).astype(np.int64)
-
-
-def hugging_face(request: Request) -> ImageDataset:
+def hugging_face(options: DatasetOptions) -> ImageDataset:
     """hfds/NAME of the Hub, or hfds/PATH of a local folder, also one written by `save_to_disk`.
 
     The columns are `image` and `label`, or the only ones of their kinds. --data-path is where the package keeps
     what it downloads and prepares (default: its own cache); nothing is written into a local data set's folder.
     """
     try:
-        found = _locate(request)
-        name = f"{request.name}/{found['split']}"
-        dataset = ArrowImages(name, found["files"], found["image"], found["label"], found["class_names"])
-    except (UserError, ValueError, OSError, ImportError) as error:
-        raise UserError(f"--data-set {request.name}: {one_line(error)}") from error
-    if len(dataset) != found["rows"]:
-        raise UserError(f"--data-set {request.name}: its files hold {len(dataset)} rows, not {found['rows']}")
-    return dataset
+        with hugging_face_package() as package:
+            parts = _open(package, options.name.partition("/")[2], options.root)
+            split = next((split for split in options.split_names if split in parts), None)
+            if split is None:
+                wanted = " or ".join(options.split_names)
+                raise UserError(f"no split {wanted}; it has {', '.join(map(str, parts))}")
+            features, table = parts[split].features, parts[split].data.table
+            image = _column(features, "image", package.Image)
+            label = _column(features, "label", package.ClassLabel)
+            if not isinstance(features[image], package.Image):
+                raise UserError(f"column {image!r}: contains no images; make it an Image")
+            labels = table.column(label).to_numpy()
+            if table.column(label).null_count or not np.issubdtype(labels.dtype, np.integer):
+                raise UserError(f"column {label!r}: not every row has a class number; make it a ClassLabel")
+        named = tuple(getattr(features[label], "names", None) or ())
+        class_names = named + tuple(str(i) for i in range(len(named), count_classes(labels)))
+        return ArrowImages(f"{options.name}/{split}", table.column(image), labels, class_names)
+    except Exception as error:  # a data set's builder raises anything
+        raise UserError(f"--data-set {options.name}: {one_line(error)}") from error
 
 
-def _locate(request: Request) -> dict[str, Any]:
-    """The answer of `locate_hugging_face`; raises UserError with its reason."""
-    name = request.name.partition("/")[2]
-    splits = ("train",) if request.train else ("validation", "val", "test")
-    command = [sys.executable, "-P", str(LOCATE), name, _cache(name, request.root), *splits]
-    # Its progress and warnings go to stderr as they come; it cannot ask anything.
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    if done.returncode != 0:
-        raise UserError(f"reading it ended with code {done.returncode}")
-    answer = json.loads(done.stdout)
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer
+@contextmanager
+def hugging_face_package() -> Iterator[ModuleType]:
+    """Hugging Face's `datasets`, under that name in `sys.modules` for the duration of the block."""
+    project, path = _modules_of_datasets(), sys.path[:]
+    sys.path[:] = [entry for entry in path if Path(entry).resolve() != PROJECT]
+    sys.modules.update(_package)
+    try:
+        yield importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise UserError("it needs Hugging Face's package: pip install datasets") from error
+    finally:
+        sys.path[:] = path
+        _package.update(_modules_of_datasets())
+        sys.modules.update(project)
 
 
-def _cache(name: str, root: Path | None) -> str:
-    """The folder to prepare the data set in, "" for Hugging Face's own, which it is for --data-path in the data."""
-    data = Path(name).resolve()
-    inside = root is not None and data.is_dir() and root.resolve().is_relative_to(data)
-    return "" if root is None or inside else str(root)
+def _modules_of_datasets() -> dict[str, ModuleType]:
+    """The imported modules of that name, taken out of `sys.modules`."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "datasets"}
+
+
+def _open(package: ModuleType, name: str, root: Path | None) -> dict[str, Any]:
+    """The splits of a data set."""
+    folder = Path(name).resolve()
+    if any((folder / file).is_file() for file in SAVED):
+        found = package.load_from_disk(name, keep_in_memory=False)
+    else:
+        inside = root is not None and folder.is_dir() and root.resolve().is_relative_to(folder)
+        cache = None if root is None or inside else str(root)
+        found = package.load_dataset(name, cache_dir=cache, keep_in_memory=False)
+    return found if isinstance(found, dict) else {str(found.split or "train"): found}
+
+
+def _column(features: dict, name: str, kind: type) -> str:
+    """The column of that name, else the only one of that kind."""
+    fitting = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if name in features or len(fitting) == 1:
+        return name if name in features else fitting[0]
+    raise UserError(f"no column {name!r}, nor a single one of kind {kind.__name__}, among {', '.join(features)}")

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from inputs.image_sets import ImageDataset, ImageFiles
-from inputs.request import Request
+from inputs.dataset_options import DatasetOptions
+from inputs.images import ImageDataset, ImageFiles
 from utils import UserError
 
 RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # of --inat-category
 
 
-def inaturalist(request: Request) -> ImageDataset:
+def inaturalist(options: DatasetOptions) -> ImageDataset:
     """train{year}.json, val{year}.json, categories.json and the images they name.
 
     Labels are numbered as in DeiT, by first appearance in the training annotations.
     """
-    year = {"INAT": 2018, "INAT19": 2019}[request.name]
-    if request.inat_category not in RANKS:
-        raise UserError(f"--inat-category {request.inat_category}: one of {', '.join(RANKS)}")
+    year = {"INAT": 2018, "INAT19": 2019}[options.name]
+    if options.inat_category not in RANKS:
+        raise UserError(f"--inat-category {options.inat_category}: one of {', '.join(RANKS)}")
     try:
         category_names = {
-            int(category["id"]): str(category[request.inat_category])
-            for category in request.read_json("categories.json")
+            int(category["id"]): str(category[options.inat_category])
+            for category in options.read_json("categories.json")
         }
-        training = request.read_json(f"train{year}.json")
-        wanted = training if request.train else request.read_json(f"val{year}.json")
+        training = options.read_json(f"train{year}.json")
+        wanted = training if options.train else options.read_json(f"val{year}.json")
         class_names = list(dict.fromkeys(category_names[entry["category_id"]] for entry in training["annotations"]))
         label_of = {name: label for label, name in enumerate(class_names)}
         category_of = {entry["image_id"]: entry["category_id"] for entry in wanted["annotations"]}
-        paths = [_image_path(request.root, image["file_name"]) for image in wanted["images"]]
+        paths = [_image_path(options.root, image["file_name"]) for image in wanted["images"]]
         labels = [label_of[category_names[category_of[image["id"]]]] for image in wanted["images"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise request.missing(f"iNaturalist's annotations, but an entry is not complete ({error!r})") from error
+        raise options.missing(f"iNaturalist's annotations, but an entry is not complete ({error!r})") from error
     return ImageFiles(paths, labels, class_names)
 
 

@@ -1,21 +1,171 @@
-"""Batches read ahead by worker processes and put on the device, whatever a task's samples are."""
+"""Samples by key, read ahead in batches by worker processes and put on the device.
+
+A task subclasses `KeyedSamples` and says how a sample is read and how samples are collated.
+"""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
-from copy import copy
-from functools import partial
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from inputs.images import BadImage, ImageDataset
+from inputs.label_maps import image_map_path, read_label_map
 from inputs.sampler import BatchOrder, SampleKey, evaluation_batches
-from inputs.samples import KeyedSamples, LoadedBatch, collate
-from inputs.settings import LoaderSettings
-from inputs.workers import start_worker
-from utils import UserError, tell
+from inputs.transforms import RandomErasing
+from runtime.processes import Distributed
+from utils import UserError, key_seed, seeded, tell
+
+REPLACEMENT_TRIES = 100
+
+
+class Batch(NamedTuple):
+    """Samples on their way from a worker to the loss. A single sample has no dimension B.
+
+    images: (B, C, H, W), uint8 from a worker, normalised float32 on the device. Those of a detector: a list of uint8
+        (3, H, W).
+    targets: int64 (B,), the collated records of token labels, or a detector's list of dicts.
+    indices: int64 (B,) on the CPU, for ``dataset.path``.
+    erased: the boxes of `RandomErasing` (B, count, 5), None without it.
+    skipped: unreadable images, path to reason.
+    """
+
+    images: Any
+    targets: Any
+    indices: Any
+    erased: Tensor | None = None
+    skipped: dict[str, str] = {}
+
+
+class NamedImages(Protocol):
+    """A number of images, each with a name: all that a loader needs to know about a data set."""
+
+    def __len__(self) -> int: ...
+
+    def path(self, index: int) -> str:
+        """The image's file, or what names it best."""
+
+
+class KeyedSamples(Dataset, ABC):
+    """The samples of a data set by key, without any random state: a key always gives the same sample."""
+
+    def __init__(self, dataset: NamedImages, seed: int = 0, skip_bad_images: bool = False):
+        """skip_bad_images: replace unreadable images by others; else the first ends the run."""
+        self.dataset = dataset
+        self._seed = seed
+        self._skip_bad_images = skip_bad_images
+
+    @abstractmethod
+    def read(self, index: int) -> Batch:
+        """A sample, augmented by draws from the global random generators; raises `BadImage` or UserError."""
+
+    def collate(self, samples: Sequence[Batch]) -> Batch:
+        """The samples of a batch as one, but for `skipped`. Runs in a worker process."""
+        images, targets, indices, erased, _ = zip(*samples, strict=True)
+        boxes = None if erased[0] is None else default_collate(erased)
+        return Batch(default_collate(images), default_collate(targets), torch.tensor(indices), boxes)
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with its images and targets on the device."""
+        return batch._replace(images=_move(batch.images, device), targets=_move(batch.targets, device))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> Batch | UserError:
+        """The sample, or the error met: one raised in a worker would reach the user as a traceback."""
+        skipped: dict[str, str] = {}
+        for index in self._candidates(key):
+            try:
+                with seeded(self._seed, key.epoch, index, key.repeat):
+                    return self.read(index)._replace(skipped=skipped)
+            except BadImage as error:
+                if not self._skip_bad_images:
+                    return error
+                skipped[self.dataset.path(index)] = str(error)
+            except UserError as error:
+                return error
+        reason = next(iter(skipped.values()))
+        return UserError(f"{reason}; none of {REPLACEMENT_TRIES} others tried instead could be read either")
+
+    def _candidates(self, key: SampleKey) -> Iterator[int]:
+        """The sample itself, then replacements for it, each with its own label."""
+        yield key.index
+        for attempt in range(REPLACEMENT_TRIES):
+            yield key_seed(self._seed, "replacement", *key, attempt) % len(self.dataset)
+
+    def join(self, samples: Sequence[Batch | UserError]) -> Batch | UserError:
+        """The samples of a batch as one, or the first error among them."""
+        failed = next((sample for sample in samples if isinstance(sample, UserError)), None)
+        if failed is not None:
+            return failed
+        skipped = {path: reason for sample in samples for path, reason in sample.skipped.items()}
+        return self.collate(samples)._replace(skipped=skipped)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _move(item, device) for name, item in value.items()}
+    return [_move(item, device) for item in value] if isinstance(value, list) else value
+
+
+class KeyedImages(KeyedSamples):
+    """A classifier's images: decoded and transformed by a worker, normalised and erased on the device.
+
+    Args:
+        transform: from a PIL image to uint8 (C, H, W); with label maps a `TokenLabelTransform`.
+        mean, std: of the channels, for pixels from 0 to 1.
+        label_maps: the folder of token-label maps.
+        erasing: random erasing, if any.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable,
+        seed: int = 0,
+        skip_bad_images: bool = False,
+        *,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        label_maps: str | None = None,
+        erasing: RandomErasing | None = None,
+    ):
+        super().__init__(dataset, seed, skip_bad_images)
+        self._transform = transform
+        # On the scale of uint8, so that the images need not be divided by 255.
+        self._mean, self._std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        self._label_maps = label_maps
+        self._erasing = erasing
+
+    def read(self, index: int) -> Batch:
+        image, target = self.dataset.load(index)
+        if self._label_maps is None:
+            image = self._transform(image)
+        else:
+            path = image_map_path(self._label_maps, self.dataset.path(index))
+            image, target = self._transform(image, read_label_map(path, len(self.dataset.class_names)), target)
+        erased = None if self._erasing is None else self._erasing.draw(*image.shape[-2:])
+        return Batch(image, target, index, erased)
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch on the device, its images float32, normalised and erased."""
+        batch = super().to_device(batch, device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        images = batch.images.float().sub_(self._mean).div_(self._std)
+        if batch.erased is not None:
+            images = self._erasing.erase(images, batch.erased)
+        return batch._replace(images=images, erased=None)
 
 
 class _Batches:
@@ -31,70 +181,88 @@ class _Batches:
 class DeviceLoader:
     """Reads batches in worker processes and puts them on the device, one ahead of the step on CUDA."""
 
-    def __init__(self, samples: KeyedSamples, settings: LoaderSettings):
+    def __init__(self, samples: KeyedSamples, dist: Distributed, num_workers: int = 0, pin_memory: bool = False):
         self.dataset = samples.dataset
         self.skipped: dict[str, str] = {}  # the unreadable images met so far, path to reason
-        self._placement = samples.placement(settings)
+        self._samples = samples
+        self._device = dist.device
         self._batches = _Batches()
-        device = settings.dist.device
         self._loader = DataLoader(
             samples,
             batch_sampler=self._batches,
-            num_workers=settings.num_workers,
-            collate_fn=partial(collate, join=samples.join),
-            pin_memory=settings.pin_memory and device.type == "cuda",
-            persistent_workers=settings.num_workers > 0,
-            worker_init_fn=start_worker,
+            num_workers=num_workers,
+            collate_fn=samples.join,
+            pin_memory=pin_memory and self._device.type == "cuda",
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_ignore_signals,
+            multiprocessing_context="fork" if num_workers > 0 else None,  # memory is shared, and starting is quick
             generator=torch.Generator(),  # of its own: the loader draws a number that nothing here uses
         )
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
-    def _read(self, batches: Iterable[list[SampleKey]]) -> Iterator[Any]:
+    def _read(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
         self._batches.keys = batches
-        # Threads that a library starts in a worker as it is forked inherit this: see `start_worker`.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            loaded_batches = iter(self._loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        loaded_batches = iter(self._loader)
+        if self._loader.num_workers > 0:
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)  # anew, to be called before torch's own function, which waits
         if self._stream is None:
             yield from map(self._on_device, loaded_batches)
             return
         ahead = None
         for loaded in loaded_batches:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 batch = self._on_device(loaded)
             if ahead is not None:
                 yield ahead
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
             ahead = batch
         if ahead is not None:
             yield ahead
 
-    def _on_device(self, loaded: LoadedBatch | UserError) -> Any:
+    def _on_device(self, loaded: Batch | UserError) -> Batch:
         if isinstance(loaded, UserError):
-            # Not `loaded` itself, whose traceback would hold this frame, and this frame it: freed from such a cycle,
-            # the workers do not hear of their end, and are waited for.
-            raise copy(loaded)
-        for path, reason in loaded.skipped:
+            raise loaded
+        for path, reason in loaded.skipped.items():
             if path not in self.skipped:
                 self.skipped[path] = reason
                 tell(f"skipped: {reason}")
-        return self._placement(loaded.content, loaded.indices)
+        return self._samples.to_device(loaded, self._device)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave signals to the main process: a whole job may get them at once, and it has to save first."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End the workers, which ignore SIGTERM, as the main process ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end by a signal for a failure
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class TrainLoader(DeviceLoader):
     """Training batches of this rank. Its length is the number of micro-steps an epoch."""
 
-    def __init__(self, samples: KeyedSamples, sampler: BatchOrder, settings: LoaderSettings):
-        super().__init__(samples, settings)
+    def __init__(
+        self,
+        samples: KeyedSamples,
+        sampler: BatchOrder,
+        dist: Distributed,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        super().__init__(samples, dist, num_workers, pin_memory)
         self.sampler = sampler
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from micro-step `start_step` on; raises UserError at an unreadable file."""
         return self._read(self.sampler.epoch(epoch, start_step))
 
@@ -105,14 +273,15 @@ class EvalLoader(DeviceLoader):
     `rounds` is the largest number of batches that a rank has; ranks may differ by one, or have none.
     """
 
-    def __init__(self, samples: KeyedSamples, settings: LoaderSettings):
-        super().__init__(samples, settings)
-        dist = settings.dist
-        self._keys = evaluation_batches(len(samples), settings.batch_size, dist.rank, dist.world_size)
-        self.rounds = len(evaluation_batches(len(samples), settings.batch_size, 0, dist.world_size))
+    def __init__(
+        self, samples: KeyedSamples, batch_size: int, dist: Distributed, num_workers: int = 0, pin_memory: bool = False
+    ):
+        super().__init__(samples, dist, num_workers, pin_memory)
+        self._keys = evaluation_batches(len(samples), batch_size, dist.rank, dist.world_size)
+        self.rounds = len(evaluation_batches(len(samples), batch_size, 0, dist.world_size))
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return self._read(self._keys)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import NoReturn
+
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet, StanfordCars, VisionDataset
 
-from inputs.cars_pickle import PICKLE, cars_with_pickle
-from inputs.folders import class_folders, has_class_folders
-from inputs.image_sets import ImageArrays, ImageDataset, ImageFiles
-from inputs.request import Request
+from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
+from inputs.folders import class_folders, split_folder
+from inputs.images import ImageArrays, ImageDataset, ImageFiles, class_number
 from utils import UserError, one_line
 
-# The folder that torchvision looks for below the root, and what has to be in it.
+# The folder that torchvision looks for below the root, and what it must contain.
 _LAYOUTS = {
     CIFAR10: ("cifar-10-batches-py", "the Python version of CIFAR-10"),
     CIFAR100: ("cifar-100-python", "the Python version of CIFAR-100"),
@@ -26,58 +28,95 @@ _LAYOUTS = {
     ),
     OxfordIIITPet: ("oxford-iiit-pet", "images/ and annotations/"),
 }
+_CARS_PICKLE = "cars_anno.pkl"
 
 
-def cifar(request: Request) -> ImageDataset:
+def cifar(options: DatasetOptions) -> ImageDataset:
     """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009), the Python version."""
-    builder = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[request.name]
-    data = _open(builder, request, train=request.train, download=request.download)
-    return ImageArrays(f"{request.name}/{request.split}", data.data, data.targets, data.classes)
+    builder = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[options.name]
+    data = _open(builder, options, train=options.train, download=options.download)
+    return ImageArrays(f"{options.name}/{options.split}", data.data, data.targets, data.classes)
 
 
-def flowers(request: Request) -> ImageDataset:
+def flowers(options: DatasetOptions) -> ImageDataset:
     """Oxford 102 Flowers: torchvision's layout, or class folders in train/ and test/.
 
     Trained on train and val, 2,040 images, and validated on test, as the published transfers are.
     """
-    if has_class_folders(request.root):
-        return class_folders(request)
+    if split_folder(options.root, SPLIT_NAMES["train"] + SPLIT_NAMES["val"]) is not None:
+        return class_folders(options)
     parts = [
-        _open(Flowers102, request, split=split, download=request.download)
-        for split in (("train", "val") if request.train else ("test",))
+        _open(Flowers102, options, split=split, download=options.download)
+        for split in (("train", "val") if options.train else ("test",))
     ]
     paths = [str(path) for part in parts for path in part._image_files]
     labels = [label for part in parts for label in part._labels]
     return ImageFiles(paths, labels, Flowers102.classes)
 
 
-def cars(request: Request) -> ImageDataset:
+def cars(options: DatasetOptions) -> ImageDataset:
     """Stanford Cars: torchvision's layout with the devkit, or a folder with cars_anno.pkl."""
-    if request.download:
+    if options.download:
         raise UserError(
             "--download: Stanford Cars is no longer offered for download; put its files into "
-            f"{request.root}/stanford_cars: devkit/cars_meta.mat, devkit/cars_train_annos.mat, "
+            f"{options.root}/stanford_cars: devkit/cars_meta.mat, devkit/cars_train_annos.mat, "
             "cars_test_annos_withlabels.mat, cars_train/*.jpg and cars_test/*.jpg"
         )
-    if (request.root / PICKLE).is_file():
-        return cars_with_pickle(request)
-    data = _open(StanfordCars, request, split="train" if request.train else "test")
+    if (options.root / _CARS_PICKLE).is_file():
+        return _cars_with_pickle(options)
+    data = _open(StanfordCars, options, split="train" if options.train else "test")
     paths, labels = zip(*data._samples, strict=True)
     return ImageFiles(paths, labels, data.classes)
 
 
-def pets(request: Request) -> ImageDataset:
+def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
+    """cars_anno.pkl: {"train": [(file, label), ...], "test": [...]}, or a list of (file, label, ..., is_test).
+
+    An entry may also be a dict with "fname", "class" and "test" as in the devkit. Labels count from 0 or 1. The
+    files lie in train/ and test/, or in cars_train/ and cars_test/.
+    """
+    path = options.root / _CARS_PICKLE
+    try:
+        with open(path, "rb") as file:
+            content = _PlainUnpickler(file).load()
+        if isinstance(content, dict):
+            content = [(*entry[:2], split == "test") for split in ("train", "test") for entry in content[split]]
+        entries = [
+            (entry["fname"], entry["class"], entry["test"]) if isinstance(entry, dict) else entry for entry in content
+        ]
+        labels = [class_number(entry[1]) for entry in entries]
+        first, last = min(labels), max(labels)
+        chosen = [(str(entry[0]), entry[1] - first) for entry in entries if bool(entry[-1]) != options.train]
+    except Exception as error:  # a damaged stream makes the unpickler fail in any way
+        raise UserError(
+            f"{path}: expected {{'train': [(file, label), ...], 'test': [...]}}: {one_line(error)}"
+        ) from error
+    split = "train" if options.train else "test"
+    folder = split_folder(options.root, (split, f"cars_{split}")) or options.root
+    files = [str(folder / file) for file, _ in chosen]
+    return ImageFiles(files, [label for _, label in chosen], [f"{i + 1:03d}" for i in range(last - first + 1)])
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings and containers, and calls nothing."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}; only lists, dicts, strings and numbers are read")
+
+
+def pets(options: DatasetOptions) -> ImageDataset:
     """Oxford-IIIT Pets: trained on trainval, validated on test."""
-    data = _open(OxfordIIITPet, request, split="trainval" if request.train else "test", download=request.download)
+    split = "trainval" if options.train else "test"
+    data = _open(OxfordIIITPet, options, split=split, download=options.download)
     return ImageFiles([str(path) for path in data._images], data._labels, data.classes)
 
 
-def _open(builder: type, request: Request, **options: str | bool) -> VisionDataset:
-    """Open a data set of torchvision's. --data-path may also be the very folder that it looks for."""
+def _open(builder: type, options: DatasetOptions, **arguments: str | bool) -> VisionDataset:
+    """Open one of torchvision's data sets. --data-path may also be the very folder that it looks for."""
     folder, content = _LAYOUTS[builder]
-    root = request.root.parent if request.root.name == folder else request.root
+    root = options.root.parent if options.root.name == folder else options.root
     try:
-        return builder(str(root), **options)
+        return builder(str(root), **arguments)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        hint = "; --download fetches it" if options.get("download") is False else ""
-        raise request.missing(f"{folder}/ with {content}{hint} ({one_line(error)})") from error
+        hint = "; --download fetches it" if arguments.get("download") is False else ""
+        raise options.missing(f"{folder}/ with {content}{hint} ({one_line(error)})") from error

@@ -1,15 +1,19 @@
-"""What an image goes through before the model: timm's transforms, as DeiT sets them up."""
+"""From a decoded image to the model's input: timm's transforms, as DeiT sets them up, and random erasing."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment, create_transform
+from torch import Tensor
 from torchvision import transforms
 
-from inputs.resize import BoundedResize, ResizedCentre
 from utils import UserError
 
 SMALL_INPUT = 32  # up to this size DeiT crops with padding instead of rescaling
@@ -19,16 +23,11 @@ MAX_SIDE = 9999
 def image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
     """(height, width) in pixels from one number, two, or text: 224, (192, 256), "224", "192x256".
 
-    The one parser of pixels: of flags, configurations and checkpoints.
-
     Raises:
-        UserError: it is nothing of that, or a side is not from 1 to 9999.
+        UserError: it is none of these, or a side is not from 1 to 9999.
     """
     if isinstance(size, str):
-        sides = [
-            int(side) if side.isascii() and side.isdigit() and len(side) <= 4 else side
-            for side in size.lower().split("x")
-        ]
+        sides = [int(side) if side.isascii() and side.isdigit() else side for side in size.lower().split("x")]
     else:
         sides = list(size) if isinstance(size, (list, tuple)) else [size]
     if len(sides) not in (1, 2) or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
@@ -44,46 +43,30 @@ def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
 auto_augment.NAME_TO_OP |= dict.fromkeys([name for name in auto_augment.NAME_TO_OP if "Posterize" in name], _posterize)
 
 
-def build_transform(
-    train: bool,
+def train_transform(
     input_size: int | Sequence[int],
     *,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
     interpolation: str = "bicubic",
-    crop_pct: float = 0.875,
     scale: Sequence[float] = (0.08, 1.0),
     color_jitter: float | None = 0.4,
     aa: str | None = None,
-    reprob: float = 0.0,
-    remode: str = "pixel",
-    recount: int = 1,
     glyphs: bool = False,
-    normalize: bool = True,
 ) -> transforms.Compose:
-    """Timm's transform from an RGB image to a tensor (3, H, W), as DeiT sets it up.
+    """The training transform from a PIL image to a uint8 tensor (C, H, W): timm's, as DeiT sets it up.
 
-    Training: RandomResizedCrop, flip, RandAugment or colour jitter, erasing; up to 32 pixels, and for glyphs,
-    a crop with padding in the place of the first. Evaluation: resize the shorter side to size / crop_pct,
-    then crop the centre.
+    RandomResizedCrop, flip, RandAugment or colour jitter. Up to 32 pixels, and for glyphs, a crop with padding
+    replaces RandomResizedCrop.
 
     Args:
         input_size: one side, or height and width.
-        crop_pct: evaluation only; see `evaluation_crop`.
-        scale: training only; the part of the image's area that RandomResizedCrop takes.
-        color_jitter: its strength; RandAugment takes its place.
-        aa: an augmentation policy of timm's; None or "" for none.
+        mean: of the channels; geometric operations fill with it.
+        scale: the part of the image's area that RandomResizedCrop takes.
+        color_jitter: its strength; RandAugment replaces it.
+        aa: the name of one of timm's augmentation policies; None or "" for none.
         glyphs: images whose class changes when they are mirrored: no flip, and a gentle crop.
-        normalize: give float, normalised with mean and std; else uint8. Erasing fills with noise in
-            normalised units and needs the former.
     """
     size = image_size(input_size)
-    if not train:
-        transform = create_transform(
-            size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct, normalize=normalize
-        )
-        resize, crop, *rest = transform.transforms
-        return transforms.Compose([ResizedCentre(resize, crop), *rest])
     transform = create_transform(
         size,
         is_training=True,
@@ -92,24 +75,75 @@ def build_transform(
         auto_augment=aa or None,
         interpolation=interpolation,
         mean=mean,
-        std=std,
         hflip=0.0 if glyphs else 0.5,
-        re_prob=reprob,
-        re_mode=remode,
-        re_count=recount,
-        normalize=normalize,
+        normalize=False,
     )
     if glyphs or max(size) <= SMALL_INPUT:
-        resample = "bicubic" if interpolation == "random" else interpolation
-        transform.transforms[0] = transforms.Compose(
-            [
-                BoundedResize(max(size), transforms.InterpolationMode(resample)),
-                transforms.RandomCrop(size, padding=max(1, min(size) // 8)),
-            ]
-        )
+        resample = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
+        crop = transforms.RandomCrop(size, padding=max(1, min(size) // 8))
+        transform.transforms[0] = transforms.Compose([transforms.Resize(max(size), resample), crop])
     return transform
 
 
+def eval_transform(
+    input_size: int | Sequence[int], *, crop_pct: float = 0.875, interpolation: str = "bicubic"
+) -> transforms.Compose:
+    """The evaluation transform from a PIL image to a uint8 tensor (C, H, W): timm's.
+
+    The shorter side is resized to size / crop_pct, then the centre is cropped; see `evaluation_crop`.
+    """
+    return create_transform(image_size(input_size), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
+
+
 def evaluation_crop(glyphs: bool, input_size: int | Sequence[int], crop_pct: float) -> float:
-    """What evaluation crops: small inputs and glyphs are seen whole, the rest as --eval-crop-pct says."""
+    """The crop of evaluation: 1 for small inputs and glyphs, which are seen whole, else --eval-crop-pct."""
     return 1.0 if glyphs or max(image_size(input_size)) <= SMALL_INPUT else crop_pct
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Random erasing (Zhong et al. 2020), with the distribution of `timm.data.random_erasing.RandomErasing`.
+
+    `draw` chooses boxes and a seed for the noise in a worker, from Python's random generator. `erase` fills them on
+    the device, so that workers ship uint8.
+
+    Args:
+        probability: of erasing anything in an image.
+        mode: what the boxes are filled with, in normalised units: "const" (zeros), "rand" (a normal random value for
+            each box and channel) or "pixel" (for each pixel).
+        count: boxes in an image.
+    """
+
+    probability: float
+    mode: str = "pixel"
+    count: int = 1
+    area = (0.02, 1 / 3)  # of the image, all boxes together
+    log_aspect = (math.log(0.3), math.log(1 / 0.3))
+
+    def draw(self, height: int, width: int) -> Tensor:
+        """(count, 5) int64: top, left, height, width and seed of each box; zeros where none is erased."""
+        boxes = torch.zeros(self.count, 5, dtype=torch.int64)
+        if random.random() > self.probability:
+            return boxes
+        for box in range(self.count):
+            for _ in range(10):
+                area = random.uniform(*self.area) * height * width / self.count
+                aspect = math.exp(random.uniform(*self.log_aspect))
+                high, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if high < height and wide < width:
+                    top, left = random.randint(0, height - high), random.randint(0, width - wide)
+                    boxes[box] = torch.tensor([top, left, high, wide, random.getrandbits(62)])
+                    break
+        return boxes
+
+    def erase(self, images: Tensor, boxes: Tensor) -> Tensor:
+        """Fill boxes (B, count, 5), on the CPU, of normalised images (B, C, H, W), in place."""
+        generator = torch.Generator(images.device)
+        for image, own in zip(images, boxes.tolist(), strict=True):
+            for top, left, height, width, seed in own:
+                if height and width:
+                    box = image[:, top : top + height, left : left + width]
+                    shape = {"pixel": box.shape, "rand": (len(image), 1, 1), "const": (0,)}[self.mode]
+                    noise = torch.randn(shape, generator=generator.manual_seed(seed), device=images.device)
+                    box.copy_(noise if self.mode != "const" else torch.zeros_like(box))
+        return images

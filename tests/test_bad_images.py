@@ -1,11 +1,7 @@
 """Unreadable images: named and refused, or skipped and counted on request; odd ones decoded right."""
 
-import gc
 import io
 import json
-import multiprocessing
-import os
-import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +14,7 @@ import pytest
 from PIL import Image
 from test_datasets import arguments, make_tree
 
-from datasets import build_data
+from inputs.data import build_data
 from inputs.images import BadImage, read_image
 from runtime.processes import Distributed
 from tools import verify_dataset
@@ -53,14 +49,10 @@ def huge_png() -> bytes:
 UNREADABLE = {
     "empty": b"",
     "text": b"<html>404 Not Found</html>",
-    "zeros": bytes(1000),
     "truncated jpeg": encoded(photo(), "jpeg")[:-300],
-    "cut by a byte": encoded(photo(), "jpeg")[:-1],
     "truncated png": encoded(photo(), "png")[:-200],
-    "header alone": encoded(photo(), "jpeg")[:20],
     "bomb": huge_png(),
     "floats": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "tiff"),
-    "integers": encoded(Image.fromarray(np.zeros((8, 8), np.int32)), "tiff"),
 }
 
 
@@ -79,32 +71,16 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
             read_image(str(path))
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_is_no_file_does_not_block(tmp_path, kind):
-    path = tmp_path / "image.png"
-    if kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to("/dev/zero")
-    with pytest.raises(BadImage, match=f"{path}: cannot be read as an image: .*not a regular file"):
-        read_image(str(path))
-
-
 @pytest.mark.parametrize(
     ("mode", "kind"),
     [
-        ("RGB", "jpeg"),
         ("L", "jpeg"),
         ("CMYK", "jpeg"),
-        ("RGB", "png"),
-        ("L", "png"),
         ("RGBA", "png"),
         ("LA", "png"),
         ("P", "png"),
         ("1", "png"),
-        ("RGB", "webp"),
         ("RGB", "bmp"),
-        ("CMYK", "tiff"),
         ("P", "gif"),
     ],
 )
@@ -138,15 +114,6 @@ def test_exif_orientation_turns_photographs_but_not_data_sets():
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(read_image(io.BytesIO(content), "p")), -1))
 
 
-def test_corrupt_exif_is_no_obstacle_to_training():
-    jpeg = encoded(photo(), "jpeg")
-    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(64))
-    content = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
-    assert np.array_equal(
-        np.asarray(read_image(io.BytesIO(content), "p")), np.asarray(read_image(io.BytesIO(jpeg), "p"))
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- loading
 
 
@@ -169,19 +136,6 @@ def test_training_stops_with_the_files_name_on_one_line(damaged, workers):
         list(loaders(damaged, num_workers=workers).train.epoch(0))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
-
-
-def test_workers_end_with_the_error_and_not_seconds_later(damaged):
-    """A reader that its own error keeps alive is freed late, and then waits five seconds for workers."""
-    before = multiprocessing.active_children()
-    gc.disable()
-    try:
-        list(loaders(damaged, num_workers=2).train.epoch(0))
-    except UserError:
-        pass
-    finally:
-        gc.enable()
-    assert [child for child in multiprocessing.active_children() if child not in before] == []
 
 
 def trace(data, epochs=3):
@@ -222,7 +176,7 @@ def test_a_data_set_without_any_readable_image_ends(tmp_path):
     make_tree(tmp_path, images=3)
     for path in (tmp_path / "train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="nor can any of 100 others"):
+    with pytest.raises(UserError, match="none of 100 others tried instead could be read"):
         list(loaders(tmp_path, skip_bad_images=True).train.epoch(0))
 
 
@@ -234,126 +188,47 @@ def test_evaluation_never_skips(damaged, workers):
         list(data.val)
 
 
-@pytest.mark.parametrize("size", [(12_000, 1), (1, 12_000)])
-def test_an_elongated_image_is_evaluated_in_bounded_memory(tmp_path, size):
-    pixels = tmp_path / "image.png"
-    Image.effect_noise(size, 100).convert("RGB").save(pixels)
-    used = subprocess.run(
-        [sys.executable, "-c", ELONGATED.format(root=str(ROOT), path=str(pixels))], capture_output=True, check=True
-    )
-    assert int(used.stdout) < 500 * 2**20
-
-
-ELONGATED = """
-import resource, sys; sys.path.insert(0, {root!r})
-from inputs.images import read_image
-from inputs.transforms import build_transform
-
-image, transform = read_image({path!r}), build_transform(False, 128, normalize=False)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert transform(image).shape == (3, 128, 128)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
-
-
-def test_an_image_that_cannot_even_be_resized_in_parts_is_refused_by_name(damaged):
-    path = damaged / "val" / "dog" / "0.png"
-    Image.new("RGB", (500_000, 1)).save(path)
-    with pytest.raises(BadImage, match=f"{path}: 500000x1 pixels are too elongated to be resized to 18000000x36"):
-        list(loaders(damaged, input_size=(36, 36), eval_crop_pct=1.0).val)
-
-
-def test_training_skips_an_image_too_elongated_for_a_gentle_crop(tmp_path):
-    make_tree(tmp_path, images=3)
-    path = tmp_path / "train" / "cat" / "1.png"
-    Image.new("RGB", (1_200_000, 1)).save(path)
-    with pytest.raises(BadImage, match=f"{path}: 1200000x1 pixels are too elongated"):
-        list(loaders(tmp_path).train.epoch(0))
-    data = loaders(tmp_path, skip_bad_images=True)
-    list(data.train.epoch(0))
-    assert data.train.skipped.keys() == {str(path)}
-
-
 # ---------------------------------------------------------------------------------------------------- workers
-
-
-def start_workers(folder):
-    gc.collect()  # loaders of other tests, which the traceback of their error keeps alive
-    data = loaders(folder, num_workers=2)
-    batches = data.train.epoch(0)
-    return data, batches, [process.pid for process in multiprocessing.active_children()]
-
-
-def test_workers_leave_signals_to_the_main_process(tmp_path):
-    # A job's processes may all get the signal at once; the main one has to finish its step and save.
-    data, batches, _ = start_workers(make_tree(tmp_path, images=12))
-    received = [next(batches), next(batches)]  # one of each worker: both have started
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        for worker in workers:
-            subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
-    time.sleep(0.2)
-    received += list(batches)
-    assert len(received) == 4
-    assert all(worker.is_alive() for worker in workers)
-    workers[0].terminate()  # from the main process SIGTERM is obeyed
-    workers[0].join(10)
-    assert not workers[0].is_alive()
 
 
 MAIN = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import multiprocessing, os, signal, subprocess, time
 from pathlib import Path
-if not {tells_sender}:
-    del signal.sigtimedwait  # as on macOS
 from test_bad_images import loaders
 data = loaders(Path({folder!r}), num_workers=2)
 batches = data.train.epoch(0)
 received = [next(batches), next(batches)]
 workers = multiprocessing.active_children()
-"""
-SIGNALLED = """
+print(*(worker.pid for worker in workers), flush=True)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda *_: None)
-    subprocess.run(["kill", f"-{number.value}", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
+    subprocess.run(["kill", f"-{{number.value}}", "--", f"-{{os.getpgrp()}}"], check=True, start_new_session=True)
 time.sleep(0.2)
 received += list(batches)
 print(len(received), [worker.is_alive() for worker in workers], flush=True)
-workers[0].terminate()
-workers[0].join(10)
-print(workers[0].is_alive(), flush=True)
-"""
-ORPHANS = """
-print(*(worker.pid for worker in workers), flush=True)
-time.sleep(60)
 """
 
 
-def start_main(tmp_path, then: str, tells_sender: bool) -> subprocess.Popen:
-    folder = make_tree(tmp_path, images=12)
-    script = MAIN.format(root=str(ROOT), folder=str(folder), tells_sender=tells_sender) + then
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
-
-
-@pytest.mark.parametrize("tells_sender", [True, False])
-def test_what_is_sent_to_the_whole_job_is_left_to_the_main_process(tmp_path, tells_sender):
-    told, _ = start_main(tmp_path, SIGNALLED, tells_sender).communicate(timeout=120)
-    assert told.splitlines() == ["4 [True, True]", "False"]
-
-
-@pytest.mark.parametrize("tells_sender", [True, False])
-def test_workers_end_with_a_killed_main_process(tmp_path, tells_sender):
-    main = start_main(tmp_path, ORPHANS, tells_sender)
-    workers = [int(pid) for pid in main.stdout.readline().split()]
-    assert len(workers) == 2
-    main.kill()
-    main.wait()
-    deadline = time.monotonic() + 10
-    while any(runs(pid) for pid in workers) and time.monotonic() < deadline:
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "raise ValueError", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_workers_leave_a_jobs_signals_to_the_main_process_and_end_with_it(tmp_path, end):
+    script = MAIN.format(root=str(ROOT), folder=str(make_tree(tmp_path, images=12))) + end
+    main = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    output, errors = main.communicate(timeout=120)
+    workers, received = output.splitlines()
+    assert received == "4 [True, True]"
+    assert "killed by signal" not in errors
+    deadline = time.monotonic() + 15
+    while any(runs(int(pid)) for pid in workers.split()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(runs(pid) for pid in workers)
+    assert len(workers.split()) == 2 and not any(runs(int(pid)) for pid in workers.split())
 
 
 def runs(pid: int) -> bool:
@@ -390,10 +265,3 @@ def test_the_tool_looks_through_any_folder(damaged, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
     with pytest.raises(UserError, match="--folder nowhere: no such folder"):
         verify_dataset.main(["--folder", "nowhere"])
-
-
-def test_the_tool_as_a_command_exits_2_at_mistakes(tmp_path):
-    command = [sys.executable, "-m", "tools.verify_dataset", "--data-path", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr

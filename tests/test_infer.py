@@ -17,6 +17,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timm.data import create_transform
 from torch import nn
 
 import infer
@@ -25,7 +26,6 @@ from datasets import build_eval
 from inference import explanations, prediction, recognise, reports
 from inference.from_checkpoint import build_from_checkpoint
 from inference.mirrored import average_mirrored
-from inputs.transforms import build_transform
 from models.checkpoints import CheckpointError, read_checkpoint
 from runtime.processes import Distributed
 from tests.golden import recipe
@@ -397,9 +397,7 @@ def test_prediction_lists_as_many_classes_as_there_are(tmp_path, capsys):
     assert {entry["class"] for entry in first} == {"temple", "plant", "other"}
     assert sum(entry["probability"] for entry in first) == pytest.approx(1, abs=1e-5)
 
-    transform = build_transform(
-        False, (32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, interpolation="bilinear"
-    )
+    transform = create_transform((32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, interpolation="bilinear")
     with torch.no_grad(), Image.open(folder / "china.jpg") as image:
         expected = model(transform(image)[None]).softmax(1).max()
     assert first[0]["probability"] == pytest.approx(float(expected), abs=1e-5)
@@ -431,7 +429,7 @@ def test_a_photograph_is_turned_upright_first(tmp_path):
         (["--image", "missing.png"], "missing.png"),
         (["--image", "empty"], "empty"),
         (["--image", "broken.png"], "broken.png"),
-        (["--image", "a.pth"], "a.pth: cannot be read as an image: it is in no format that Pillow knows"),
+        (["--image", "a.pth"], "a.pth: cannot be read as an image: Pillow does not know its format"),
         (["--explain"], "--explain needs --image"),
         (["--image", "good.png", "--data-set", "DIGITS"], "--image"),
         (["--data-set", "MNIST"], "MNIST"),

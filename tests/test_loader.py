@@ -2,20 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import default_collate
 
 from inputs.images import BadImage
-from inputs.loader import EvalLoader, TrainLoader
+from inputs.loader import Batch, EvalLoader, KeyedSamples, TrainLoader
 from inputs.sampler import KeyedSampler, SampleKey
-from inputs.samples import KeyedSamples, collate
-from inputs.settings import LoaderSettings
 from runtime.processes import Distributed
-from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -40,27 +35,15 @@ class Scenes:
         return index % 2 == 0
 
 
-class SceneBatch(NamedTuple):
-    images: list[torch.Tensor]
-    targets: list[dict]
-    indices: torch.Tensor
-
-
 class KeyedScenes(KeyedSamples):
     def read(self, index):
         image, target = self.dataset.load(index)
         jitter = torch.randint(0, 100, ())
-        return torch.from_numpy(image).permute(2, 0, 1) + jitter, target
+        return Batch(torch.from_numpy(image).permute(2, 0, 1) + jitter, target, index)
 
-    def collate(self, contents):
-        return tuple(map(list, zip(*contents, strict=True)))
-
-    def placement(self, settings):
-        def place(content, indices):
-            images, targets = content
-            return SceneBatch([image.to(settings.dist.device) for image in images], targets, indices)
-
-        return place
+    def collate(self, samples):
+        images, targets, indices, *_ = zip(*samples, strict=True)
+        return Batch(list(images), list(targets), torch.tensor(indices))
 
 
 @dataclass(frozen=True)
@@ -81,11 +64,7 @@ class GroupedSampler:
             yield [SampleKey(epoch, index, 0) for index in group[start : start + self.batch_size]]
 
 
-def settings(workers: int) -> LoaderSettings:
-    return LoaderSettings(4, workers, False, Distributed())
-
-
-def content(batch: SceneBatch) -> tuple:
+def content(batch: Batch) -> tuple:
     return (
         [image.tolist() for image in batch.images],
         [target["id"] for target in batch.targets],
@@ -95,7 +74,7 @@ def content(batch: SceneBatch) -> tuple:
 
 def scene_loader(workers: int, bad: int | None = None) -> TrainLoader:
     scenes = Scenes(bad)
-    return TrainLoader(KeyedScenes(scenes, 1, skip_bad_images=True), GroupedSampler(scenes, 4), settings(workers))
+    return TrainLoader(KeyedScenes(scenes, 1, skip_bad_images=True), GroupedSampler(scenes, 4), Distributed(), workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -119,14 +98,7 @@ def test_a_scene_that_cannot_be_read_is_skipped_and_counted(workers):
 
 
 def test_every_scene_is_evaluated_once():
-    batches = list(EvalLoader(KeyedScenes(Scenes(), seed=0), settings(0)))
+    batches = list(EvalLoader(KeyedScenes(Scenes(), seed=0), 4, Distributed()))
     assert [index for batch in batches for index in batch.indices.tolist()] == list(range(24))
     with pytest.raises(BadImage, match="scene 5: torn"):
-        list(EvalLoader(KeyedScenes(Scenes(bad=5), seed=0), settings(0)))
-
-
-def test_the_first_error_among_samples_is_the_batch():
-    first, second = UserError("first"), UserError("second")
-    assert collate([torch.zeros(2), first, second]) is first
-    assert torch.equal(collate([torch.zeros(2), torch.ones(2)]), default_collate([torch.zeros(2), torch.ones(2)]))
-    assert collate([1, 2], join=sum) == 3
+        list(EvalLoader(KeyedScenes(Scenes(bad=5), seed=0), 4, Distributed()))

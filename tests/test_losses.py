@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from inputs.label_map_crop import dense_targets
+from inputs.token_labels import dense_targets
 from training.losses import DistillationLoss, TokenLabelCrossEntropy, build_loss
 from utils import UserError
 

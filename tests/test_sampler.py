@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from inputs.image_sets import ImageArrays
-from inputs.labelled_images import KeyedImages
-from inputs.loader import EvalLoader, TrainLoader
+from inputs.images import ImageArrays
+from inputs.loader import EvalLoader, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler, evaluation_batches
-from inputs.settings import LoaderSettings
-from inputs.transforms import build_transform
+from inputs.transforms import RandomErasing, eval_transform, train_transform
 from runtime.processes import Distributed
 from utils import UserError
 
@@ -32,19 +30,18 @@ class Counted(ImageArrays):
         super().__init__("random", images, np.arange(size) % 3, ["a", "b", "c"])
         self.reads = np.zeros(size, dtype=int)
 
-    def load(self, index):
+    def source(self, index):
         self.reads[index] += 1
-        return super().load(index)
+        return super().source(index)
 
 
 def make_loader(workers=0, rank=0, world=1, dataset=None, repeats=1, reprob=0.0, seed=3) -> TrainLoader:
     dataset = dataset or Counted()
     batch = GLOBAL_BATCH // world
-    transform = build_transform(True, 36, aa="rand-m9-mstd0.5-inc1", reprob=reprob, normalize=reprob > 0)
+    transform = train_transform(36, aa="rand-m9-mstd0.5-inc1")
     sampler = KeyedSampler(len(dataset), batch, seed, rank, world, repeats=repeats)
     dist = Distributed(rank=rank, world_size=world)
-    loader_settings = LoaderSettings(batch, workers, False, dist)
-    return TrainLoader(KeyedImages(dataset, transform, seed), sampler, loader_settings)
+    return TrainLoader(KeyedImages(dataset, transform, seed, erasing=RandomErasing(reprob)), sampler, dist, workers)
 
 
 def digest(image: torch.Tensor) -> str:
@@ -199,11 +196,8 @@ def test_evaluation_takes_every_image_exactly_once():
 
 @pytest.mark.parametrize(("size", "world", "batch"), [(1, 3, 8), (2, 4, 1), (11, 4, 3), (67, 2, 16)])
 def test_evaluation_loaders_say_how_many_rounds_the_ranks_need(size, world, batch):
-    dataset = KeyedImages(Counted(size), build_transform(False, 36, normalize=False), seed=0)
-    loaders = [
-        EvalLoader(dataset, LoaderSettings(batch, 0, False, Distributed(rank=rank, world_size=world)))
-        for rank in range(world)
-    ]
+    dataset = KeyedImages(Counted(size), eval_transform(36))
+    loaders = [EvalLoader(dataset, batch, Distributed(rank=rank, world_size=world)) for rank in range(world)]
     indices = [index for loader in loaders for batch in loader for index in batch.indices.tolist()]
     assert sorted(indices) == list(range(size))
     assert {loader.rounds for loader in loaders} == {max(map(len, loaders))}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inputs.image_sets import ImageArrays
+from inputs.images import ImageArrays
 from tools import save_images
 
 TOOLS = [

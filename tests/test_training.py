@@ -14,7 +14,7 @@ from torch import nn
 import engine
 import main_spectformer
 import main_svt
-from inputs.labelled_images import Batch
+from inputs.loader import Batch
 from runtime.processes import Distributed
 from training import classification
 from training.classification_flags import FLAGS

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="the folder to write to")
     args = parser.parse_args(argv)
 
-    dataset = build_dataset(args.data_set, args.data_path, train=False)
+    dataset = build_dataset(args.data_set, args.data_path, "val")
     if args.count > len(dataset):
         raise UserError(f"--count {args.count}: {args.data_set} has {len(dataset)} validation images")
     for index in range(0, len(dataset) // args.count * args.count, len(dataset) // args.count):

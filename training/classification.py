@@ -10,9 +10,8 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 import models
-from datasets import Data, build_data
-from inputs.labelled_images import Batch
-from inputs.loader import EvalLoader
+from inputs.data import Data, build_data
+from inputs.loader import Batch, EvalLoader
 from models.checkpoints import read_checkpoint, weights_of
 from models.pyramid import sample_mix_box
 from runtime.curves import Panel, Plot

@@ -13,8 +13,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inputs.label_map_crop import dense_targets
-from inputs.label_map_trace import Record
+from inputs.token_labels import Record, dense_targets
 from models.layers import full_precision
 from utils import UserError
 

@@ -21,11 +21,9 @@ from harness import digest
 
 import engine
 from datasets import build_data
-from inputs.image_sets import ImageArrays
-from inputs.labelled_images import KeyedImages
-from inputs.loader import EvalLoader
-from inputs.settings import LoaderSettings
-from inputs.transforms import build_transform
+from inputs.images import ImageArrays
+from inputs.loader import EvalLoader, KeyedImages
+from inputs.transforms import eval_transform
 from runtime import checkpoints
 from runtime.entry_point import run_cli
 from runtime.processes import Distributed, close_distributed, init_distributed
@@ -71,12 +69,12 @@ def evaluate_sizes(sizes: Sequence[int], batches: Sequence[int], report: str) ->
     labels = np.random.RandomState(1).randint(0, 10, max(sizes))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 8 * 3, 10)).double()
-    transform = build_transform(False, (8, 8), crop_pct=1.0, normalize=False)
+    transform = eval_transform((8, 8), crop_pct=1.0)
     counts = {}
     for size in sizes:
         dataset = KeyedImages(ImageArrays("noise", images[:size], labels[:size], list("0123456789")), transform, 0)
         for batch in batches:
-            loader = EvalLoader(dataset, LoaderSettings(batch, 0, False, dist))
+            loader = EvalLoader(dataset, batch, dist)
             found = evaluate(model, loader, dist, Precision(dist.device, torch.float64, None))
             counts[f"{size} {batch}"] = [found["correct1"], found["correct5"], found["images"]]
     if dist.is_main:

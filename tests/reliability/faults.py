@@ -268,9 +268,8 @@ def trace_updates(path: str) -> None:
 
 def trace_reads(path: str) -> None:
     """For every sample: that it is read; for every step: the samples that were trained on."""
-    from inputs.loader import TrainLoader
+    from inputs.loader import KeyedSamples, TrainLoader
     from inputs.sampler import SampleKey
-    from inputs.samples import KeyedSamples
 
     trace = Trace(path)
     read = KeyedSamples.__getitem__

@@ -10,10 +10,10 @@ from itertools import islice
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import create_transform
 from torch import Tensor, nn
 
 from inputs.catalogue import build_dataset
-from inputs.transforms import build_transform
 from utils import UserError
 
 from .contenders import Contender
@@ -66,8 +66,8 @@ def _mean_gap(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _batches(folder: str, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the folder's images in an order drawn once, again and again."""
-    dataset = build_dataset("FOLDER", folder, train=False)
-    transform = build_transform(False, settings.img_size)
+    dataset = build_dataset("FOLDER", folder, "val")
+    transform = create_transform(settings.img_size, interpolation="bicubic", crop_pct=0.875)
     if len(dataset) < settings.batch_size:
         raise UserError(f"--exactness {folder}: fewer than --batch-size {settings.batch_size} images")
     generator = torch.Generator().manual_seed(0)

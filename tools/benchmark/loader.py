@@ -8,11 +8,9 @@ import torch
 from timm.data import create_dataset, create_loader
 
 from inputs.catalogue import build_dataset
-from inputs.labelled_images import KeyedImages
-from inputs.loader import TrainLoader
+from inputs.loader import KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
-from inputs.settings import LoaderSettings
-from inputs.transforms import build_transform
+from inputs.transforms import RandomErasing, train_transform
 from runtime.processes import Distributed
 from utils import UserError
 
@@ -45,13 +43,12 @@ def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) 
 
 
 def _own_loader(folder: str, settings: Settings, workers: int) -> TrainLoader:
-    dataset = build_dataset("FOLDER", folder, train=False)
-    transform = build_transform(True, settings.img_size, aa=AUGMENT, reprob=ERASE, **RECIPE)
+    dataset = build_dataset("FOLDER", folder, "val")
+    transform = train_transform(settings.img_size, aa=AUGMENT, **RECIPE)
     pin = settings.device == "cuda"
     dist = Distributed(device=torch.device(settings.device))
     sampler = KeyedSampler(len(dataset), settings.batch_size, seed=0)
-    loader_settings = LoaderSettings(settings.batch_size, workers, pin, dist)
-    return TrainLoader(KeyedImages(dataset, transform, seed=0), sampler, loader_settings)
+    return TrainLoader(KeyedImages(dataset, transform, erasing=RandomErasing(ERASE)), sampler, dist, workers, pin)
 
 
 def _timm_loader(folder: str, settings: Settings, workers: int):

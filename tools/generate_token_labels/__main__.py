@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inputs.catalogue import build_dataset
-from inputs.image_sets import ImageDataset
+from inputs.images import ImageDataset
 from inputs.label_maps import image_map_path
 from runtime.entry_point import run_cli
 from runtime.processes import init_distributed
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     validate(args)
     dist = init_distributed(args.device)
     dataset = build_dataset(
-        args.data_set, args.data_path, train=True, inat_category=args.inat_category, classes=args.classes
+        args.data_set, args.data_path, "train", inat_category=args.inat_category, classes=args.classes
     )
     paths = map_paths(dataset, args.output_dir)
     if args.check:

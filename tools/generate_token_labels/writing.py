@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from inputs.image_sets import ImageDataset
-from inputs.labelled_images import KeyedImages
-from inputs.samples import SampleKey, collate
+from inputs.images import ImageDataset
+from inputs.loader import KeyedImages
+from inputs.sampler import SampleKey
 from runtime.processes import Distributed
 from training.precision import choose_precision
 from utils import UserError, atomic_write, make_directory, one_line
@@ -47,7 +46,7 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
         samples,
         args.batch_size,
         sampler=[SampleKey(0, index, 0) for index in wanted],
-        collate_fn=partial(collate, join=samples.join),
+        collate_fn=samples.join,
         num_workers=args.num_workers,
         pin_memory=dist.device.type == "cuda",
     )
@@ -64,9 +63,8 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            (images, _), indices, _ = batch
-            maps = label_maps(model, images.to(dist.device, non_blocking=True), precision)
-            for _ in pool.map(write_map, [paths[index] for index in indices.tolist()], maps):
+            maps = label_maps(model, batch.images.to(dist.device, non_blocking=True), precision)
+            for _ in pool.map(write_map, [paths[index] for index in batch.indices.tolist()], maps):
                 bar.update()
     if dist.is_main:
         print(f"{len(paths)} label maps in {args.output_dir}")

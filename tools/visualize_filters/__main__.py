@@ -15,13 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from timm.data import create_transform
 from torch import nn
 
 from inference.explanations import displayable
 from inference.figures import save_figure
 from inference.from_checkpoint import ModelInfo, build_from_checkpoint
 from inputs.images import read_image
-from inputs.transforms import build_transform
 from models.scattering import ScatteringMixer
 from models.spectral_gate import SpectralGate
 from runtime.entry_point import run_cli
@@ -77,8 +77,7 @@ def scattering_figures(
     channels: Sequence[int],
     picture: Image.Image,
 ) -> dict[str, Figure]:
-    transform = build_transform(
-        False,
+    transform = create_transform(
         info.input_size,
         mean=info.mean,
         std=info.std,

@@ -1,0 +1,126 @@
+"""The loaders that feed training and evaluation.
+
+Every random choice about a sample is keyed on (seed, epoch, sample, repeat), and every position in an epoch
+is arithmetic. So the order of the samples and their augmentation are the same for any number of workers and
+processes, and training resumes from the middle of an epoch without reading anything twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from inputs.catalogue import build_dataset, dataset_spec
+from inputs.images import ImageDataset, divide_classes
+from inputs.label_maps import check_label_maps
+from inputs.loader import EvalLoader, KeyedImages, TrainLoader
+from inputs.sampler import KeyedSampler
+from inputs.token_labels import TokenLabelTransform
+from inputs.transforms import RandomErasing, eval_transform, evaluation_crop, image_size, train_transform
+from runtime.processes import Distributed
+from utils import UserError
+
+REPEATS = 3  # repeated augmentation: times a sample follows itself
+
+
+@dataclass
+class Data:
+    """The loaders of a run, and what a checkpoint records about its images."""
+
+    train: TrainLoader | None
+    val: EvalLoader
+    class_names: tuple[str, ...]
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    num_classes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_classes = len(self.class_names)
+
+
+def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
+    """The loaders for training and validation that the command line asks for.
+
+    Raises:
+        UserError: see `build_dataset`, `KeyedSampler` and `check_label_maps`.
+    """
+    if args.download and dist.is_main:
+        for split in ("train", "val"):
+            _open(args, split, download=True)
+    dist.barrier()
+    train_set, data = _open(args, "train"), build_eval(args, dist)
+    if train_set.class_names != data.class_names:
+        difference = ", ".join(sorted(set(train_set.class_names) ^ set(data.class_names))[:10])
+        raise UserError(f"--data-set {args.data_set}: classes of training or validation alone: {difference}")
+    if args.train_part is not None:
+        share, seed = args.train_part
+        train_set, _ = divide_classes(train_set, share, seed, "train-part")
+    if args.token_label_data and dist.is_main:
+        check_label_maps(train_set, args.token_label_data, data.num_classes)
+    sampler = KeyedSampler(
+        len(train_set),
+        args.batch_size,
+        args.seed,
+        dist.rank,
+        dist.world_size,
+        args.accum_iter,
+        REPEATS if args.repeated_aug else 1,
+        args.resume,
+    )
+    transform = train_transform(
+        args.input_size,
+        interpolation=args.train_interpolation,
+        scale=args.scale,
+        color_jitter=args.color_jitter,
+        aa=args.aa,
+        glyphs=dataset_spec(args.data_set).glyphs,
+    )
+    samples = KeyedImages(
+        train_set,
+        TokenLabelTransform(transform) if args.token_label_data else transform,
+        args.seed,
+        args.skip_bad_images,
+        mean=data.mean,
+        std=data.std,
+        label_maps=args.token_label_data,
+        erasing=RandomErasing(args.reprob, args.remode, args.recount) if args.reprob > 0 else None,
+    )
+    data.train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
+    return data
+
+
+def build_eval(
+    args: argparse.Namespace,
+    dist: Distributed,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    interpolation: str = "bicubic",
+) -> Data:
+    """The validation loader alone. An unreadable image always stops it, by name."""
+    dataset = _open(args, "val")
+    size = image_size(args.input_size)
+    crop_pct = evaluation_crop(dataset_spec(args.data_set).glyphs, size, args.eval_crop_pct)
+    samples = KeyedImages(
+        dataset, eval_transform(size, crop_pct=crop_pct, interpolation=interpolation), mean=mean, std=std
+    )
+    val = EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
+    return Data(None, val, dataset.class_names, size, tuple(mean), tuple(std), crop_pct, interpolation)
+
+
+def _open(args: argparse.Namespace, split: str, download: bool = False) -> ImageDataset:
+    return build_dataset(
+        args.data_set,
+        args.data_path,
+        split,
+        classes=args.classes,
+        download=download,
+        inat_category=args.inat_category,
+        val_split=args.val_split,
+    )

@@ -1,0 +1,48 @@
+"""The options of a data set, as each builder gets them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import UserError
+
+# The names that the splits have on disk, in order of preference. Without a folder val/, test/ is validated on.
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "test"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Name and root are --data-set and --data-path (None if not given); split is train, val or test.
+
+    The other fields are the flags of the same names.
+    """
+
+    name: str
+    root: Path | None
+    split: str
+    download: bool = False
+    inat_category: str = "name"
+    val_split: tuple[float, int] | None = None
+
+    @property
+    def train(self) -> bool:
+        return self.split == "train"
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        return SPLIT_NAMES[self.split]
+
+    def missing(self, expected: str) -> UserError:
+        return UserError(f"--data-set {self.name} --data-path {self.root}: expected {expected}")
+
+    def read_json(self, file: str) -> Any:
+        """The content of a JSON file in the data set's folder; raises UserError."""
+        try:
+            return json.loads((self.root / file).read_bytes())
+        except OSError as error:
+            raise self.missing(f"{file} ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.root / file}: not readable as JSON: {error}") from error
