@@ -47,6 +47,11 @@ COUNTED = {
 }
 
 
+def kinds_of(detector: str) -> tuple[str, ...]:
+    """What a detector finds: "box" and perhaps "mask"."""
+    return ("box", "mask") if detector == "mask_rcnn" else ("box",)
+
+
 class Detector(nn.Module):
     """A detector of torchvision's whose random choices and losses do not depend on how a batch is spread.
 

@@ -11,10 +11,9 @@ from faster_coco_eval.core import mask as coco_masks
 from matplotlib.figure import Figure
 
 from detection.coco import CocoImages, decode_mask
+from detection.coco_metrics import AREAS, NOTHING, Evaluated, Result
 from detection.drawing import Drawn, draw_beside
-from detection.evaluation import AREAS, NOTHING, Evaluated, Result
-from inference.figures import save_figure
-from inference.reports import write_csv
+from inference.output_files import save_figure, write_csv
 
 WORST = 8  # images that are drawn
 MATCH = 0.5  # IoU from which on a prediction has found an object

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import models
 from detection.backbone import create_classifier, freeze_batch_norms, pyramid_features
 from detection.coco import CocoImages
+from detection.coco_metrics import Result, evaluate_results, to_results
 from detection.data import build_data
-from detection.detectors import STRIDES, Detector, build_detector
-from detection.evaluation import Result, evaluate_results, to_results
+from detection.detectors import STRIDES, Detector, build_detector, kinds_of
 from detection.flags import FLAGS
 from inputs.loader import Batch, EvalLoader
 from models.checkpoints import read_checkpoint, weights_of
@@ -51,7 +51,7 @@ class Detection(Task):
     def __init__(self, run: Run):
         self._run = run
         self.args = run.args
-        self.kinds = ("box", "mask") if self.args.detector == "mask_rcnn" else ("box",)
+        self.kinds = kinds_of(self.args.detector)
         self.data = build_data(self.args, run.dist, masks="mask" in self.kinds)
         self.train, self.val = self.data.train, self.data.val
         self.model = build_model(run, self.data.train_set)

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import models
+from models import LoadedModel
 from models.base import ImageModel
+from training.precision import Precision, as_input
 from utils import UserError
 
-from .figures import as_label
-from .from_checkpoint import ModelInfo
-from .results import prepare_folder
+from .output_files import as_label, prepare_folder
 
 # Perceptually uniform, and the less opaque the less there is to say: the photograph stays to be seen.
 _colours = matplotlib.colormaps["plasma"](np.linspace(0, 1, 256))
@@ -40,6 +40,27 @@ def overlay_paths(
         taken[path] = file
     prepare_folder(folder)
     return paths
+
+
+def explain(
+    model: nn.Module,
+    image: Tensor,
+    target: int,
+    predict: Callable[[Tensor], Tensor],
+    precision: Precision,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Maps (rows, columns) of what spoke for a class in an image (3, H, W), by name.
+
+    A class activation exists for this project's models alone, and is left out where it has a single cell.
+    """
+    maps = {}
+    if isinstance(model, ImageModel):
+        with precision.autocast():
+            activation = class_activation(model, as_input(image[None], precision), target)
+        if activation.numel() > 1:
+            maps[f"class activation, {'x'.join(map(str, activation.shape))}"] = activation
+    return maps | {"drop when hidden": class_evidence(predict, image, target, batch_size)}
 
 
 @torch.no_grad()
@@ -116,9 +137,9 @@ def blur(image: Tensor, radius: int) -> Tensor:
     return image
 
 
-def displayable(image: Tensor, info: ModelInfo) -> Tensor:
+def displayable(image: Tensor, loaded: LoadedModel) -> Tensor:
     """A normalised (3, H, W) image as (H, W, 3) between 0 and 1."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (info.mean, info.std))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (loaded.mean, loaded.std))
     return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 

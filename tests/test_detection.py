@@ -21,8 +21,8 @@ import infer
 import main_detection
 from detection.backbone import create_classifier, pyramid_features
 from detection.coco import NUCLEI, decode_mask, open_split
+from detection.coco_metrics import KINDS, evaluate_results, results_of, to_results
 from detection.detectors import STRIDES, build_detector
-from detection.evaluation import KINDS, evaluate_results, results_of, to_results
 from detection.report import count_mistakes
 from detection.sampler import GroupedSampler
 from detection.subsampling import KeyedSubsampler

@@ -12,7 +12,7 @@ import torch
 import untrained
 from transformers import AutoModelForImageClassification
 
-from inference.from_checkpoint import build_from_checkpoint
+from models import load_checkpoint
 from models.checkpoints import METADATA_KEYS, read_checkpoint
 from models.convert import to_ours
 from models.spectral_gate import SpectralGate
@@ -117,7 +117,7 @@ def test_the_accuracy_of_other_weights_than_the_exported_is_not_told(tmp_path):
     model = untrained.save(tmp_path / "c.pth")
     state = read_checkpoint(tmp_path / "c.pth") | more | {"averaged": False, "model_ema": model.state_dict()}
     checkpoints.save(tmp_path / "c.pth", state)
-    _, info = build_from_checkpoint(tmp_path / "c.pth")
+    info = load_checkpoint(tmp_path / "c.pth")
     assert hub.told_accuracy(state, info) is None
     assert hub.told_accuracy(state | {"averaged": True}, info).startswith("98.77 %")
     assert hub.told_accuracy(state | {"averaged": True, "step": 3}, info) is None
@@ -219,7 +219,7 @@ def test_onnx_of_any_size_resamples_as_torch_does(arch, tmp_path, capsys):
         path, arch, untrained.VANILLA if arch == "spectformer_ti" else untrained.PYRAMID, input_size=(64, 32)
     )
     session = onnxruntime.InferenceSession(write(path, "onnx", tmp_path / "m.onnx", "--dynamic-size"))
-    model, _ = build_from_checkpoint(path, model_kwargs={"dynamic_img_size": True})
+    model = load_checkpoint(path, model_kwargs={"dynamic_img_size": True}).model
     for size in ((64, 64), (96, 160), (192, 64)):
         (logits,) = session.run(None, {"images": images(*size).numpy()})
         assert torch.allclose(torch.from_numpy(logits), model(images(*size)), atol=1e-5)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import warnings
 from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, group_parameters
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 import models
@@ -25,21 +23,10 @@ def create_model(
     Raises:
         UserError: no such model, or it does not take these arguments.
     """
-    name = models.resolve_arch(arch)
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise UserError(f"{flag} {arch}: no such model" + (f"; did you mean {close[0]}?" if close else ""))
-    size = {}
     try:
-        # timm's models of a fixed size are told it; the others take any, and most of them have no such argument.
-        if get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
-            size = {"img_size": input_size}
-        with warnings.catch_warnings():
-            # Of a layer without weights, which arguments can ask for: what does not fit is told in words of ours.
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            return timm.create_model(name, num_classes=num_classes, **size | model_kwargs)
-    except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{flag} {name} with {size | model_kwargs}: {one_line(error)}") from error
+        return models.create_model(arch, num_classes, input_size, model_kwargs)
+    except models.ModelError as error:
+        raise UserError(f"{flag} {error}") from error
 
 
 def labels_tokens(arch: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from inference.from_checkpoint import ModelInfo, build_from_checkpoint
+from models import LoadedModel, load_checkpoint
 from models.base import ImageModel
 from models.checkpoints import METADATA_KEYS
 from models.layers import Grid
@@ -38,7 +38,8 @@ def write_onnx(args: argparse.Namespace) -> str:
     _check_suffix(args.path, ".onnx")
     runtime, onnx = (_package(name) for name in ("onnxruntime", "onnx"))
     kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
-    model, info = build_from_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
+    info = load_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
+    model = info.model
     if args.dynamic_size and not isinstance(model, ImageModel):
         raise UserError(f"--dynamic-size: {info.arch} is not one of this project's models")
     size, sizes = info.input_size, [info.input_size]
@@ -101,7 +102,8 @@ def _multiply_by_one_matrix(graph: onnx.GraphProto) -> None:
 def write_pt2(args: argparse.Namespace) -> str:
     """A program of torch.export's or, compiled, of AOTInductor's, once it has given the model's logits."""
     _check_suffix(args.path, ".pt2")
-    model, info = build_from_checkpoint(args.checkpoint, ema=args.ema)
+    info = load_checkpoint(args.checkpoint, ema=args.ema)
+    model = info.model
     program = export(model, info.input_size, {0: Dim("batch")})
     if args.compile:
         content, run = _compiled(program, info)
@@ -119,7 +121,7 @@ def write_pt2(args: argparse.Namespace) -> str:
     )
 
 
-def _compiled(program: ExportedProgram, info: ModelInfo) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+def _compiled(program: ExportedProgram, info: LoadedModel) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     """AOTInductor's package, and what to call."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch._inductor.exc import InvalidCxxCompiler
@@ -158,7 +160,7 @@ def _check(run: Callable[[Tensor], Tensor], model: nn.Module, sizes: list[Grid])
     return difference
 
 
-def _metadata(info: ModelInfo) -> dict[str, str]:
+def _metadata(info: LoadedModel) -> dict[str, str]:
     """What prediction has to know, as JSON by name."""
     found = {key: getattr(info, key) for key in METADATA_KEYS}
     return {key: json.dumps(value) for key, value in found.items() if value is not None}

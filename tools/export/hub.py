@@ -13,8 +13,7 @@ from timm.models import push_to_hf_hub, save_for_hf
 from timm.models._hub import generate_readme
 from torch import nn
 
-from inference.from_checkpoint import ModelInfo, build_from_checkpoint
-from models.checkpoints import read_checkpoint
+from models import LoadedModel, load_checkpoint
 from training.model import count_parameters
 from utils import UserError, cannot_write, make_directory, one_line
 
@@ -43,11 +42,11 @@ RECIPE = (
 
 def write_hub(args: argparse.Namespace) -> str:
     """config.json, model.safetensors and README.md in a folder, and the same on the Hub if --push asks for it."""
-    state = read_checkpoint(args.checkpoint)
-    model, info = build_from_checkpoint(args.checkpoint, state=state, ema=args.ema)
+    info = load_checkpoint(args.checkpoint, ema=args.ema)
+    state, model = info.checkpoint, info.model
     card = model_card(state, model, info, args.push or f"local-dir:{args.path}")
     made = {
-        "model_config": {"label_names": list(info.labels), "pretrained_cfg": preprocessing(info)},
+        "model_config": {"label_names": list(info.class_names), "pretrained_cfg": preprocessing(info)},
         "model_args": construction(model, info),
         "safe_serialization": True,
     }
@@ -84,19 +83,19 @@ def card_name(args: argparse.Namespace) -> str:
     return Path(args.push or args.path.resolve()).name
 
 
-def preprocessing(info: ModelInfo) -> dict[str, Any]:
+def preprocessing(info: LoadedModel) -> dict[str, Any]:
     """What timm's `pretrained_cfg` says of images."""
     names = ("mean", "std", "crop_pct", "interpolation")
     return {name: getattr(info, name) for name in names} | {"input_size": (3, *info.input_size)}
 
 
-def construction(model: nn.Module, info: ModelInfo) -> dict[str, Any]:
+def construction(model: nn.Module, info: LoadedModel) -> dict[str, Any]:
     """The arguments that build the model again, also where nobody reads its `pretrained_cfg`, as in transformers."""
     size = {"img_size": info.input_size} if model.pretrained_cfg.get("fixed_input_size") else {}
     return info.model_kwargs | size
 
 
-def model_card(state: Mapping[str, Any], model: nn.Module, info: ModelInfo, source: str) -> dict[str, Any]:
+def model_card(state: Mapping[str, Any], model: nn.Module, info: LoadedModel, source: str) -> dict[str, Any]:
     """What timm's functions make a README of; `source` is where the model will be found."""
     cfg = model.pretrained_cfg
     height, width = info.input_size
@@ -106,8 +105,9 @@ def model_card(state: Mapping[str, Any], model: nn.Module, info: ModelInfo, sour
     }
     if info.model_kwargs:
         details["Arguments"] = {name: f"`{value!r}`" for name, value in info.model_kwargs.items()}
-    if info.data_set is not None:
-        details["Data"] = info.data_set + (f", classes {', '.join(info.classes)}" if info.classes else "")
+    trained = state.get("args") or {}
+    if data_set := trained.get("data_set"):
+        details["Data"] = data_set + (f", classes {', '.join(trained['classes'])}" if trained.get("classes") else "")
     if (accuracy := told_accuracy(state, info)) is not None:
         details["Accuracy"] = accuracy
     settings = state.get("args") or {}
@@ -120,7 +120,7 @@ def model_card(state: Mapping[str, Any], model: nn.Module, info: ModelInfo, sour
         details["Trained with"] = ", ".join(f"{name} {number}" for name, number in version.items())
     if paper := cfg.get("paper_name"):
         details["Paper"] = f"{paper}: {cfg.get('paper_ids')}"
-    described = f"A {info.arch} for image classification" + (f", trained on {info.data_set}." if info.data_set else ".")
+    described = f"A {info.arch} for image classification" + (f", trained on {data_set}." if data_set else ".")
     citation = CITATIONS.get(cfg.get("paper_ids"))
     return {
         "license": cfg.get("license") or "unknown",
@@ -130,15 +130,16 @@ def model_card(state: Mapping[str, Any], model: nn.Module, info: ModelInfo, sour
     } | ({"citation": citation} if citation else {})
 
 
-def told_accuracy(state: Mapping[str, Any], info: ModelInfo) -> str | None:
+def told_accuracy(state: Mapping[str, Any], info: LoadedModel) -> str | None:
     """The last finished epoch's, if it is of the exported weights: a run's score can be its average's."""
     score = state.get("acc1")
+    data_set = (state.get("args") or {}).get("data_set")
     if score is None or not state.get("epoch") or state.get("step") or state.get("averaged", False) != info.ema:
         return None
-    return f"{score:.2f} % top-1 on the validation images of {info.data_set}, after epoch {state['epoch']}"
+    return f"{score:.2f} % top-1 on the validation images of {data_set}, after epoch {state['epoch']}"
 
 
-def usage(info: ModelInfo, source: str) -> str:
+def usage(info: LoadedModel, source: str) -> str:
     """How to load it."""
     place = source if source.startswith("local-dir:") else f"hf-hub:{source}"
     return f"""

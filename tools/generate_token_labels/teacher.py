@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from inference.from_checkpoint import build_from_checkpoint
+from models import load_checkpoint
 from utils import UserError, one_line
 
 
@@ -32,8 +32,9 @@ def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> Teache
     if args.pretrained:
         model, config, origin = _published(args, len(class_names))
     else:
-        model, info = build_from_checkpoint(args.model_path, args.arch, input_size=args.input_size)
-        if info.num_classes != len(class_names) or info.class_names not in (None, tuple(class_names)):
+        info = load_checkpoint(args.model_path, args.arch, input_size=args.input_size)
+        model, named = info.model, info.checkpoint.get("class_names")
+        if info.num_classes != len(class_names) or named not in (None, list(class_names)):
             raise UserError(
                 f"--model-path {args.model_path}: its {info.num_classes} classes are not the "
                 f"{len(class_names)} of --data-set {args.data_set}"

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from inference.figures import save_figure
+from inference.output_files import save_figure
 from utils import atomic_write, make_directory
 
 from .definition import Study

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 
-from inference.from_checkpoint import build_from_checkpoint
+from models import load_checkpoint
 from models.flops import count_flops
 from runtime.run_directory import read_log
 from runtime.schema import parse_json
@@ -73,7 +73,8 @@ def add_line(path: Path, line: Line) -> None:
 def result_of(study: Study, cell: str, seed: int, directory: Path, device: str) -> Line:
     """What a run that has ended came to, in its last epoch: the best one is chosen by the test images themselves."""
     rows = read_log(directory / "log.txt")
-    model, info = build_from_checkpoint(directory / LAST)
+    info = load_checkpoint(directory / LAST)
+    model = info.model
     last: Mapping[str, Any] = rows[-1]
     return {
         "cell": cell,

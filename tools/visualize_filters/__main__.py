@@ -19,9 +19,9 @@ from timm.data import create_transform
 from torch import nn
 
 from inference.explanations import displayable
-from inference.figures import save_figure
-from inference.from_checkpoint import ModelInfo, build_from_checkpoint
+from inference.output_files import save_figure
 from inputs.images import read_image
+from models import LoadedModel, load_checkpoint
 from models.scattering import ScatteringMixer
 from models.spectral_gate import SpectralGate
 from runtime.entry_point import run_cli
@@ -47,7 +47,7 @@ def layers(model: nn.Module, kind: type) -> dict[str, nn.Module]:
     return {layer_name(path): module for path, module in model.named_modules() if isinstance(module, kind)}
 
 
-def gate_figures(gates: dict[str, SpectralGate], info: ModelInfo, channels: Sequence[int]) -> dict[str, Figure]:
+def gate_figures(gates: dict[str, SpectralGate], info: LoadedModel, channels: Sequence[int]) -> dict[str, Figure]:
     responses = {name: torch.fft.fftshift(transfer_functions(gate).abs(), dim=(1, 2)) for name, gate in gates.items()}
     kernels = {name: torch.fft.fftshift(spatial_kernels(gate), dim=(1, 2)) for name, gate in gates.items()}
     return {
@@ -73,7 +73,7 @@ def gate_figures(gates: dict[str, SpectralGate], info: ModelInfo, channels: Sequ
 def scattering_figures(
     model: nn.Module,
     mixers: dict[str, ScatteringMixer],
-    info: ModelInfo,
+    info: LoadedModel,
     channels: Sequence[int],
     picture: Image.Image,
 ) -> dict[str, Figure]:
@@ -140,7 +140,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    model, info = build_from_checkpoint(args.checkpoint, args.arch, ema=args.ema)
+    info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
+    model = info.model
     gates, mixers = layers(model, SpectralGate), layers(model, ScatteringMixer)
     if not gates and not mixers:
         raise UserError(f"{args.checkpoint}: {info.arch} has neither spectral gates nor scattering layers")

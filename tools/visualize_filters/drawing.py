@@ -10,7 +10,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from inference.figures import as_label
+from inference.output_files import as_label
 from models.layers import Grid
 from models.scattering import MIXINGS, ScatteringMixer
 from utils import UserError

@@ -1,10 +1,7 @@
 """What a classifier confuses: tables and a picture of the confusion matrix."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_score, recall_score
 
-from utils import atomic_write, printable
-
-from .figures import as_label, save_figure
+from .output_files import as_label, save_figure, write_csv
 
 NAMED_CLASSES = 60  # up to so many classes a confusion matrix has their names at its sides
 COUNTED_CLASSES = 20  # and up to so many the counts in its cells
@@ -60,21 +55,6 @@ def most_confused(confusion: np.ndarray, index: int, names: Sequence[str]) -> st
     others = confusion[index].copy()
     others[index] = 0
     return names[others.argmax()] if others.any() else ""
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    for row in (header, *rows):
-        csv.writer(text, lineterminator="\n").writerow(
-            as_cell(value) if isinstance(value, str) else value for value in row
-        )
-    atomic_write(path, text.getvalue())
-
-
-def as_cell(text: str) -> str:
-    """`text` for a table: in one line, with an apostrophe where a spreadsheet would take it for a formula."""
-    text = printable(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> Figure:

@@ -1,0 +1,82 @@
+"""Evaluating a detector's checkpoint on data in COCO's layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+from detection.coco import open_split
+from detection.coco_metrics import evaluate_results, results_of
+from detection.data import build_eval_loader, data_path
+from detection.loading import LoadedDetector
+from detection.report import write_report
+from detection.task import predict
+from inference.evaluate import default_output
+from inference.output_files import check_output, prepare_folder, write_json
+from runtime.processes import Distributed
+from training.precision import choose_precision
+from utils import UserError, atomic_write, say
+
+
+def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
+    """Evaluate on all processes; the main one prints, and writes results, COCO's result files and the report."""
+    data_set = args.data_set or ("COCO" if args.data_path else loaded.data_set)
+    if data_set not in ("COCO", "NUCLEI"):
+        raise UserError(f"--data-set {data_set}: a detector is evaluated on COCO (any data in its layout) or NUCLEI")
+    args = argparse.Namespace(**vars(args) | {"data_set": data_set})
+    dataset = open_split(data_path(args), "val", masks="mask" in loaded.kinds)
+    if (dataset.category_ids, dataset.class_names) != (loaded.category_ids, loaded.class_names):
+        raise UserError(
+            f"{dataset.file}: its categories are {describe(dataset.category_ids, dataset.class_names)}, those of "
+            f"{loaded.path} are {describe(loaded.category_ids, loaded.class_names)}"
+        )
+    output = args.output or default_output(args, loaded.path)
+    if dist.is_main:
+        if output is not None:
+            check_output(output)
+        if args.report is not None:
+            prepare_folder(args.report)
+    model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
+    began = time.perf_counter()
+    results = predict(model, build_eval_loader(dataset, args, dist), dataset, dist, precision)
+    seconds = time.perf_counter() - began
+    if not dist.is_main:
+        return
+    truth = dataset.ground_truth()
+    evaluated = {kind: evaluate_results(truth, results, kind, model.detections) for kind in loaded.kinds}
+    numbers = {kind: found.numbers() for kind, found in evaluated.items()}
+    say(f"{loaded.detector} over {loaded.arch}{' (EMA)' if loaded.ema else ''} on {data_set}, {len(dataset)} images:")
+    for kind, values in numbers.items():
+        say(f"    {kind}: " + ", ".join(f"{name} {value:.1f}" for name, value in values.items()))
+    say(f"    {len(dataset) / seconds:.1f} images/s")
+    if output is not None:
+        setting = {
+            "model_path": str(loaded.path),
+            "arch": loaded.arch,
+            "detector": loaded.detector,
+            "ema": loaded.ema,
+            "data_set": data_set,
+            "data_path": args.data_path,
+            "images": len(dataset),
+            "detections": model.detections,
+            "processes": dist.world_size,
+            "device": str(dist.device),
+            "amp": args.amp,
+            "seconds": seconds,
+        }
+        write_json(output, numbers | setting)
+        say(f"results: {output}")
+        for kind in loaded.kinds:
+            path = output.with_name(f"{output.stem}_{kind}_results.json")
+            atomic_write(path, json.dumps(results_of(results, kind)))
+            say(f"{kind} results in COCO's format: {path}")
+    if args.report is not None:
+        write_report(args.report, evaluated, results, dataset, args.min_score)
+        say(f"report: {args.report}")
+
+
+def describe(category_ids: tuple[int, ...], names: tuple[str, ...]) -> str:
+    """``1 cat, 2 dog``, the first five."""
+    shown = [f"{number} {name}" for number, name in zip(category_ids, names, strict=True)]
+    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")

@@ -1,0 +1,66 @@
+"""Finding objects in images, and drawing them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from detection.coco_metrics import to_results
+from detection.drawing import Drawn, draw_picture
+from detection.loading import LoadedDetector
+from detection.task import as_inputs
+from inference.explanations import overlay_paths
+from inference.output_files import check_output, save_figure, write_json
+from inference.predict import image_files, report_unreadable
+from inputs.images import BadImage, read_image
+from runtime.processes import Distributed
+from training.precision import choose_precision
+from utils import say
+
+
+@torch.no_grad()
+def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
+    """Draw what is found in each image; on request write it as JSON.
+
+    Raises:
+        UserError: in the end, if some of the images could not be read.
+    """
+    files = image_files(args.image)
+    drawings = overlay_paths(files, Path(args.drawings or "detections"), "--drawings", "detections")
+    if args.output is not None:
+        check_output(args.output)
+    model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
+    records, bad = [], []
+    for file, drawing in zip(files, drawings, strict=True):
+        try:
+            image = read_image(file, upright=True)
+        except BadImage as error:
+            bad.append(error)
+            continue
+        pixels = v2.functional.pil_to_tensor(image).to(dist.device)
+        with precision.autocast():
+            prediction = model(as_inputs([pixels], precision))[0]
+        kept = prediction["scores"] >= args.min_score
+        prediction = {name: value[kept].float().cpu() for name, value in prediction.items()}
+        prediction["labels"] = prediction["labels"].long()
+        names = [loaded.class_names[label - 1] for label in prediction["labels"].tolist()]
+        masks = (prediction["masks"][:, 0] > 0.5).numpy() if "masks" in prediction else None
+        drawn = Drawn(prediction["boxes"].numpy(), names, prediction["scores"].tolist(), masks)
+        save_figure(drawing, draw_picture(image, drawn))
+        if not args.quiet:
+            counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "nothing"
+            say(f"{file}: {counts} with a score of {args.min_score:g} or more; {drawing}")
+        found = to_results(prediction, 0, loaded.category_ids)
+        records.append({"image": str(file), "objects": [_record(r, n) for r, n in zip(found, names, strict=True)]})
+    if args.output is not None:
+        write_json(args.output, {"model_path": str(loaded.path), "arch": loaded.arch, "predictions": records})
+    report_unreadable(bad, len(files))
+
+
+def _record(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object found, without the id of an image that has none."""
+    return {"category": name} | {key: value for key, value in result.items() if key != "image_id"}

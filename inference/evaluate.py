@@ -1,0 +1,175 @@
+"""A classifier's loss and accuracies on a data set."""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from inputs.data import Data, build_eval
+from inputs.loader import Batch, EvalLoader
+from models import LoadedModel
+from runtime.processes import Distributed
+from training.classification import evaluate
+from training.precision import choose_precision
+from utils import UserError, say
+
+from .confusion_report import class_accuracies, write_report
+from .output_files import check_output, prepare_folder, write_json
+
+
+class WatchedLoader:
+    """A loader whose targets are numbered as the model's classes, and which records what the model predicts for them.
+
+    It goes to `evaluate` in place of the loader; `watch` is the model's forward hook.
+
+    Args:
+        loader: its targets are indices into `present`.
+        present: the model's indices of the data's classes.
+    """
+
+    def __init__(self, loader: EvalLoader, present: Sequence[int]):
+        self.rounds = loader.rounds
+        self._loader = loader
+        self._present = torch.tensor(present)
+        self._records: list[list[Tensor]] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            self._present = self._present.to(batch.targets.device)
+            targets = self._present[batch.targets]
+            self._records.append([targets])
+            yield batch._replace(targets=targets)
+
+    def watch(self, _module: nn.Module, _images: tuple[Tensor, ...], logits: Tensor) -> None:
+        among_present = self._present[logits[:, self._present].argmax(1)]
+        self._records[-1] += [logits.argmax(1), among_present]
+
+    def records(self, dist: Distributed) -> np.ndarray:
+        """(3, images) of all processes: true classes, predictions, and predictions among the data's classes alone."""
+        own = [torch.stack(record).cpu().numpy() for record in self._records]
+        return np.concatenate([part for parts in dist.gather_objects(own) for part in parts], axis=1)
+
+
+def average_mirrored(model: nn.Module) -> None:
+    """Make a classifier of images (B, C, H, W) return the mean of its logits for them and for their mirror images."""
+
+    def add_mirrored(model: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        (images,) = inputs
+        return (logits + model.forward(images.flip(-1))) / 2  # `forward` alone: this hook would call itself
+
+    model.register_forward_hook(add_mirrored)
+
+
+def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> None:
+    """Evaluate on all processes; the main one prints, and writes the results and the report where there is a place."""
+    data, present = open_data(args, dist, loaded)
+    output = args.output or default_output(args, loaded.path)
+    if dist.is_main:
+        if output is not None:
+            check_output(output)
+        if args.report is not None:
+            prepare_folder(args.report)
+    model = loaded.model.to(dist.device)
+    watched = WatchedLoader(data.val, present)
+    model.register_forward_hook(watched.watch)
+    began = time.perf_counter()
+    results = evaluate(model, watched, dist, choose_precision(args, dist.device))
+    seconds = time.perf_counter() - began
+    true, predicted, among_present = watched.records(dist)
+    if not dist.is_main:
+        return
+    pairs = np.stack([true, predicted])
+    results["mean_per_class"] = 100 * float(np.nanmean(class_accuracies(pairs, loaded.num_classes)))
+    results |= {"images_per_second": results["images"] / seconds, "seconds": seconds}
+    name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{', mirrored too,' if args.tta else ''}"
+    height, width = loaded.input_size
+    line = (
+        f"{name} on {args.data_set} at {height}x{width}, {results['images']} images: loss {results['loss']:.4f}, "
+        f"acc@1 {results['acc1']:.2f} %, acc@5 {results['acc5']:.2f} %, mean per class "
+        f"{results['mean_per_class']:.2f} %, {results['images_per_second']:.1f} images/s"
+    )
+    missing = sorted(set(range(loaded.num_classes)) - set(present))
+    if missing:
+        results["acc1_present"] = 100 * float((true == among_present).mean())
+        results["missing_classes"] = [loaded.class_names[i] for i in missing]
+        line += (
+            f"\n    {len(missing)} of the model's {loaded.num_classes} classes are not in the data "
+            f"({', '.join(results['missing_classes'][:5])}{', ...' if len(missing) > 5 else ''}); "
+            f"among the {len(present)} present, acc@1 {results['acc1_present']:.2f} %"
+        )
+    say(line)
+    if output is not None:
+        write_json(output, results | setting(args, dist, loaded, data))
+        say(f"results: {output}")
+    if args.report is not None:
+        correct = f"{results['correct1']} of {results['images']} images"
+        title = f"{name} on {args.data_set}: top-1 {results['acc1']:.2f} % ({correct})"
+        write_report(args.report, pairs, [loaded.label(i) for i in range(loaded.num_classes)], title)
+        say(f"report: {args.report}")
+
+
+def setting(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel, data: Data) -> dict[str, object]:
+    """What the results depend on."""
+    return {
+        "model_path": str(loaded.path),
+        "arch": loaded.arch,
+        "model_kwargs": loaded.model_kwargs,
+        "ema": loaded.ema,
+        "data_set": args.data_set,
+        "data_path": args.data_path,
+        "input_size": loaded.input_size,
+        "crop_pct": data.crop_pct,
+        "interpolation": data.interpolation,
+        "mean": data.mean,
+        "std": data.std,
+        "batch_size": args.batch_size,
+        "processes": dist.world_size,
+        "device": str(dist.device),
+        "amp": args.amp,
+        "tta": args.tta,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def default_output(args: argparse.Namespace, path: Path) -> Path | None:
+    """Beside a run's checkpoint, named after it and the data set; None for a file that is not in a run directory."""
+    if not (path.parent / "args.yaml").is_file():
+        return None
+    return path.with_name(f"{path.stem}_{args.data_set.lower().replace('/', '-')}.json")
+
+
+def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> tuple[Data, list[int]]:
+    """The data, and the model's indices of its classes.
+
+    Classes are found by name, and the data may lack some of the model's. Where the checkpoint has no names, or the
+    data set numbers its classes, they are taken in order. Of a data set on some of whose classes the model was trained
+    (--classes), the others are left out.
+
+    Raises:
+        UserError: the data has classes that the model does not know.
+    """
+
+    def build(classes: Sequence[str] | None) -> Data:
+        opened = argparse.Namespace(**vars(args) | {"classes": classes})
+        return build_eval(opened, dist, mean=loaded.mean, std=loaded.std, interpolation=loaded.interpolation)
+
+    data, known = build(args.classes), loaded.class_names
+    trained_on = (loaded.checkpoint.get("args") or {}).get("classes")
+    if args.classes is None and trained_on and (common := [name for name in known if name in data.class_names]):
+        data = build(common)
+    unknown = [name for name in data.class_names if name not in known]
+    if not unknown:
+        return data, [known.index(name) for name in data.class_names]
+    if loaded.checkpoint.get("class_names") is None and data.num_classes == loaded.num_classes:
+        return data, list(range(loaded.num_classes))
+    shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+    raise UserError(
+        f"--data-set {args.data_set}: {loaded.path} does not know {len(unknown)} of its {data.num_classes} classes: "
+        f"{shown}; --classes chooses classes"
+    )

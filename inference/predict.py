@@ -1,0 +1,175 @@
+"""The most likely classes of images, and what spoke for them."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from inputs.images import BadImage, read_image
+from models import LoadedModel
+from runtime.processes import Distributed
+from training.precision import as_input, choose_precision
+from utils import UserError, atomic_write, say, tell
+
+from .explanations import displayable, draw_overlay, explain, overlay_paths
+from .output_files import check_output, save_figure, write_csv, write_json, write_parquet
+
+FORMATS = (".json", ".csv", ".parquet")
+
+
+class Photographs(Dataset):
+    """Image files, turned as their EXIF orientation says and transformed; (index, error) for an unreadable one."""
+
+    def __init__(self, paths: Sequence[Path], transform: Callable[..., Tensor]):
+        self._paths, self._transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | BadImage]:
+        try:
+            return index, self._transform(read_image(self._paths[index], upright=True))
+        except BadImage as error:
+            return index, error
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files, and the image files in the folders and their subfolders, sorted; names that begin with a dot are not.
+
+    Raises:
+        UserError: a path does not exist, or a folder contains no images.
+    """
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--image {path}: no such file")
+        found = [path]
+        if path.is_dir():
+            found = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in IMG_EXTENSIONS
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+                and file.is_file()
+            )
+            if not found:
+                raise UserError(f"--image {path}: no images ({' '.join(IMG_EXTENSIONS)}) in this folder")
+        files += found
+    return files
+
+
+def report_unreadable(bad: Sequence[BadImage], total: int) -> None:
+    """List images that could not be read; raises UserError if there are any."""
+    for error in bad:
+        tell(str(error))
+    if bad:
+        raise UserError(f"{len(bad)} of {total} images could not be read (listed above)")
+
+
+@torch.no_grad()
+def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> None:
+    """Print each image's most likely classes; on request write them, embeddings and explanations to files.
+
+    Raises:
+        UserError: in the end, if some of the images could not be read.
+    """
+    files = image_files(args.image)
+    overlays = []
+    if args.explain is not None:
+        overlays = overlay_paths(files, Path(args.explain or "explained"))
+    if args.output is not None:
+        check_output(args.output, FORMATS)
+    if args.embeddings is not None:
+        check_output(args.embeddings, (".npy",), "--embeddings")
+    model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
+    classifier_inputs: list[Tensor] = []
+    if args.embeddings is not None:
+        model.get_classifier().register_forward_pre_hook(lambda _layer, inputs: classifier_inputs.append(inputs[0]))
+
+    def predict(images: Tensor) -> Tensor:
+        with precision.autocast():
+            return model(as_input(images, precision)).float()
+
+    records, embeddings, bad = [], [], []
+    loader = DataLoader(
+        Photographs(files, loaded.transform), args.batch_size, num_workers=args.num_workers, collate_fn=list
+    )
+    for batch in loader:
+        bad += [error for _, error in batch if isinstance(error, BadImage)]
+        images = {index: image.to(dist.device) for index, image in batch if isinstance(image, Tensor)}
+        if not images:
+            continue
+        classifier_inputs.clear()
+        best = predict(torch.stack(list(images.values()))).softmax(1).topk(min(args.topk, loaded.num_classes))
+        embeddings += [inputs.float().cpu() for inputs in classifier_inputs[:1]]  # the second are mirrored images'
+        for (index, image), probabilities, classes in zip(images.items(), *best, strict=True):
+            record = describe_prediction(files[index], probabilities.tolist(), classes.tolist(), loaded)
+            records.append(record)
+            if not args.quiet:
+                say(one_line_of(record))
+            if overlays:
+                maps = explain(model, image, int(classes[0]), predict, precision, args.batch_size)
+                save_figure(overlays[index], draw_overlay(displayable(image, loaded), maps, summary(record)))
+    write_predictions(args, loaded, records, embeddings)
+    report_unreadable(bad, len(files))
+
+
+def describe_prediction(
+    file: Path, probabilities: Sequence[float], classes: Sequence[int], loaded: LoadedModel
+) -> dict[str, Any]:
+    """An image's most likely classes, and the true one if its folder is named after a class."""
+    record: dict[str, Any] = {"image": str(file)}
+    record["classes"] = [
+        {"index": i, "class": loaded.label(i), "probability": p} for p, i in zip(probabilities, classes, strict=True)
+    ]
+    folder = file.absolute().parent.name
+    if folder in loaded.class_names:
+        true = loaded.class_names.index(folder)
+        record["true"] = {"index": true, "class": loaded.label(true)}
+    return record
+
+
+def one_line_of(record: Mapping[str, Any]) -> str:
+    """``photo.jpg: cat 97.1 %, dog 2.0 % (true: cat)``."""
+    classes = ", ".join(f"{entry['class']} {100 * entry['probability']:.1f} %" for entry in record["classes"])
+    return f"{record['image']}: {classes}" + (f" (true: {record['true']['class']})" if "true" in record else "")
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """The most likely class, and the true one where it is known."""
+    best = record["classes"][0]
+    text = f"predicted {best['class']} ({100 * best['probability']:.1f} %)"
+    return text + (f", true {record['true']['class']}" if "true" in record else "")
+
+
+def write_predictions(
+    args: argparse.Namespace, loaded: LoadedModel, records: Sequence[dict[str, Any]], embeddings: Iterable[Tensor]
+) -> None:
+    """What --output and --embeddings ask for."""
+    if args.output is not None and args.output.suffix == ".json":
+        content = {"model_path": str(loaded.path), "arch": loaded.arch, "ema": loaded.ema, "predictions": records}
+        write_json(args.output, content)
+    elif args.output is not None:
+        write = write_csv if args.output.suffix == ".csv" else write_parquet
+        numbers = range(1, min(args.topk, loaded.num_classes) + 1)
+        header = ["image", *(f"{name}_{i}" for i in numbers for name in ("class", "probability")), "true"]
+        rows = [
+            [
+                record["image"],
+                *(entry[name] for entry in record["classes"] for name in ("class", "probability")),
+                record.get("true", {}).get("class", ""),
+            ]
+            for record in records
+        ]
+        write(args.output, header, rows)
+    if args.embeddings is not None and records:
+        table = torch.cat(list(embeddings)).numpy()
+        atomic_write(args.embeddings, lambda file: np.save(file, table))
+        names = "".join(f"{record['image']}\n" for record in records)
+        atomic_write(args.embeddings.with_suffix(".txt"), names)

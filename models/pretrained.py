@@ -1,0 +1,296 @@
+"""Models with weights: by name, from a training run's directory or from a checkpoint file."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from torch import Tensor, nn
+
+from . import spectformer, svt
+from .checkpoints import EMA_KEYS, CheckpointError, check_model_kwargs, read_checkpoint, weights_of
+from .convert import to_ours
+from .layers import Grid, GridMixer
+from .loading import WeightMismatch, load_weights
+
+# All names this package registers.
+ARCHITECTURES = tuple(name for family in (spectformer, svt) for name in family.default_cfgs)
+BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"  # of a run directory
+
+
+class ModelError(ValueError):
+    """There is no such model, or it does not take these arguments; the message is one line."""
+
+
+def resolve_arch(name: str) -> str:
+    """A model's registered name from the papers' spelling: "spectformer-xs", "SpectFormer-H-S".
+
+    Other names come back with underscores for hyphens, for timm to judge; sources ("hf-hub:...") as they are.
+    """
+    if ":" in name or "/" in name:
+        return name
+    plain = name.replace("-", "_")
+    ours = {"spectformer_t": "spectformer_ti"}.get(plain.lower(), plain.lower())
+    return ours if ours in ARCHITECTURES else plain
+
+
+def shipped() -> dict[str, Path]:
+    """The files of the weights that come with this package, by the models' names."""
+    files = {name: get_pretrained_cfg(name).file for name in ARCHITECTURES}
+    return {name: Path(file) for name, file in files.items() if file is not None}
+
+
+def find_checkpoint(source: str | os.PathLike) -> Path:
+    """The checkpoint file that a source means: a file, a run directory's best one, or a model with shipped weights.
+
+    Raises:
+        CheckpointError: it is nothing of that.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
+        if found is None:
+            raise CheckpointError(f"{path}: this directory contains no {BEST} and no {LAST}")
+        return found
+    weights = shipped()
+    if (name := resolve_arch(os.fspath(source))) in weights:
+        return weights[name]
+    raise CheckpointError(
+        f"{source}: no such file or run directory, and no weights of a model of that name come with this project; "
+        f"there are weights of {', '.join(weights)}"
+    )
+
+
+def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Any registered model, ours or timm's, without pretrained weights.
+
+    Args:
+        arch: its name.
+        num_classes: of its classifier.
+        input_size: (height, width) in pixels, for those that are built for one size; None for the model's own.
+        model_kwargs: further arguments of its constructor.
+
+    Raises:
+        ModelError: there is no such model, or it does not take these arguments.
+    """
+    name = resolve_arch(arch)
+    if not timm.is_model(name):
+        raise ModelError(_unknown(name))
+    arguments = dict(model_kwargs)
+    try:
+        if input_size is not None and get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
+            arguments = {"img_size": input_size} | arguments
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of layers without weights
+            return timm.create_model(name, num_classes=num_classes, **arguments)
+    except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ModelError(f"{name} with {arguments}: {' '.join(str(error).split())}") from error
+
+
+def _unknown(arch: str) -> str:
+    close = difflib.get_close_matches(arch, timm.list_models(), n=1)
+    return f"{arch}: no such model" + (f"; did you mean {close[0]}?" if close else "")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier with its weights, and what its checkpoint says about it.
+
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        path: the file.
+        arch, model_kwargs: the registered name and the constructor arguments.
+        class_names: in the order of the logits. Where the file has none: ImageNet's WordNet ids for 1000 classes, else
+            numbers.
+        input_size: (height, width) that the model is built for.
+        mean, std, crop_pct, interpolation: of `transform`.
+        ema: whether the weights are averaged ones.
+        checkpoint: the file's content, as `read_checkpoint` gives it.
+    """
+
+    model: nn.Module
+    path: Path
+    arch: str
+    model_kwargs: dict[str, Any]
+    class_names: tuple[str, ...]
+    input_size: Grid
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    ema: bool
+    checkpoint: dict[str, Any]
+
+    @cached_property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """From an RGB image to the model's input (3, H, W), by timm's transforms for evaluation."""
+        return create_transform(
+            self.input_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def label(self, index: int) -> str:
+        """A class's name; a WordNet id of ImageNet's is followed by its first description."""
+        return describe_class(self.class_names[index])
+
+
+def describe_class(name: str) -> str:
+    """``"n01440764"`` to ``"n01440764 tench"``; a name that is no WordNet id of ImageNet's as it is."""
+    try:
+        return f"{name} {imagenet().label_name_to_description(name).split(',')[0]}"
+    except KeyError:
+        return name
+
+
+@cache
+def imagenet() -> ImageNetInfo:
+    return ImageNetInfo()
+
+
+def load_checkpoint(
+    path: str | os.PathLike,
+    arch: str | None = None,
+    *,
+    ema: bool | None = None,
+    input_size: int | Grid | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """A classifier with its weights, its transform and its class names, ready for prediction.
+
+        loaded = models.load_checkpoint("runs/my_photographs")
+        logits = loaded.model(loaded.transform(image)[None])
+
+    Args:
+        path: a checkpoint of this project, of the original authors or of timm; a run directory (its best checkpoint);
+            or the name of a model whose weights come with this project.
+        arch: the model's name, for a file that contains only weights.
+        ema: the averaged weights, the trained ones, or (None) the averaged ones if there are any.
+        input_size: the side, or (height, width), to build the model for; by default its own. Weights are resampled.
+        model_kwargs: constructor arguments beside those of the checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be used, contradicts the arguments, or needs `arch`.
+    """
+    found = find_checkpoint(path)
+    return build_from_checkpoint(
+        read_checkpoint(found), found, arch, ema=ema, input_size=input_size, model_kwargs=model_kwargs
+    )
+
+
+def build_from_checkpoint(
+    checkpoint: dict[str, Any],
+    path: Path,
+    arch: str | None = None,
+    *,
+    ema: bool | None = None,
+    input_size: int | Grid | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """`load_checkpoint` of a file that has been read already."""
+    if checkpoint.get("detector"):
+        raise CheckpointError(f"{path}: it contains a detector, which infer.py runs, not a classifier")
+    weights = weights_of(checkpoint, ema, path)
+    name = _model_name(checkpoint, arch, path)
+    kwargs = dict(checkpoint.get("model_kwargs") or {})
+    check_model_kwargs(kwargs, f"{path}: model_kwargs")
+    kwargs |= model_kwargs or {}
+    if name in ARCHITECTURES:
+        weights = to_ours(weights)
+        if "arch" not in checkpoint and "aux_head.weight" in weights:
+            kwargs.setdefault("token_label", True)
+    cfg = get_pretrained_cfg(name) or PretrainedCfg()
+    classes = _class_names(checkpoint, weights, cfg, path)
+    own_size = checkpoint.get("input_size") or _native_size(weights, name, kwargs) or cfg.input_size[1:]
+    size = _pair(own_size if input_size is None else input_size)
+    try:
+        model = create_model(name, len(classes), size, kwargs)
+        load_weights(model, weights)
+    except (ModelError, WeightMismatch) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    told = {key: checkpoint.get(key) or getattr(cfg, key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    told |= {key: tuple(told[key]) for key in ("mean", "std")}
+    averaged = ema is not False and any(checkpoint.get(key) for key in EMA_KEYS)
+    return LoadedModel(model.eval(), path, name, kwargs, classes, size, ema=averaged, checkpoint=checkpoint, **told)
+
+
+def _pair(size: Any) -> Grid:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> str:
+    told, asked = (
+        None if name is None else re.sub(r"^svt_(?=[sbl]$)", "svt_h_", resolve_arch(name))  # svt_s is short for svt_h_s
+        for name in (checkpoint.get("arch"), arch)
+    )
+    if told is None and asked is None:
+        raise CheckpointError(f"{path}: it contains weights only; name their model by --arch (in Python: arch=...)")
+    if told is not None and asked is not None and told != asked:
+        raise CheckpointError(f"{path}: it contains {told}, not {arch}")
+    if not timm.is_model(told or asked):
+        raise CheckpointError(f"{path}: {_unknown(told or asked)}")
+    return told or asked
+
+
+def _class_names(
+    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], cfg: PretrainedCfg, path: Path
+) -> tuple[str, ...]:
+    classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or ("head",))[0]
+    if not getattr(weights.get(f"{classifier}.weight"), "ndim", 0):
+        raise CheckpointError(f"{path}: it has no classifier {classifier}.weight, so it cannot predict")
+    number = len(weights[f"{classifier}.weight"])
+    names = checkpoint.get("class_names")
+    if names is None:
+        names = imagenet().label_names() if number == imagenet().num_classes() else range(number)
+    if len(names) != number:
+        raise CheckpointError(f"{path}: it names {len(names)} classes, its classifier has {number}")
+    return tuple(str(name) for name in names)
+
+
+def _native_size(weights: Mapping[str, Tensor], name: str, kwargs: Mapping[str, Any]) -> Grid | None:
+    """The image size that bare weights of ours were made for; None if they do not depend on it.
+
+    The grid of the first filter is compared with that of the model at its default size. A spectral gate keeps half of
+    its columns, so an odd width cannot be told from an even one: a square is assumed where that is possible.
+    """
+    if name not in ARCHITECTURES:
+        return None
+    with torch.device("meta"):
+        model = create_model(name, 0, None, kwargs)
+    for prefix, module in model.named_modules():
+        weight = next(
+            (weights[key] for leaf in ("complex_weight", "low_pass") if (key := f"{prefix}.{leaf}") in weights), None
+        )
+        if isinstance(module, GridMixer) and weight is not None and weight.ndim >= 3:
+            rows, columns = weight.shape[:2]
+            if weight.ndim == 4:  # of a gate: rows, columns / 2 + 1, channels, real and imaginary part
+                columns = rows if columns == rows // 2 + 1 else 2 * (columns - 1)
+            if "pos_embed" in weights:
+                columns = weights["pos_embed"].shape[1] // rows
+            height, width = (side // cells for side, cells in zip(model.img_size, module.grid_size, strict=True))
+            return rows * height, columns * width
+    if "pos_embed" in weights:
+        side = math.isqrt(weights["pos_embed"].shape[1])
+        return side * model.img_size[0] // model.grid_size[0], side * model.img_size[1] // model.grid_size[1]
+    return None
