@@ -80,6 +80,7 @@ FLAGS = {
             "choices": RANKS,
             "help": "class of INAT19: %(choices)s",
         },
+        "--skip-bad-images": {"action": SWITCH, "default": False, "help": "leave out and count unreadable images"},
         "--report": {"type": Path, "metavar": "DIR", "help": "write a confusion matrix and accuracies per class there"},
     },
     "prediction": {

@@ -33,7 +33,7 @@ class WatchedLoader:
     """
 
     def __init__(self, loader: EvalLoader, present: Sequence[int]):
-        self.rounds = loader.rounds
+        self.rounds, self.skipped = loader.rounds, loader.skipped
         self._loader = loader
         self._present = torch.tensor(present)
         self._records: list[list[Tensor]] = []
@@ -88,8 +88,9 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     results |= {"images_per_second": results["images"] / seconds, "seconds": seconds}
     name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{', mirrored too,' if args.tta else ''}"
     height, width = loaded.input_size
+    skipped = f" ({results['skipped']} unreadable ones skipped)" if "skipped" in results else ""
     line = (
-        f"{name} on {args.data_set} at {height}x{width}, {results['images']} images: loss {results['loss']:.4f}, "
+        f"{name} on {args.data_set} at {height}x{width}, {results['images']} images{skipped}: loss {results['loss']:.4f}, "
         f"acc@1 {results['acc1']:.2f} %, acc@5 {results['acc5']:.2f} %, mean per class "
         f"{results['mean_per_class']:.2f} %, {results['images_per_second']:.1f} images/s"
     )

@@ -26,6 +26,7 @@ class DatasetSpec:
     downloads: bool = False  # takes --download, if only to say what to do instead
     needs_path: bool = True  # --data-path must be given
     splits: bool = False  # takes --val-split
+    test: bool = False  # a third split may be there
     glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
 
 
@@ -33,15 +34,15 @@ DATASETS: dict[str, DatasetSpec] = {
     "DIGITS": DatasetSpec(digits, needs_path=False, glyphs=True),
     "CIFAR10": DatasetSpec(cifar, downloads=True),
     "CIFAR100": DatasetSpec(cifar, downloads=True),
-    "IMNET": DatasetSpec(class_folders, splits=True),
-    "FOLDER": DatasetSpec(class_folders, splits=True),
+    "IMNET": DatasetSpec(class_folders, splits=True, test=True),
+    "FOLDER": DatasetSpec(class_folders, splits=True, test=True),
     "FLOWERS": DatasetSpec(flowers, downloads=True),
     "CARS": DatasetSpec(cars, downloads=True),
     "PETS": DatasetSpec(pets, downloads=True),
     "INAT": DatasetSpec(inaturalist),
     "INAT19": DatasetSpec(inaturalist),
-    "hfds/": DatasetSpec(hugging_face, downloads=True, needs_path=False),
-    "wds/": DatasetSpec(web_shards),
+    "hfds/": DatasetSpec(hugging_face, downloads=True, needs_path=False, test=True),
+    "wds/": DatasetSpec(web_shards, test=True),
 }
 
 
@@ -81,7 +82,9 @@ def build_dataset(
     if chosen.download and not spec.downloads:
         raise UserError(f"--download: --data-set {name} cannot be downloaded; put its files into --data-path")
     if chosen.val_split is not None and not spec.splits:
-        raise UserError(f"--val-split: --data-set {name} has its own images to validate on; it is for FOLDER")
+        raise UserError(f"--val-split: --data-set {name} has its own images to validate on; it is for FOLDER and CSV")
+    if split == "test" and not spec.test:
+        raise UserError(f"--split test: --data-set {name} has no third split; --split val is its test set")
     if folder is not None and not folder.is_dir() and not chosen.download:
         raise UserError(f"--data-path {folder}: no such folder")
     where = f"--data-set {name}" + (f" --data-path {folder}" if folder is not None else "")

@@ -21,7 +21,7 @@ from inputs.sampler import KeyedSampler
 from inputs.token_labels import TokenLabelTransform
 from inputs.transforms import RandomErasing, eval_transform, evaluation_crop, image_size, train_transform
 from runtime.processes import Distributed
-from utils import UserError
+from utils import UserError, tell
 
 REPEATS = 3  # repeated augmentation: times a sample follows itself
 
@@ -58,6 +58,8 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
     if train_set.class_names != data.class_names:
         difference = ", ".join(sorted(set(train_set.class_names) ^ set(data.class_names))[:10])
         raise UserError(f"--data-set {args.data_set}: classes of training or validation alone: {difference}")
+    if dist.is_main:
+        report_left_out(train_set, data.val.dataset)
     if args.train_part is not None:
         share, seed = args.train_part
         train_set, _ = divide_classes(train_set, share, seed, "train-part")
@@ -99,19 +101,30 @@ def build_eval(
     args: argparse.Namespace,
     dist: Distributed,
     *,
+    split: str = "val",
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     interpolation: str = "bicubic",
 ) -> Data:
-    """The validation loader alone. An unreadable image always stops it, by name."""
-    dataset = _open(args, "val")
+    """The loader of the images to evaluate alone.
+
+    Args:
+        split: "val", what training validates on, or "test".
+    """
+    dataset = _open(args, split)
     size = image_size(args.input_size)
     crop_pct = evaluation_crop(dataset_spec(args.data_set).glyphs, size, args.eval_crop_pct)
-    samples = KeyedImages(
-        dataset, eval_transform(size, crop_pct=crop_pct, interpolation=interpolation), mean=mean, std=std
-    )
+    transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)
+    samples = KeyedImages(dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std)
     val = EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
     return Data(None, val, dataset.class_names, size, tuple(mean), tuple(std), crop_pct, interpolation)
+
+
+def report_left_out(*datasets: ImageDataset) -> None:
+    """Say how many files beside the images are not used, and name the first."""
+    left_out = [reason for dataset in datasets for reason in dataset.left_out]
+    if left_out:
+        tell(f"{len(left_out)} file{'s' * (len(left_out) > 1)} left out, the first {left_out[0]}")
 
 
 def _open(args: argparse.Namespace, split: str, download: bool = False) -> ImageDataset:

@@ -29,7 +29,7 @@ def class_folders(options: DatasetOptions) -> ImageDataset:
 
 def _split(options: DatasetOptions, share: float, seed: int) -> ImageDataset:
     """The share of each class that is validated on, or the images that are not; always some of either."""
-    if (val := split_folder(options.root, SPLIT_NAMES["val"])) is not None:
+    if (val := split_folder(options.root, SPLIT_NAMES["val"][:-1])) is not None:
         raise UserError(f"--val-split: there is {val} to validate on; leave the flag out")
     images = _image_folder(split_folder(options.root, SPLIT_NAMES["train"]) or options.root, None)
     single = np.flatnonzero(np.bincount(images.labels) < 2)
@@ -58,12 +58,16 @@ def _image_folder(folder: Path, other: Path | None) -> ImageDataset:
         raise UserError(f"{folder} and {other} must contain the same classes; only in one of them: {named}")
     entered = {os.path.realpath(path) for path in (folder, *folder.resolve().parents)}
     entered |= {os.path.realpath(folder / name) for name in classes}
-    images = [[path for path in walk_files(folder / name, entered) if is_image_name(path)] for name in classes]
+    files = [list(walk_files(folder / name, entered)) for name in classes]
+    images = [[path for path in paths if is_image_name(path)] for paths in files]
     empty = [name for name, paths in zip(classes, images, strict=True) if not paths]
     if empty:
         raise UserError(f"{folder}: no images in the folder of class {', '.join(empty[:10])}")
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
-    return ImageFiles([path for paths in images for path in paths], labels, classes)
+    dataset = ImageFiles([path for paths in images for path in paths], labels, classes)
+    others = (path for paths in files for path in paths if not is_image_name(path))
+    dataset.left_out = [f"{path} (its suffix is not an image's)" for path in others]
+    return dataset
 
 
 def walk_files(folder: str | os.PathLike, entered: set[str] | None = None) -> Iterator[str]:

@@ -29,8 +29,8 @@ class BadImage(UserError):
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name has the suffix of a format that Pillow decodes, and is not hidden."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    """Whether a file's name has the suffix of a format that Pillow decodes."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def read_image(
@@ -77,7 +77,10 @@ class ImageDataset(ABC):
     Attributes:
         labels: (N,) int64.
         class_names: the name of each label.
+        left_out: files beside the images that are not used, each with the reason.
     """
+
+    left_out: Sequence[str] = ()
 
     def __init__(self, labels: Sequence[int], class_names: Sequence[str]):
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -133,6 +136,7 @@ class Subset(ImageDataset):
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray):
         super().__init__(dataset.labels[indices], dataset.class_names)
+        self.left_out = dataset.left_out
         self._dataset = dataset
         self._indices = indices
 

@@ -57,11 +57,17 @@ class NamedImages(Protocol):
 class KeyedSamples(Dataset, ABC):
     """The samples of a data set by key, without any random state: a key always gives the same sample."""
 
-    def __init__(self, dataset: NamedImages, seed: int = 0, skip_bad_images: bool = False):
-        """skip_bad_images: replace unreadable images by others; else the first ends the run."""
+    def __init__(
+        self, dataset: NamedImages, seed: int = 0, skip_bad_images: bool = False, replacements: int = REPLACEMENT_TRIES
+    ):
+        """skip_bad_images: leave out unreadable images; else the first ends the run.
+
+        replacements: for an unreadable image, up to so many others are tried; 0 in evaluation.
+        """
         self.dataset = dataset
         self._seed = seed
         self._skip_bad_images = skip_bad_images
+        self._replacements = replacements
 
     @abstractmethod
     def read(self, index: int) -> Batch:
@@ -81,7 +87,10 @@ class KeyedSamples(Dataset, ABC):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> Batch | UserError:
-        """The sample, or the error met: one raised in a worker would reach the user as a traceback."""
+        """The sample, or the error met: one raised in a worker would reach the user as a traceback.
+
+        An unreadable image that is left out without a replacement gives a sample without an image.
+        """
         skipped: dict[str, str] = {}
         for index in self._candidates(key):
             try:
@@ -93,13 +102,15 @@ class KeyedSamples(Dataset, ABC):
                 skipped[self.dataset.path(index)] = str(error)
             except UserError as error:
                 return error
+        if not self._replacements:
+            return Batch(None, None, key.index, skipped=skipped)
         reason = next(iter(skipped.values()))
-        return UserError(f"{reason}; none of {REPLACEMENT_TRIES} others tried instead could be read either")
+        return UserError(f"{reason}; none of {self._replacements} others tried instead could be read either")
 
     def _candidates(self, key: SampleKey) -> Iterator[int]:
         """The sample itself, then replacements for it, each with its own label."""
         yield key.index
-        for attempt in range(REPLACEMENT_TRIES):
+        for attempt in range(self._replacements):
             yield key_seed(self._seed, "replacement", *key, attempt) % len(self.dataset)
 
     def join(self, samples: Sequence[Batch | UserError]) -> Batch | UserError:
@@ -108,7 +119,9 @@ class KeyedSamples(Dataset, ABC):
         if failed is not None:
             return failed
         skipped = {path: reason for sample in samples for path, reason in sample.skipped.items()}
-        return self.collate(samples)._replace(skipped=skipped)
+        readable = [sample for sample in samples if sample.images is not None]
+        batch = self.collate(readable) if readable else Batch(None, None, torch.tensor([]))
+        return batch._replace(skipped=skipped)
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -135,13 +148,14 @@ class KeyedImages(KeyedSamples):
         transform: Callable,
         seed: int = 0,
         skip_bad_images: bool = False,
+        replacements: int = REPLACEMENT_TRIES,
         *,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         label_maps: str | None = None,
         erasing: RandomErasing | None = None,
     ):
-        super().__init__(dataset, seed, skip_bad_images)
+        super().__init__(dataset, seed, skip_bad_images, replacements)
         self._transform = transform
         # On the scale of uint8, so that the images need not be divided by 255.
         self._mean, self._std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
@@ -202,7 +216,7 @@ class DeviceLoader:
 
     def _read(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
         self._batches.keys = batches
-        loaded_batches = iter(self._loader)
+        loaded_batches = filter(self._is_readable, iter(self._loader))
         if self._loader.num_workers > 0:
             atexit.unregister(_end_workers)
             atexit.register(_end_workers)  # anew, to be called before torch's own function, which waits
@@ -221,13 +235,17 @@ class DeviceLoader:
         if ahead is not None:
             yield ahead
 
-    def _on_device(self, loaded: Batch | UserError) -> Batch:
+    def _is_readable(self, loaded: Batch | UserError) -> bool:
+        """Report what a worker could not read; whether it read anything. Raises the error it met."""
         if isinstance(loaded, UserError):
             raise loaded
         for path, reason in loaded.skipped.items():
             if path not in self.skipped:
                 self.skipped[path] = reason
                 tell(f"skipped: {reason}")
+        return loaded.images is not None
+
+    def _on_device(self, loaded: Batch) -> Batch:
         return self._samples.to_device(loaded, self._device)
 
 

@@ -12,6 +12,7 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
@@ -19,6 +20,8 @@ import numpy as np
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
 from inputs.images import IMAGE_SUFFIXES, BadImage, ImageDataset, class_number, count_classes
 from utils import UserError, one_line
+
+LABEL_SUFFIXES = (".cls", ".json")
 
 
 class TarImages(ImageDataset):
@@ -62,10 +65,12 @@ def web_shards(options: DatasetOptions) -> ImageDataset:
             f"shards {_pattern(options.name, options.split)}, or _info.json naming "
             "them, on a disk (a remote stream cannot be read by position)"
         )
-    members, labels = _index(own)
+    members, labels, left_out = _index(own)
     other = _shards(options, SPLIT_NAMES["val" if options.train else "train"])
-    all_labels = np.array(labels + (_index(other)[1] if other else []))
-    return TarImages(own, members, labels, [str(i) for i in range(count_classes(all_labels))])
+    all_labels = np.array(labels + _index(other)[1])
+    dataset = TarImages(own, members, labels, [str(i) for i in range(count_classes(all_labels))])
+    dataset.left_out = left_out
+    return dataset
 
 
 def _shards(options: DatasetOptions, splits: Sequence[str]) -> list[Path]:
@@ -86,43 +91,54 @@ def _pattern(name: str, split: str) -> str:
     return f"{prefix}-{split}*.tar" if prefix else f"{split}*.tar"
 
 
-def _index(shards: Sequence[Path]) -> tuple[list[tuple[int, str, int, int]], list[int]]:
-    members, labels = [], []
+def _index(shards: Sequence[Path]) -> tuple[list[tuple[int, str, int, int]], list[int], list[str]]:
+    """The images of the shards as in `TarImages`, their labels, and what was left out."""
+    members, labels, left_out = [], [], []
     for number, shard in enumerate(shards):
         try:
             with tarfile.open(shard, mode="r:") as tar:
-                for image, label in _samples(tar):
-                    members.append((number, image.name, image.offset_data, image.size))
-                    labels.append(label)
+                images, targets, unused = _group_members(tar)
+                members += [(number, image.name, image.offset_data, image.size) for image in images.values()]
+                labels += [_label(tar, targets[key]) for key in images]
         except (OSError, tarfile.TarError, ValueError) as error:
             raise UserError(f"{shard}: not a readable shard: {one_line(error)}") from error
-    return members, labels
+        left_out += [f"{shard}/{reason}" for reason in unused]
+    return members, labels, left_out
 
 
-def _samples(tar: tarfile.TarFile) -> list[tuple[tarfile.TarInfo, int]]:
-    """The images of a shard with their labels."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+def _group_members(tar: tarfile.TarFile) -> tuple[dict[str, TarInfo], dict[str, TarInfo], list[str]]:
+    """The image and the file with the label of each complete sample by its key, and why others are left out.
+
+    A sample's key is a member's path without its last suffix: .cls, .json or an image's.
+    """
+    images: dict[str, TarInfo] = {}
+    labels: dict[str, TarInfo] = {}
+    left_out = []
     for member in tar:
-        if member.isfile():
-            folder, _, file = member.name.rpartition("/")
-            stem, _, suffix = file.partition(".")
-            samples.setdefault(f"{folder}/{stem}", {})[f".{suffix.lower()}"] = member
-    found = []
-    for key, files in samples.items():
-        image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
-        if image is not None:
-            try:
-                found.append((image, _label(tar, files)))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{key}: no label: {one_line(error)}") from error
-    return found
+        stem, suffix = os.path.splitext(member.name)
+        if not member.isfile() or any(part.startswith(".") for part in member.name.removeprefix("./").split("/")):
+            continue
+        found = images if suffix.lower() in IMAGE_SUFFIXES else labels if suffix.lower() in LABEL_SUFFIXES else None
+        if found is None:
+            continue
+        if stem not in found:
+            found[stem] = member
+        elif {suffix.lower(), os.path.splitext(found[stem].name)[1].lower()} == set(LABEL_SUFFIXES):
+            found[stem] = member if suffix.lower() == ".cls" else found[stem]
+        else:
+            left_out.append(f"{member.name} (a second one of sample {stem})")
+    left_out += [f"{member.name} (there is no .cls or .json)" for key, member in images.items() if key not in labels]
+    left_out += [f"{member.name} (there is no image)" for key, member in labels.items() if key not in images]
+    return {key: member for key, member in images.items() if key in labels}, labels, left_out
 
 
-def _label(tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> int:
-    """The label beside an image; raises ValueError, KeyError or TypeError where there is none."""
-    if ".cls" in files:
-        text = tar.extractfile(files[".cls"]).read().strip().decode("ascii")
+def _label(tar: tarfile.TarFile, member: TarInfo) -> int:
+    """The class number in a .cls or .json file; raises ValueError."""
+    content = tar.extractfile(member).read()
+    try:
+        if member.name.lower().endswith(".json"):
+            return class_number(json.loads(content)["label"])
+        text = content.strip().decode("ascii")
         return class_number(int(text) if text.isdigit() else text)
-    if ".json" not in files:
-        raise ValueError("there is no .cls or .json")
-    return class_number(json.loads(tar.extractfile(files[".json"]).read())["label"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{member.name}: no label: {one_line(error)}") from error

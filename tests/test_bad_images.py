@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_datasets import arguments, make_tree
 
@@ -18,7 +19,9 @@ from inputs.data import build_data
 from inputs.images import BadImage, read_image
 from runtime.processes import Distributed
 from tools import verify_dataset
+from training.classification import evaluate
 from training.console import skipped_files
+from training.precision import Precision
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,12 +183,21 @@ def test_a_data_set_without_any_readable_image_ends(tmp_path):
         list(loaders(tmp_path, skip_bad_images=True).train.epoch(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_never_skips(damaged, workers):
-    (damaged / "val" / "dog" / "0.png").write_bytes(b"")
+def test_evaluation_stops_or_leaves_out_and_counts(damaged, workers):
+    bad = [damaged / "val" / name for name in ("cat/1.png", *(f"dog/{i}.png" for i in range(6)))]
+    for path in bad:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="val/cat/1.png: cannot be read"):
+        list(loaders(damaged, num_workers=workers).val)
     data = loaders(damaged, skip_bad_images=True, num_workers=workers)
-    with pytest.raises(UserError, match="val/dog/0.png: cannot be read"):
-        list(data.val)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    exact = Precision(torch.device("cpu"), torch.float32, None)
+    found = evaluate(model, data.val, Distributed(), exact)
+    assert (found["images"], found["skipped"]) == (5, 7)
+    assert list(data.val.skipped) == [str(path) for path in bad]
+    assert [index for batch in data.val for index in batch.indices.tolist()] == [0, 2, 3, 4, 5]
 
 
 # ---------------------------------------------------------------------------------------------------- workers

@@ -454,6 +454,7 @@ class Batches(list):
     """As a loader gives them."""
 
     rounds = property(len)
+    skipped = ()
 
 
 def test_evaluation_counts_hits_among_the_first_one_and_five():

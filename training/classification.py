@@ -125,7 +125,8 @@ class Classification(Task):
         height, width = self.args.input_size
         return (
             f"{self.args.data_set} at {height}x{width} (evaluation crop {self.data.crop_pct:g}), "
-            f"{self.data.num_classes} classes"
+            f"{self.data.num_classes} classes, {len(self.train.dataset)} training and {len(self.val.dataset)} "
+            "validation images"
         )
 
     def describe_score(self, score: float) -> str:
@@ -221,9 +222,11 @@ def evaluate(
     """Evaluate every image of all processes' loaders once.
 
     Returns:
-        loss: mean cross-entropy; acc1, acc5: per cent; correct1, correct5, images: counts.
+        loss: mean cross-entropy; acc1, acc5: per cent; correct1, correct5, images: counts; skipped: the number of
+        unreadable images, if there are any.
 
     Raises:
+        UserError: no image could be read.
         Interrupted: between two batches, on every process, when one of them was signalled.
     """
     model.eval()
@@ -232,8 +235,11 @@ def evaluate(
         with precision.autocast():
             logits = model(as_input(batch.images, precision))
         totals += count(logits.to(precision.dtype), batch.targets)
-    loss, correct1, correct5, images = dist.sum(totals).tolist()
-    return {
+    totals = torch.cat([totals, totals.new_tensor([len(loader.skipped)])])
+    loss, correct1, correct5, images, skipped = dist.sum(totals).tolist()
+    if images == 0:
+        raise UserError(f"none of the {int(skipped)} images to evaluate could be read")
+    results = {
         "loss": loss / images,
         "acc1": 100 * correct1 / images,
         "acc5": 100 * correct5 / images,
@@ -241,6 +247,7 @@ def evaluate(
         "correct5": int(correct5),
         "images": int(images),
     }
+    return results | ({"skipped": int(skipped)} if skipped else {})
 
 
 def count(logits: Tensor, targets: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def add_loader_flags(parser: Parser) -> None:
         help="loader processes; 0: load in this one (default: 10, or the number of cores)",
     )
     switch(group, "--pin-mem", True, "page-locked batches, for faster copies to a GPU")
-    switch(group, "--skip-bad-images", False, "train on without unreadable images, and count them")
+    switch(group, "--skip-bad-images", False, "leave out unreadable images, and count them")
 
 
 def available_cores() -> int:
