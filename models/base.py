@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import Grid, GridMixer, to_grid
-from .loading import checkpoint_filter_fn
+from .loading import pretrained_filter_fn
 
 
 class ImageModel(nn.Module):
@@ -161,7 +161,7 @@ def build_variant(
         model,
         name,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=pretrained_filter_fn,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **arguments,
     )

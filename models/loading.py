@@ -1,17 +1,37 @@
 """Weights into a model: layouts unwrapped, names converted, sizes resampled, and what does not fit named."""
 
+import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 
+import timm
+import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .checkpoints import unwrap
+from .checkpoints import CheckpointError, check_model_kwargs, read_checkpoint, unwrap
 from .convert import StateDict, to_ours
 from .layers import Grid, GridMixer
 
 _WAVELET_FILTER = re.compile(r"(^|\.)(xfm|ifm)\.")
 _HEADS = ("head", "aux_head")
+# Settings with which a model can differ from the one that its weights were trained in.
+_FREE = {
+    "training",
+    "num_classes",
+    "in_chans",
+    "in_channels",
+    "inplace",
+    "token_label",
+    "global_pool",
+    "dynamic_img_size",
+    "grad_checkpointing",
+    "spectral_precision",
+}
+_FREE_LAYERS = (nn.Identity, nn.Dropout, DropPath)
+_logger = logging.getLogger(__name__)
 
 
 class WeightMismatch(ValueError):
@@ -31,6 +51,54 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
     if getattr(model, "aux_head", None) is None:
         weights = {name: value for name, value in weights.items() if not name.startswith("aux_head.")}
     return _resize(weights, model)
+
+
+def pretrained_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
+    """`checkpoint_filter_fn` for timm's `pretrained=True`, after comparing the model with what the file describes.
+
+    Weights of another image size are resampled, and logged. Other arguments can leave the weights' shapes as they are,
+    or change the grid only, and would go unnoticed.
+
+    Raises:
+        CheckpointError: the file says that its weights are of another model; the message shows the call for them.
+    """
+    file = model.pretrained_cfg.get("file")
+    described = read_checkpoint(file) if file and os.path.isfile(file) else {}
+    arch, kwargs = described.get("arch"), described.get("model_kwargs") or {}
+    if arch is not None and timm.is_model(arch) and hasattr(model, "checkpoint_format"):
+        check_model_kwargs(kwargs, f"{file}: model_kwargs")
+        with torch.device("meta"):
+            expected = timm.create_model(arch, **kwargs | {"img_size": model.img_size})
+        if (difference := _difference(expected, model)) is not None:
+            arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
+            raise CheckpointError(
+                f"{file}: its weights are of another model ({difference}); load it by models.load_checkpoint({file!r}) "
+                f"or timm.create_model({arch!r}, pretrained=True, pretrained_cfg_overlay=dict(file={file!r}, "
+                f"num_classes={described.get('num_classes')}){arguments})"
+            )
+    size = tuple(described.get("input_size") or model.img_size)
+    if size != tuple(model.img_size):
+        shown = ["x".join(map(str, sides)) for sides in (size, model.img_size)]
+        _logger.warning(f"{file}: weights for images of {shown[0]} pixels are resampled to {shown[1]}")
+    return checkpoint_filter_fn(state_dict, model)
+
+
+def _difference(expected: nn.Module, model: nn.Module) -> str | None:
+    """The first module or setting in which two models differ, but for classifiers, stem channels and regularisation."""
+    theirs, ours = (
+        {
+            f"{name}.{key}": value
+            for name, module in built.named_modules()
+            if not name.startswith((*_HEADS, "class_block", "norm"))  # features_only has none
+            for key, value in ({"type": type(module).__name__} | vars(module)).items()
+            if isinstance(value, int | str | tuple) and key not in _FREE and not isinstance(module, _FREE_LAYERS)
+        }
+        for built in (expected, model)
+    )
+    for key in theirs | ours:
+        if theirs.get(key) != ours.get(key):
+            return f"{key.removeprefix('.')} is {theirs.get(key)}, not {ours.get(key)}"
+    return None
 
 
 def _resize(weights: StateDict, model: nn.Module) -> StateDict:

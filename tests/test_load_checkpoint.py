@@ -158,3 +158,52 @@ def test_a_checkpoint_that_contradicts_itself_or_the_call_is_refused_by_name(tmp
     with pytest.raises(CheckpointError, match=named) as caught:
         load_checkpoint(tmp_path / "a.pth", arch, model_kwargs=VANILLA if damage.get("arch", 1) is None else None)
     assert "\n" not in str(caught.value)
+
+
+OTHERS = {"stem_stride": 4, "depths": (1, 2, 1, 1), "num_heads": (1, 1, 1, 1), "mixers": "pool/spectral/attention/pool"}
+
+
+@pytest.mark.parametrize("argument", OTHERS)
+def test_timm_refuses_the_weights_of_a_model_with_other_arguments_and_shows_the_right_call(tmp_path, argument):
+    kwargs = PYRAMID | {"stem_stride": 2, "num_heads": (2, 2, 2, 2)}
+    saved = save(tmp_path / "a.pth", "spectformer_h_n", kwargs)
+    overlay = {"file": str(tmp_path / "a.pth"), "num_classes": 10}
+    with pytest.raises(CheckpointError, match="its weights are of another model") as caught:
+        timm.create_model(
+            "spectformer_h_n", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs | {argument: OTHERS[argument]}
+        )
+    call = str(caught.value).split(" or ")[-1]
+    again = eval(call, {"timm": timm}).eval()
+    with torch.no_grad():
+        assert torch.equal(again(torch.ones(1, 3, 32, 32)), saved(torch.ones(1, 3, 32, 32)))
+
+
+def test_timm_takes_weights_for_another_size_and_head_and_says_so(tmp_path, caplog):
+    save(tmp_path / "a.pth", "spectformer_h_n", PYRAMID)
+    overlay = {"file": str(tmp_path / "a.pth"), "num_classes": 10}
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay, "drop_path_rate": 0.3} | PYRAMID
+    model = timm.create_model("spectformer_h_n", img_size=(64, 48), num_classes=3, in_chans=1, **options)
+    (record,) = caplog.records
+    assert "weights for images of 32x32 pixels are resampled to 64x48" in record.message
+    assert model(torch.ones(2, 1, 64, 48)).shape == (2, 3)
+    loaded = load_checkpoint(tmp_path / "a.pth", input_size=(64, 48))
+    assert torch.equal(
+        model.stages[0].blocks[0].mixer.complex_weight, loaded.model.stages[0].blocks[0].mixer.complex_weight
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"state_dict": {f"model.{n}": v for n, v in w.items()}, "epoch": 1},
+        lambda w: {"model_state_dict": w},
+        lambda w: {"net": w},
+    ],
+    ids=["lightning", "tutorial", "net"],
+)
+def test_checkpoints_of_lightning_and_tutorials_load(tmp_path, wrap):
+    torch.manual_seed(0)
+    model = timm.create_model("spectformer_ti", num_classes=3, img_size=32, **VANILLA).eval()
+    torch.save(wrap(model.state_dict()), tmp_path / "a.ckpt")
+    loaded = load_checkpoint(tmp_path / "a.ckpt", "spectformer_ti", model_kwargs=VANILLA)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
