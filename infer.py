@@ -64,6 +64,7 @@ FLAGS = {
     "evaluation": {
         "--data-set": {"metavar": "NAME", "help": "as in training (default: the checkpoint's, or IMNET)"},
         "--data-path": {"metavar": "DIR", "help": "folder of the data set"},
+        "--split": {"default": "val", "choices": ["val", "test"], "help": "images to evaluate (default: val)"},
         "--classes": {
             "type": class_list,
             "metavar": "A,B,...",

@@ -25,7 +25,7 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
     if data_set not in ("COCO", "NUCLEI"):
         raise UserError(f"--data-set {data_set}: a detector is evaluated on COCO (any data in its layout) or NUCLEI")
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
-    dataset = open_split(data_path(args), "val", masks="mask" in loaded.kinds)
+    dataset = open_split(data_path(args), args.split, masks="mask" in loaded.kinds)
     if (dataset.category_ids, dataset.class_names) != (loaded.category_ids, loaded.class_names):
         raise UserError(
             f"{dataset.file}: its categories are {describe(dataset.category_ids, dataset.class_names)}, those of "

@@ -90,9 +90,9 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     height, width = loaded.input_size
     skipped = f" ({results['skipped']} unreadable ones skipped)" if "skipped" in results else ""
     line = (
-        f"{name} on {args.data_set} at {height}x{width}, {results['images']} images{skipped}: loss {results['loss']:.4f}, "
-        f"acc@1 {results['acc1']:.2f} %, acc@5 {results['acc5']:.2f} %, mean per class "
-        f"{results['mean_per_class']:.2f} %, {results['images_per_second']:.1f} images/s"
+        f"{name} on {args.data_set} at {height}x{width}, {results['images']} images{skipped}: "
+        f"loss {results['loss']:.4f}, acc@1 {results['acc1']:.2f} %, acc@5 {results['acc5']:.2f} %, "
+        f"mean per class {results['mean_per_class']:.2f} %, {results['images_per_second']:.1f} images/s"
     )
     missing = sorted(set(range(loaded.num_classes)) - set(present))
     if missing:
@@ -123,6 +123,7 @@ def setting(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel, da
         "ema": loaded.ema,
         "data_set": args.data_set,
         "data_path": args.data_path,
+        "split": args.split,
         "input_size": loaded.input_size,
         "crop_pct": data.crop_pct,
         "interpolation": data.interpolation,
@@ -158,7 +159,8 @@ def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) 
 
     def build(classes: Sequence[str] | None) -> Data:
         opened = argparse.Namespace(**vars(args) | {"classes": classes})
-        return build_eval(opened, dist, mean=loaded.mean, std=loaded.std, interpolation=loaded.interpolation)
+        preprocessing = {"mean": loaded.mean, "std": loaded.std, "interpolation": loaded.interpolation}
+        return build_eval(opened, dist, split=args.split, **preprocessing)
 
     data, known = build(args.classes), loaded.class_names
     trained_on = (loaded.checkpoint.get("args") or {}).get("classes")

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from inputs.images import BadImage, read_image
+from inputs.folders import walk_files
+from inputs.images import BadImage, is_image_name, read_image
 from models import LoadedModel
 from runtime.processes import Distributed
 from training.precision import as_input, choose_precision
@@ -40,7 +40,7 @@ class Photographs(Dataset):
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and the image files in the folders and their subfolders, sorted; names that begin with a dot are not.
+    """The files, and the image files in and below the folders, sorted, but for hidden ones.
 
     Raises:
         UserError: a path does not exist, or a folder contains no images.
@@ -51,15 +51,9 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"--image {path}: no such file")
         found = [path]
         if path.is_dir():
-            found = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in IMG_EXTENSIONS
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-                and file.is_file()
-            )
+            found = sorted(Path(file) for file in walk_files(path) if is_image_name(file))
             if not found:
-                raise UserError(f"--image {path}: no images ({' '.join(IMG_EXTENSIONS)}) in this folder")
+                raise UserError(f"--image {path}: no images in this folder")
         files += found
     return files
 

@@ -23,8 +23,8 @@ def class_folders(options: DatasetOptions) -> ImageDataset:
     folder = split_folder(options.root, options.split_names)
     if folder is None:
         raise options.missing(f"a folder {' or '.join(options.split_names)} with a folder of images for each class")
-    others = SPLIT_NAMES["val" if options.train else "train"]
-    return _image_folder(folder, split_folder(options.root, others))
+    # Evaluation maps classes by name, and may lack some.
+    return _image_folder(folder, split_folder(options.root, SPLIT_NAMES["val"]) if options.train else None)
 
 
 def _split(options: DatasetOptions, share: float, seed: int) -> ImageDataset:

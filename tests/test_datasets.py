@@ -237,12 +237,11 @@ def test_what_cannot_be_split_is_told(tmp_path):
         build_dataset("DIGITS", None, "train", val_split=(0.5, 0))
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_classes_that_differ_between_the_splits_are_named(tmp_path, split):
+def test_training_classes_that_validation_lacks_are_named(tmp_path):
     make_tree(tmp_path)
     save_image(tmp_path / "train" / "zebra" / "0.png", 0)
     with pytest.raises(UserError, match="only in one of them: zebra"):
-        build_dataset("FOLDER", tmp_path, split)
+        build_dataset("FOLDER", tmp_path, "train")
 
 
 def test_an_empty_class_is_named(tmp_path):

@@ -94,6 +94,10 @@ def test_data_that_lacks_some_of_the_models_classes_is_mapped_by_name(tmp_path, 
     assert results["acc1_present"] == pytest.approx(100 * float(among))
     assert results["missing_classes"] == ["a", "c"] and results["acc1_present"] > results["acc1"]
     assert "2 of the model's 5 classes are not in the data (a, c)" in capsys.readouterr().out
+    class_folders(root, ("a", "c"), split="test")
+    class_folders(root, known, split="train")
+    run(*words, "--split", "test", "--output", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["missing_classes"] == ["b", "d", "e"]
     class_folders(root, ("cat", "dog"))
     with pytest.raises(UserError, match=r"does not know 2 of its 5 classes: cat, dog"):
         run(*words)
