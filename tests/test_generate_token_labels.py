@@ -7,8 +7,7 @@ from torch import nn
 
 import models
 from inputs.label_maps import MAP_SHAPE, read_label_map
-from tools.generate_token_labels.__main__ import main
-from tools.generate_token_labels.places import label_maps, position_logits
+from tools.generate_token_labels import label_maps, main, position_logits
 from training.precision import Precision
 from utils import UserError
 
@@ -92,8 +91,8 @@ def map_files(folder):
         ("spectformer_ti", {"img_size": 64, "depth": 2, "alpha": 1}),
     ],
 )
-def test_places_classified_alone_average_to_the_models_logits(name, options):
-    """True of every model that averages places before a linear classifier."""
+def test_positions_classified_alone_average_to_the_models_logits(name, options):
+    """True of every model that averages positions before a linear classifier."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, **options).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -103,7 +102,7 @@ def test_places_classified_alone_average_to_the_models_logits(name, options):
     assert logits.shape[:2] == (2, 7) and logits.shape[2] > 1
 
 
-def test_prefix_tokens_are_not_places():
+def test_prefix_tokens_are_not_positions():
     model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=1, num_classes=7).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -133,7 +132,7 @@ def test_a_head_that_needs_the_whole_map_is_refused():
     model = timm.create_model("test_resnet", num_classes=7).eval()
     whole = nn.Conv2d(model.num_features, 7, 3)
     model.forward_head = lambda features: whole(features).flatten(1)
-    with pytest.raises(UserError, match="ResNet cannot classify place by place"), torch.no_grad():
+    with pytest.raises(UserError, match="ResNet cannot classify position by position"), torch.no_grad():
         position_logits(model, torch.randn(1, 3, 96, 96))
 
 
@@ -226,7 +225,7 @@ def test_check_names_every_bad_map(folder, run, capsys):
     label_map[1, 4] = 3
     torch.save(label_map, files[3])
     torch.save(label_map, folder / "maps" / "bee" / "stray.pt")
-    with pytest.raises(UserError, match="of 12 label maps 1 missing, 3 damaged or mismatched, 1 of no image"):
+    with pytest.raises(UserError, match="of 12 label maps 1 missing, 3 damaged or mismatched, 1 without an image"):
         run("--check", model=False)
     told = capsys.readouterr().out
     for file, reason in zip(

@@ -1,7 +1,8 @@
-"""Studies: equal terms for every cell, going on after a kill, results and page."""
+"""Studies: equal terms for every cell, resuming after a kill, whole architectures as cells, results and table."""
 
 import json
-import os
+import math
+import shutil
 import signal
 import statistics
 import subprocess
@@ -10,17 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import yaml
 from tiny_runs import assert_same, last
 
 from engine import start
-from tools.study import __main__ as study_tool
-from tools.study.cell import Cell
-from tools.study.definition import read_study
-from tools.study.results import read_lines
-from tools.study.summary import Summary, compare, equal, residual_deviation
+from tools import study as tool
+from tools.study import Cell, Study, least_difference
 from training.classification import Classification
 from training.options import parse_args
 from utils import UserError
@@ -45,72 +42,67 @@ TINY = {
         "num-workers": 0,
         "checkpoint-steps": 1,
     },
-    "cells": {"alpha 1": {"alpha": 1}, "convolution, pooling": {"mixers": "conv,pool"}},
+    "cells": {"alpha 1": {"alpha": 1}, "peer": {"arch": "test_vit"}},
 }
 MEASURED = ("seconds", "finished")
 
 
-def written(path, **changes):
-    path.write_text(yaml.safe_dump(TINY | changes))
-    return path
+def written(folder, **changes):
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY | changes, sort_keys=False))
+    return folder / "tiny.yaml"
 
 
 def words(folder, study, workers):
-    return [str(study), "--page", str(folder / "page.md"), "--runs", str(folder / "runs"), "--workers", str(workers)]
+    return [str(study), "--output", str(folder), "--runs", str(folder / "runs"), "--workers", str(workers)]
 
 
 def results(folder):
-    lines = read_lines(folder / "page" / "tiny.jsonl")
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    path = folder / "tiny.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    return sorted(kept, key=lambda line: (line["cell"], line["seed"]))
 
 
 def weights(folder):
     return {path.name: last(path)["model"] for path in sorted((folder / "runs" / "tiny").iterdir()) if path.is_dir()}
 
 
-def wait_for(found, process):
+@pytest.mark.slow
+def test_a_study_killed_in_the_middle_of_a_run_ends_with_the_same_bits(tmp_path):
+    study = written(tmp_path, seeds=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    tool.main(words(whole, study, workers=2))
+    page = (whole / "tiny.md").read_text()
+    assert "| peer | " in page and "1 of 1 seeds" in page and "![Tiny](tiny.png)" in page
+    assert (whole / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    speeds = json.loads((whole / "tiny_speed.json").read_text())["images_per_s"]
+    assert set(speeds) == set(TINY["cells"]) and all(rate["training"] > 0 for rate in speeds.values())
+
+    killed.mkdir()
+    shutil.copy(whole / "tiny_speed.json", killed)
+    process = subprocess.Popen([sys.executable, "-m", "tools.study", *words(killed, study, workers=1)], cwd=ROOT)
     deadline = time.monotonic() + 120
-    while not found():
+    while not (len(results(killed)) > 0 and len(list(killed.glob("runs/tiny/*/checkpoint_last.pth"))) > 1):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def test_a_study_killed_between_and_within_its_runs_ends_with_the_same_bits_in_any_order(tmp_path, capsys):
-    study = written(tmp_path / "tiny.yaml")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    study_tool.main(words(whole, study, workers=2))
-    page = (whole / "page.md").read_text()
-    assert "| alpha 1 | " in page and "![Tiny: accuracy against alpha](page/tiny_alpha.png)" in page
-    for picture in ("alpha", "speed"):
-        assert (whole / "page" / f"tiny_{picture}.png").read_bytes().startswith(b"\x89PNG")
-
-    def begun():
-        process = subprocess.Popen([sys.executable, "-m", "tools.study", *words(killed, study, workers=1)], cwd=ROOT)
-        return process, lambda: len(results(killed)), lambda: list(killed.glob("runs/tiny/*/checkpoint_last.pth"))
-
-    process, ended, _ = begun()
-    wait_for(ended, process)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
-    process, _, saved = begun()
-    wait_for(lambda: len(saved()) > ended(), process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM
-    assert 0 < ended() < 4
-    study_tool.main(words(killed, study, workers=2))
-    assert results(killed) == results(whole) and len(results(whole)) == 4
+    assert len(results(killed)) == 1
+    time.sleep(1)  # for the run that was going on to notice
+    tool.main(words(killed, study, workers=2))
+    assert results(killed) == results(whole) and len(results(whole)) == 2
     assert_same(weights(killed), weights(whole))
-    assert "4 of 4 runs" in capsys.readouterr().out
 
 
 def initial_weights(study, cell, seed, folder):
-    args = parse_args(Classification.flags, study.command(cell, seed, folder, "cpu")[2:])
+    args = parse_args(Classification.flags, [*study.words(cell), "--seed", str(seed), "--output-dir", str(folder)])
     with start(Cell, args) as run:
         return Cell(run).model.state_dict()
 
 
-def test_cells_of_a_seed_begin_with_the_same_weights_but_for_their_mixers(tmp_path):
-    study = read_study(written(tmp_path / "tiny.yaml"))
+def test_cells_of_a_seed_start_from_the_same_weights_except_for_their_mixers(tmp_path):
+    cells = TINY["cells"] | {"convolution, pooling": {"mixers": "conv,pool"}}
+    study = Study(written(tmp_path, cells=cells), [], None, tmp_path)
     ours, other, next_seed = (
         initial_weights(study, cell, seed, tmp_path / "unused")
         for cell, seed in (("alpha 1", 0), ("convolution, pooling", 0), ("alpha 1", 1))
@@ -125,107 +117,71 @@ def test_cells_of_a_seed_begin_with_the_same_weights_but_for_their_mixers(tmp_pa
     ("changes", "flags", "expected"),
     [
         ({"cels": {}}, [], "unknown key 'cels'; did you mean cells"),
-        ({"seeds": 0}, [], "seeds is missing"),
-        ({"seeds": -1}, [], "seeds counts the runs of a cell"),
-        ({"seeds": "three"}, [], "seeds has to be int"),
+        ({"seeds": "three"}, [], "seeds has to be of type int"),
         ({"cells": {}}, [], "cells is missing"),
-        ({"cells": {"a": 3}}, [], "'a' has to be a name with a mapping"),
+        ({"cells": {"a": 3}}, [], "cells: a has to be a mapping"),
         ({"cells": {"a": {"alpha": 9}}}, [], "cells: a: .*0 to the depth 2"),
         ({"cells": {"a": {"mixers": "conv,pol"}}}, [], "cells: a: .*no mixer is called 'pol'"),
-        ({"recipe": {"epoch": 3}}, [], "recipe: unknown key 'epoch'; did you mean epochs"),
-        ({"recipe": {"epochs": "many"}}, [], "recipe: .*--epochs.*many"),
-        ({"recipe": {"seed": 3}}, [], "--seed is what the study sets itself"),
-        ({"recipe": {"arch": "deit_tiny_patch16_224"}}, [], "cells: alpha 1: .*deit_tiny"),
-        ({}, ["--epoch", "3"], "unknown argument --epoch; did you mean --epochs"),
+        ({"cells": {"a": {"arch": "pvt_v3"}}}, [], "cells: a: .*pvt_v3: no such model"),
+        ({"recipe": {"arch": "spectformer_ti", "epoch": 3}}, [], "unknown argument --epoch; did you mean --epochs"),
+        ({}, ["--epochs", "many"], "--epochs.*many"),
     ],
-    ids=lambda value: None if isinstance(value, list) else str(value)[:40],
 )
 def test_a_mistake_in_a_study_is_one_line_that_names_it(tmp_path, changes, flags, expected):
     with pytest.raises(UserError, match=expected) as caught:
-        read_study(written(tmp_path / "tiny.yaml", **changes), flags)
+        Study(written(tmp_path, **changes), flags, None, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def a_line(study, cell, seed=0, **changes):
-    numbers = dict.fromkeys(("acc1", "acc5", "loss", "parameters", "gflops", "seconds"), 1.0)
-    numbers |= {"images": 64, "test_images": 8, "classes": 2}
-    words = {"machine": "an abacus", "torch": torch.__version__, "timm": timm.__version__}
-    return {"cell": cell, "seed": seed, "recipe": study.recipe(cell)} | numbers | words | changes
+def with_lines(tmp_path, accuracies):
+    """A results file with invented accuracies, by cell and seed, and the words that report it."""
+    study = Study(written(tmp_path), [], None, tmp_path)
+    numbers = dict.fromkeys(("loss", "parameters", "gflops", "seconds"), 1) | {"images": 64, "test_images": 8}
+    told = {"machine": "an abacus", "torch": torch.__version__} | numbers
+    with (tmp_path / "tiny.jsonl").open("w") as file:
+        for (cell, seed), score in accuracies.items():
+            line = {"cell": cell, "seed": seed, "acc1": score, "recipe": study.recipes[cell]} | told
+            file.write(json.dumps(line) + "\n")
+    return [*words(tmp_path, tmp_path / "tiny.yaml", workers=1), "--report"]
 
 
-def folder_with_lines(tmp_path, lines):
-    (tmp_path / "page").mkdir()
-    (tmp_path / "page" / "tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return words(tmp_path, tmp_path / "tiny.yaml", workers=1)
+def test_the_report_of_an_unfinished_study_has_the_seeds_that_all_cells_have(tmp_path):
+    scores = {(cell, 0): 70.0 + place for place, cell in enumerate(TINY["cells"])} | {("peer", 1): 10.0}
+    tool.main(with_lines(tmp_path, scores))
+    page = (tmp_path / "tiny.md").read_text()
+    assert "1 of 2 seeds" in page and "| peer | 71.00 ± 0.00 | best |" in page
+    scores.pop(("alpha 1", 0))
+    with pytest.raises(UserError, match="no seed of .* in every cell"):
+        tool.main(with_lines(tmp_path, scores))
 
 
-def test_results_of_another_recipe_are_not_taken_for_this_ones(tmp_path):
-    study = read_study(written(tmp_path / "tiny.yaml"))
-    command = folder_with_lines(tmp_path, [a_line(study, "alpha 1")])
-    with pytest.raises(UserError, match="alpha 1, seed 0 was trained with another recipe: .*epochs.*1.*2"):
-        study_tool.main([*command, "--page-only", "--epochs", "2"])
+def test_results_of_another_recipe_are_not_mixed_in(tmp_path):
+    command = with_lines(tmp_path, {("alpha 1", 0): 71.5})
+    with pytest.raises(UserError, match="alpha 1, seed 0 was trained with --epochs 1, not 2; .* another --output"):
+        tool.main([*command, "--epochs", "2"])
 
 
-def test_a_page_is_written_of_what_there_is_and_keeps_what_stands_around_a_study(tmp_path):
-    study = read_study(written(tmp_path / "tiny.yaml"))
-    command = folder_with_lines(tmp_path, [a_line(study, "alpha 1", acc1=71.5)])
-    (tmp_path / "page.md").write_text("# Studies\n\nBefore.\n")
-    study_tool.main([*command, "--page-only"])
-    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\nWhat it means.\n")
-    study_tool.main([*command, "--page-only"])
-    page = (tmp_path / "page.md").read_text()
-    assert page.startswith("# Studies\n\nBefore.\n") and page.endswith("\nWhat it means.\n")
-    assert page.count("## Tiny") == 1 and "71.50" in page and "Not finished: 1 of 4 runs" in page
-    assert "no two cells can be told apart" in page
-
-
-def test_a_run_that_fails_ends_the_study_with_its_words_and_its_code(tmp_path):
-    command = words(tmp_path, written(tmp_path / "tiny.yaml"), workers=1)
-    with pytest.raises(study_tool.RunFailed, match="alpha 1, seed 0: .*--data-path.*no such folder") as caught:
-        study_tool.main([*command, "--data-set", "FOLDER", "--data-path", str(tmp_path / "nowhere")])
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_study_with_its_last_words_and_its_code(tmp_path):
+    command = words(tmp_path, written(tmp_path), workers=1)
+    with pytest.raises(tool.RunFailed, match="alpha 1, seed 0: .*nowhere.*") as caught:
+        tool.main([*command, "--data-set", "FOLDER", "--data-path", str(tmp_path / "nowhere")])
     assert caught.value.exit_code == 2
 
 
-def test_cells_are_told_apart_seed_by_seed():
-    one, other = Summary("a", {0: 50.0, 1: 60.0, 2: 40.0}, {}), Summary("b", {0: 53.0, 1: 62.0, 2: 44.5}, {})
-    deviation = residual_deviation([one, other])
-    differences = [3.0, 2.0, 4.5]  # of two cells it is the error of the paired differences
-    expected = (-statistics.fmean(differences), 2 * statistics.stdev(differences) / 3**0.5)
-    assert compare(one, other, deviation) == pytest.approx(expected)
-    assert not equal(one, other, deviation) and not equal(other, one, deviation)
-    moved = [Summary(cell.cell, {s: a + 7 * s for s, a in cell.by_seed.items()}, {}) for cell in (one, other)]
-    assert residual_deviation(moved) == pytest.approx(deviation)  # a seed that moves every cell tells nothing
-    assert equal(one, Summary("", {0: 52.0, 1: 58.0, 2: 40.5}, {}), deviation)
-
-
-def test_seeds_that_a_cell_lacks_are_not_compared():
-    whole = [Summary("a", {0: 50.0, 1: 60.0, 2: 40.0}, {}), Summary("b", {0: 53.0, 1: 62.0, 2: 44.5}, {})]
-    more = [Summary("a", {**whole[0].by_seed, 3: 10.0}, {}), whole[1]]
-    assert residual_deviation(more) == residual_deviation(whole) and not equal(*more, residual_deviation(more))
-    assert compare(*more, 1.0) == compare(*whole, 1.0)
-    lonely = Summary("a", {0: 50.0}, {}), Summary("b", {0: 90.0}, {})
-    assert equal(*lonely, residual_deviation(lonely))  # nothing to tell them apart by
-    assert equal(Summary("a", {0: 50.0}, {}), Summary("b", {1: 90.0}, {}), 1.0)
+def test_a_difference_counts_if_it_holds_seed_by_seed():
+    scores = torch.tensor([[50.0, 60.0, 40.0], [53.0, 62.0, 44.5]], dtype=torch.float64)
+    expected = 2 * statistics.stdev([3.0, 2.0, 4.5]) / math.sqrt(3)  # for two cells: of their paired differences
+    assert least_difference(scores) == pytest.approx(expected)
+    moved = scores + torch.tensor([0.0, 7.0, 14.0])  # a seed that moves every cell tells nothing
+    assert least_difference(moved) == pytest.approx(expected)
+    assert math.isnan(least_difference(scores[:, :1]))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/studies/*.yaml")), ids=lambda path: path.stem)
-def test_published_studies_are_of_a_million_parameters_and_say_paper_and_command(path):
-    study, text = read_study(path), path.read_text()
+def test_published_studies_name_paper_and_command_and_have_results_of_their_recipe(path, tmp_path):
+    study, text = Study(path, [], None, tmp_path), path.read_text()
     assert "https://arxiv.org/abs/" in text and f"python -m tools.study {path.relative_to(ROOT)}" in text
     assert study.seeds >= 3
-    for cell in study.cells:
-        args = parse_args(Classification.flags, study.command(cell, 0, Path("unused"), "cpu")[2:])
-        with torch.device("meta"):
-            model = timm.create_model(args.arch, num_classes=10, img_size=args.input_size, **args.model_kwargs)
-        assert 0.8e6 < sum(weight.numel() for weight in model.parameters()) < 1.3e6
-
-
-def test_a_killed_study_takes_its_runs_with_it(tmp_path):
-    code = "import os, time; from tools.study.cell import end_with_study; end_with_study(); time.sleep(60)"
-    read_end, write_end = os.pipe()
-    run = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"STUDY_PIPE": str(read_end)}, pass_fds=(read_end,)
-    )
-    os.close(read_end)
-    os.close(write_end)
-    assert run.wait(timeout=30) == 1
+    results = ROOT / "docs" / "studies" / f"{path.stem}.jsonl"
+    assert not results.exists() or len(tool.read_lines(study, results)) <= len(study.cells) * study.seeds

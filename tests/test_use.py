@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.export.__main__ import FORMATS
+from tools.export import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")

@@ -8,9 +8,13 @@ from PIL import Image
 from models.scattering import HALVED, MIXINGS, ScatteringMixer
 from models.spectral_gate import SpectralGate
 from tests.untrained import PYRAMID, VANILLA, save
-from tools.visualize_filters.__main__ import main
-from tools.visualize_filters.drawing import draw_orientations
-from tools.visualize_filters.responses import orientation_energies, spatial_kernels, transfer_functions
+from tools.visualize_filters import (
+    draw_orientations,
+    main,
+    orientation_energies,
+    spatial_kernels,
+    transfer_functions,
+)
 from utils import UserError
 
 STAGES = PYRAMID | {"depths": (2, 1, 1, 1)}

@@ -1,14 +1,22 @@
-"""The command line that all tools share."""
+"""What all tools share: their command line, and the machine and versions that a measurement names."""
 
 import argparse
+import os
+import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
 
 from training.arguments import HelpFormatter, Parser, dashed
 
 
 class ToolHelp(HelpFormatter):
-    """Help that begins with paragraphs, whose indented lines stay as they are: commands, tables."""
+    """Help that begins with paragraphs; those that are indented, such as commands and tables, are left as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.strip("\n").split("\n\n")
@@ -17,12 +25,40 @@ class ToolHelp(HelpFormatter):
 
 
 class ToolParser(Parser):
-    """The parser of `python -m tools.NAME`: its help is the tool's docstring, flags come with - or _."""
+    """The parser of `python -m tools.NAME`: its help is the tool's docstring, flags are spelt with - or _."""
 
     def __init__(self, name: str, description: str):
         super().__init__(description, prog=f"python -m tools.{name}")
         self.formatter_class = ToolHelp
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
-        """`args`, or the process's own; raises UserError for what is wrong with them."""
+        """`args`, or the process's own; raises UserError for mistakes in them."""
         return super().parse_args([dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+
+
+def processor() -> str:
+    """The processor's name where Linux gives it, otherwise its kind."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine() -> dict[str, Any]:
+    """Machine and versions."""
+    return {
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "cuda": torch.version.cuda,
+    }

@@ -1,0 +1,337 @@
+"""Measure models side by side: training step, inference, latency of one image, peak memory.
+
+    python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2
+    python -m tools.benchmark --layers        mixers with and without CPU kernels
+    python -m tools.benchmark --loader DIR    the input pipeline against timm's
+    python -m tools.benchmark --exactness DIR svt_h_s pvt_v2_b2 --dtype bfloat16
+    python -m tools.benchmark --suite cpu --json FILE
+
+A contender is any model registered with timm, ours included, "plain:NAME" (our model without its CPU kernels)
+or "onnx:NAME" (in onnxruntime, on a CPU, inference and latency only). Its own settings may follow:
+NAME@bfloat16,compile,channels-last, or float32, float16, eager, contiguous. The contenders take turns,
+A B B A ..., each in a process of its own. A ratio is that of two medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import count, islice
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset, create_loader
+from torch import Tensor, nn
+
+import models
+from inputs.catalogue import build_dataset
+from inputs.loader import Batch, KeyedImages, TrainLoader
+from inputs.sampler import KeyedSampler
+from inputs.transforms import RandomErasing, train_transform
+from models.flops import count_flops
+from models.mixers import build_mixer
+from runtime.entry_point import run_cli
+from runtime.processes import Distributed
+from tools.command_line import ToolParser, describe_machine
+from tools.contenders import (
+    DTYPES,
+    LATENCY_REPEATS,
+    Contender,
+    Settings,
+    measure,
+    seconds_of,
+    set_up_device,
+    speed_ratio,
+    take_turns,
+)
+from training.arguments import POSITIVE, WORKERS
+from utils import UserError, atomic_write
+
+PARTS = ("training", "inference", "latency")
+MIXERS = ("spectral", "scattering_channel", "scattering_channel_token", "attention")
+SEEDS = (0, 1, 2)
+RATE = 5e-4  # AdamW's in the published recipes; reached at the last step, since they warm up too
+RECIPE = {"color_jitter": 0.4, "interpolation": "bicubic"}  # of both loaders, like the policy and erasing below
+POLICY, ERASING = "rand-m9-mstd0.5-inc1", 0.25
+
+DEIT = "deit_small_patch16_224"
+SUITES = {  # the runs that docs/performance.md reports, each in a process of its own
+    "cpu": (
+        "svt_h_s@bfloat16 svt_h_s plain:svt_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
+        "spectformer_h_s@bfloat16 spectformer_h_s plain:spectformer_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
+        f"spectformer_xs@bfloat16 spectformer_xs plain:spectformer_xs {DEIT}@bfloat16 {DEIT} --rounds 7",
+        "onnx:spectformer_xs spectformer_xs onnx:spectformer_h_s spectformer_h_s onnx:svt_h_s svt_h_s --batch-size 4"
+        " --rounds 7 --parts inference",
+    ),
+    "cpu-compiled": (
+        "svt_h_s@compile svt_h_s pvt_v2_b2@compile pvt_v2_b2",
+        "spectformer_h_s@compile spectformer_h_s pvt_v2_b2@compile",
+    ),
+    "cpu-layers": ("--layers --rounds 9", "--layers --rounds 9 --dtype bfloat16"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.models, args.layers, args.loader, args.suite))) != 1:
+        parser.error("name models to measure, or one of --layers, --loader and --suite")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here")
+    if args.suite:
+        return run_suite(args.suite, args.json)
+    torch.set_num_threads(args.threads)
+    set_up_device(args.device)
+    settings = Settings(args.device, args.dtype, args.compile, args.channels_last, args.batch_size, args.img_size)
+    if args.layers:
+        result = compare_layers(args.grids, args.channels, settings, args.rounds)
+    elif args.loader:
+        result = compare_loaders(args.loader, settings, args.workers, args.rounds)
+    elif args.exactness:
+        result = compare_exactness(args.models, args.exactness, settings, args.steps)
+    else:
+        result = compare_models(args.models, settings, args.rounds, args.parts)
+    run = {"command": f"{parser.prog} {shlex.join(argv)}", "settings": asdict(settings), "rounds": args.rounds}
+    if args.json:
+        write_report(args.json, describe_machine(), [run | result])
+
+
+def build_parser() -> ToolParser:
+    parser = ToolParser("benchmark", __doc__)
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="[plain:|onnx:]NAME[@SETTING,...]")
+    add("--layers", action="store_true", help="our mixers with and without CPU kernels")
+    add("--loader", metavar="DIR", help="our input pipeline against timm's on DIR/val")
+    add("--exactness", metavar="DIR", help="half precision against float32 and float64, on DIR/val")
+    add("--steps", type=POSITIVE, default=50, metavar="N", help="of --exactness")
+    add("--suite", choices=SUITES, metavar="NAME", help=f"a set of runs: {', '.join(SUITES)}")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
+    add("--dtype", choices=DTYPES, default="float32", help="of the arithmetic, not the weights")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--channels-last", action="store_true", help="NHWC memory format")
+    add("--batch-size", type=POSITIVE, default=16, metavar="N", help="images a step")
+    add("--img-size", type=POSITIVE, default=224, metavar="N", help="side of the images, pixels")
+    add("--rounds", type=POSITIVE, default=5, metavar="N", help="turns of each contender")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    add("--grids", nargs="+", type=POSITIVE, default=(7, 14, 28, 56), metavar="N", help="of --layers")
+    add("--channels", type=POSITIVE, default=64, metavar="N", help="of --layers")
+    add("--workers", type=WORKERS, default=2, metavar="N", help="of --loader")
+    add("--threads", type=POSITIVE, default=torch.get_num_threads(), metavar="N", help="of the CPU")
+    add("--json", type=Path, metavar="FILE", help="write all figures, with machine and versions, to this file")
+    return parser
+
+
+def run_suite(name: str, path: Path | None) -> None:
+    """Every run of a suite, each in a process of its own; SystemExit with the status of one that fails."""
+    runs: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder, "run.json")
+        for words in SUITES[name]:
+            print(f"\n$ python -m tools.benchmark {words}", flush=True)
+            command = [sys.executable, "-m", "tools.benchmark", *shlex.split(words), "--json", str(one)]
+            if status := subprocess.run(command, cwd=Path(__file__).parents[1]).returncode:
+                raise SystemExit(status)
+            report = json.loads(one.read_text())
+            runs.append(report["runs"][0] | {"command": f"python -m tools.benchmark {words}"})
+            if path:
+                write_report(path, report["machine"], runs)
+
+
+def write_report(path: Path, machine: dict, runs: list[dict]) -> None:
+    atomic_write(path, json.dumps({"machine": machine, "runs": runs}, indent=1))
+
+
+def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
+    """Figures of each model, and the ratio of its speed to that of each other one; prints both."""
+    contenders = [Contender.parse(label, settings) for label in labels]
+    if any(contender.onnx for contender in contenders) and (settings.device == "cuda" or "training" in parts):
+        raise UserError("onnx:NAME is measured with --parts inference latency, on a CPU")
+    rows = {}
+    for contender in contenders:
+        model = contender.build()
+        rows[contender.label] = {
+            "settings": asdict(contender.settings),
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "gmacs": count_flops(model, settings.img_size) / 1e9,
+        }
+    measured, memory = measure(contenders, rounds, parts)
+    print(f"{'model':36}{'Mparam':>8}{'GMAC':>8}")
+    for label, row in rows.items():
+        print(f"{label:36}{row['parameters'] / 1e6:8.1f}{row['gmacs']:8.2f}")
+    ratios = {}
+    for part, seconds in measured.items():
+        what = "ms an image" if part == "latency" else "images/s"
+        print(f"\n{part:36}{what:>12}{'MiB':>8}   times as fast as {', '.join(labels)}")
+        ratios[part] = {a: {b: speed_ratio(seconds, a, b) for b in labels} for a in labels}
+        for label, times in seconds.items():
+            median = statistics.median(times)
+            rate = 1000 * median / LATENCY_REPEATS if part == "latency" else settings.batch_size / median
+            rows[label] |= {f"{part}_seconds": times, f"{part}_peak_mib": memory[part][label]}
+            rows[label][f"{part}_ms" if part == "latency" else f"{part}_images_per_s"] = rate
+            compared = "".join(f"{ratio:7.2f}" for ratio in ratios[part][label].values())
+            print(f"{label:36}{rate:12.2f}{memory[part][label]:8.0f} {compared}")
+    return {"models": rows, "ratios": ratios}
+
+
+def compare_layers(grids: Sequence[int], dim: int, settings: Settings, rounds: int) -> dict:
+    """Our mixers on square grids, with and without their CPU kernels; larger batches for smaller grids."""
+    rows = []
+    print(
+        f"{'mixer':26}{'grid':>6}{'batch':>6}" + "".join(f"{part:>12} ms{'plain':>8}{'ratio':>6}" for part in PARTS[:2])
+    )
+    for side in grids:
+        batch = max(1, settings.batch_size * 56**2 // max(side, 28) ** 2)
+        x = torch.randn(batch, side, side, dim, device=settings.device)
+        for name in MIXERS:
+            layer = build_mixer(name, dim, (side, side), max(1, dim // 32)).to(settings.device)
+            rows.append(row := {"mixer": name, "grid": side, "batch": batch, "channels": dim})
+            cells = ""
+            for part, run in (("training", train_layer), ("inference", infer_layer)):
+                runs = {who: layer_run(run, layer, x, settings, who == "ours") for who in ("ours", "plain")}
+                seconds = take_turns(runs, rounds, settings.device)
+                ours, plain = (1000 * statistics.median(seconds[who]) for who in runs)
+                row |= {f"{part}_ms": ours, f"{part}_plain_ms": plain, f"{part}_ratio": plain / ours}
+                cells += f"{ours:15.2f}{plain:8.2f}{plain / ours:6.2f}"
+            print(f"{name:26}{side:6}{batch:6}{cells}", flush=True)
+    return {"layers": rows}
+
+
+def layer_run(run: Callable, layer: nn.Module, x: Tensor, settings: Settings, kernels: bool) -> Callable[[], float]:
+    def timed() -> float:
+        models.set_cpu_kernels(kernels)
+        try:
+            return seconds_of(lambda: run(layer, x, settings), settings.device)
+        finally:
+            models.set_cpu_kernels(True)
+
+    return timed
+
+
+def train_layer(layer: nn.Module, x: Tensor, settings: Settings) -> None:
+    with settings.autocast():
+        y = layer(x.detach().requires_grad_())
+    y.backward(torch.ones_like(y))
+    layer.zero_grad()
+
+
+def infer_layer(layer: nn.Module, x: Tensor, settings: Settings) -> None:
+    with torch.inference_mode(), settings.autocast():
+        layer(x)
+
+
+def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) -> dict:
+    """Training batches of `folder`/val by the published recipe, ours and timm's, an epoch a round."""
+    ours = own_loader(folder, settings, workers)
+    library = create_loader(
+        create_dataset("", folder, split="val"),
+        (3, settings.img_size, settings.img_size),
+        settings.batch_size,
+        is_training=True,
+        auto_augment=POLICY,
+        re_prob=ERASING,
+        re_mode="pixel",
+        num_workers=workers,
+        pin_memory=settings.device == "cuda",
+        device=torch.device(settings.device),
+        persistent_workers=workers > 0,
+        **RECIPE,
+    )
+    if len(library) != len(ours):
+        raise UserError(f"--loader {folder}: timm finds other images there than we do")
+    epochs = count()
+    runs = {
+        "ours": lambda: [batch.images.sum() for batch in ours.epoch(next(epochs))],
+        "timm": lambda: [images.sum() for images, _ in library],
+    }
+    timed = {who: (lambda run=run: seconds_of(run, settings.device)) for who, run in runs.items()}
+    seconds = take_turns(timed, rounds, settings.device)
+    images = len(ours) * settings.batch_size
+    rates = {who: images / statistics.median(times) for who, times in seconds.items()}
+    ratio = speed_ratio(seconds, "ours", "timm")
+    print("images/s: " + ", ".join(f"{who} {rate:.1f}" for who, rate in rates.items()) + f"; ours / timm {ratio:.2f}")
+    return {"loader": {"workers": workers, "images": images, "images_per_s": rates, "ratio": ratio}}
+
+
+def own_loader(folder: str, settings: Settings, workers: int) -> TrainLoader:
+    dataset = build_dataset("FOLDER", folder, "val")
+    samples = KeyedImages(
+        dataset, train_transform(settings.img_size, aa=POLICY, **RECIPE), erasing=RandomErasing(ERASING)
+    )
+    sampler = KeyedSampler(len(dataset), settings.batch_size, seed=0)
+    dist = Distributed(device=torch.device(settings.device))
+    return TrainLoader(samples, sampler, dist, workers, settings.device == "cuda")
+
+
+def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, steps: int) -> dict:
+    """For each contender and seed of its weights, the error of its logits and of its training losses.
+
+    "logit_error" is the L2 norm of the difference from the float64 logits over the norm of these. "loss_gap" is the
+    mean over `steps` steps of the absolute difference between the losses in half precision and in float32, from the
+    same weights on the same batches of `folder`/val.
+    """
+    if settings.dtype == "float32":
+        raise UserError("--exactness needs --dtype bfloat16 or float16, to compare with float32")
+    loader = own_loader(folder, settings, workers=0)
+    batches = list(islice((batch for epoch in count() for batch in loader.epoch(epoch)), steps))
+    print(f"{'model':32}{'logits against float64':>24}{'losses against float32':>24}")
+    rows = {}
+    for label in labels:
+        contender = Contender.parse(label, settings)
+        rows[label] = row = {"logit_error": [], "loss_gap": []}
+        for seed in SEEDS:
+            row["logit_error"].append(logit_error(contender, seed, batches[0].images))
+            half, full = (
+                list(training_losses(contender, dtype, seed, batches)) for dtype in (settings.dtype, "float32")
+            )
+            row["loss_gap"].append(statistics.mean(abs(a - b) for a, b in zip(half, full, strict=True)))
+        cells = (" ".join(f"{value:.4f}" for value in values) for values in row.values())
+        print(f"{label:32}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
+    return {"exactness": rows}
+
+
+def seeded_model(contender: Contender, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = contender.build()
+    if timm.get_pretrained_cfg_value(contender.arch, "file"):  # weights that come with the package
+        model.load_state_dict(timm.create_model(contender.arch, pretrained=True).state_dict())
+    return model
+
+
+@torch.no_grad()
+def logit_error(contender: Contender, seed: int, images: Tensor) -> float:
+    model = seeded_model(contender, seed).eval()
+    with contender.settings.autocast():
+        found = model(images).double()
+    exact = model.double()(images.double())
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def training_losses(contender: Contender, dtype: str, seed: int, batches: Sequence[Batch]) -> Iterator[float]:
+    """The losses of training from the seed's weights, one step a batch, at a rate that grows to `RATE`."""
+    model = seeded_model(contender, seed).train()
+    settings = replace(contender.settings, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    scaler = torch.amp.GradScaler(settings.device, enabled=dtype == "float16")
+    for step, batch in enumerate(batches, 1):
+        optimizer.param_groups[0]["lr"] = RATE * step / len(batches)
+        with settings.autocast():
+            logits = model(batch.images)
+            loss = F.cross_entropy(logits.float(), batch.targets % logits.shape[1])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+if __name__ == "__main__":
+    run_cli(main)

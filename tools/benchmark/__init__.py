@@ -1,1 +1,0 @@
-"""Models, layers and the input pipeline measured side by side: `python -m tools.benchmark`."""

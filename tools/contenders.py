@@ -1,0 +1,258 @@
+"""Models to compare in speed and memory: each runs in a process of its own, and they take turns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import signal
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import nn
+
+import models
+from tools.export import in_onnxruntime
+from utils import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LATENCY_REPEATS = 5
+WARM_UP = {"cpu": 1, "cuda": 5}
+
+Seconds = dict[str, list[float]]  # by contender, of each round
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is run. Half precision is autocast over float32 weights, as in training."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    compile: bool = False
+    channels_last: bool = False
+    batch_size: int = 16
+    img_size: int = 224
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "float32")
+
+
+OWN_SETTINGS = {
+    **{name: {"dtype": name} for name in DTYPES},
+    "compile": {"compile": True},
+    "eager": {"compile": False},
+    "channels-last": {"channels_last": True},
+    "contiguous": {"channels_last": False},
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure. `label` is what the user wrote; `kernels` says whether the CPU kernels are used."""
+
+    label: str
+    arch: str
+    settings: Settings
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None  # None: as many as the model's weights in timm have
+    kernels: bool = True
+    onnx: bool = False
+
+    @classmethod
+    def parse(cls, label: str, settings: Settings) -> Contender:
+        """Read [plain:|onnx:]NAME[@SETTING[,SETTING...]].
+
+        Raises:
+            UserError: there is no such model or setting.
+        """
+        model, _, words = label.partition("@")
+        for word in words.split(",") if words else ():
+            if word not in OWN_SETTINGS:
+                raise UserError(f"{label}: unknown setting {word!r}; choose from {', '.join(OWN_SETTINGS)}")
+            settings = replace(settings, **OWN_SETTINGS[word])
+        prefix, _, arch = model.rpartition(":")
+        if not timm.is_model(arch) or prefix not in ("", "plain", "onnx"):
+            raise UserError(f"{label}: no such model; write NAME, plain:NAME or onnx:NAME, with NAME one of timm's")
+        size = size_argument(arch, settings.img_size)
+        return cls(label, arch, settings, size, kernels=prefix != "plain", onnx=prefix == "onnx")
+
+    def build(self) -> nn.Module:
+        """The model with random weights, without stochastic depth, in which the defaults of models differ."""
+        getattr(models, "set_cpu_kernels", bool)(self.kernels)
+        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        model = timm.create_model(self.arch, **classes, **self.model_kwargs)
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+        memory_format = torch.channels_last if self.settings.channels_last else torch.contiguous_format
+        return model.to(self.settings.device, memory_format=memory_format)
+
+
+def size_argument(arch: str, img_size: int) -> dict[str, int]:
+    """The argument by which models of a fixed input size are built for images of another size."""
+    return {"img_size": img_size} if timm.get_pretrained_cfg_value(arch, "fixed_input_size") else {}
+
+
+class Runner:
+    """A contender with everything that a training step and inference need."""
+
+    def __init__(self, contender: Contender):
+        self.settings = settings = contender.settings
+        set_up_device(settings.device)
+        self.model = contender.build()
+        self.forward = in_onnxruntime(self.model, settings.img_size) if contender.onnx else self.model
+        if settings.compile:
+            self.model.compile()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.scaler = torch.amp.GradScaler(settings.device, enabled=settings.dtype == "float16")
+        images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device)
+        self.images = images.contiguous(memory_format=torch.channels_last) if settings.channels_last else images
+        self.targets = torch.randint(self.model.num_classes, (settings.batch_size,), device=settings.device)
+
+    def training(self) -> None:
+        """Forward, cross-entropy, backward, AdamW."""
+        with self.settings.autocast():
+            loss = F.cross_entropy(self.forward(self.images), self.targets)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def inference(self) -> None:
+        with torch.inference_mode(), self.settings.autocast():
+            self.forward(self.images)
+
+    def latency(self) -> None:
+        with torch.inference_mode(), self.settings.autocast():
+            for _ in range(LATENCY_REPEATS):
+                self.forward(self.images[:1])
+
+    def seconds(self, part: str) -> float:
+        """How long the method called `part` takes, with the model in the mode that it needs."""
+        self.model.train(part == "training")
+        return seconds_of(getattr(self, part), self.settings.device)
+
+
+class OwnProcess:
+    """A `Runner` in a process of its own, as a model is used.
+
+    How often a process asks the system for fresh memory depends on what ran in it before: beside other models, those
+    with large hidden tensors would profit from what the others have freed.
+    """
+
+    def __init__(self, contender: Contender):
+        self.label = contender.label
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._built = self._process.submit(_build, contender, torch.get_num_threads())
+
+    def __enter__(self) -> OwnProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown(cancel_futures=True)
+
+    def seconds(self, part: str) -> float:
+        """As `Runner.seconds`."""
+        return self.call(_seconds, part)
+
+    def call(self, function: Callable[..., float], *args: object) -> float:
+        """Raises UserError if the process died, as one does that needs too much memory."""
+        try:
+            self._built.result()
+            return self._process.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise UserError(f"{self.label}: the process that measured it died (out of memory?)") from None
+
+
+_runner: Runner  # of the process of an `OwnProcess`, and the MiB that it had before
+_memory_before: float
+
+
+def _build(contender: Contender, threads: int) -> None:
+    global _runner, _memory_before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    torch.set_num_threads(threads)
+    _memory_before = _resident_peak()
+    _runner = Runner(contender)
+
+
+def _seconds(part: str) -> float:
+    return _runner.seconds(part)
+
+
+def _peak_memory() -> float:
+    """MiB that the model and what has run so far added to the process at most; on CUDA, that PyTorch allocated."""
+    if _runner.settings.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _resident_peak() - _memory_before
+
+
+def _resident_peak() -> float:
+    """The most MiB that this process has had in memory, by Linux; nan elsewhere."""
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else float("nan")
+
+
+def set_up_device(device: str) -> None:
+    """TF32 and cuDNN's search for algorithms, as training sets them."""
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Seconds that `run` takes: by device events on CUDA, by the wall clock on a CPU."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def take_turns(runs: dict[str, Callable[[], float]], rounds: int, device: str) -> Seconds:
+    """The seconds that each run returns, in every round, after warming up; every other round goes backwards.
+
+    So whatever else the machine does slows all runs alike.
+    """
+    for run in runs.values():
+        for _ in range(WARM_UP[device]):
+            run()
+    seconds: Seconds = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            seconds[name].append(runs[name]())
+    return seconds
+
+
+def speed_ratio(seconds: Seconds, one: str, other: str) -> float:
+    """How many times as fast as `other` `one` is: the ratio of the medians."""
+    return statistics.median(seconds[other]) / statistics.median(seconds[one])
+
+
+def measure(
+    contenders: Sequence[Contender], rounds: int, parts: Sequence[str]
+) -> tuple[dict[str, Seconds], dict[str, dict[str, float]]]:
+    """(seconds, peak memory in MiB) of each part and contender. Training comes last: it needs the most memory."""
+    seconds, memory = {}, {}
+    with ExitStack() as stack:
+        processes = [stack.enter_context(OwnProcess(contender)) for contender in contenders]
+        for part in sorted(parts, key="training".__eq__):
+            runs = {process.label: (lambda p=process, part=part: p.seconds(part)) for process in processes}
+            seconds[part] = take_turns(runs, rounds, contenders[0].settings.device)
+            memory[part] = {process.label: process.call(_peak_memory) for process in processes}
+    return seconds, memory

@@ -1,0 +1,474 @@
+"""Write a checkpoint's model for other programs.
+
+  --to safetensors FILE   weights and, as JSON, what prediction needs (arch,
+                          classes, normalisation); --half: in float16
+  --to original FILE      weights with the names of the authors' code, .pth or
+                          .safetensors
+  --to hub DIR            Hugging Face's layout, for transformers and
+                          timm.create_model("local-dir:DIR", pretrained=True);
+                          --push REPO uploads it
+  --to onnx FILE          a graph for any number of images (with --dynamic-size
+                          of any size), checked against torch in onnxruntime;
+                          opset 18, without Fourier operators
+  --to pt2 FILE           torch.export's program for any number of images
+
+The checkpoint is a file of ours, the authors' or timm's, a run directory, which means its best checkpoint, or the
+name of a model whose weights come with this project. Graphs take images as the model does: (B, 3, H, W),
+float32, normalised by the mean and std in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+from timm.models import save_for_hf
+from timm.models._hub import generate_readme
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from models import LoadedModel, load_checkpoint
+from models.base import ImageModel
+from models.checkpoints import METADATA_KEYS, read_checkpoint, weights_of
+from models.convert import to_original, to_ours
+from models.fourier_matrices import fourier_matrices
+from models.layers import FeedForward, Grid
+from models.pretrained import find_checkpoint
+from models.spectral_gate import SpectralGate
+from runtime import checkpoints
+from runtime.entry_point import run_cli
+from runtime.provenance import plain
+from tools.command_line import ToolParser
+from training.arguments import suggestion
+from training.model import count_parameters
+from utils import MachineError, UserError, atomic_write, cannot_write, make_directory, one_line
+
+OPSET = 18  # understood by TensorRT, CoreML's converters and onnxruntime 1.18
+TOLERANCE = 1e-4  # of a logit
+LARGEST_SIDE = 4096  # pixels, of images of any size
+BATCHES = (1, 3)  # sizes that a graph is checked with; it is traced with another
+OPTIONS = {"half": "safetensors", "dynamic_size": "onnx", "push": "hub"}  # flag -> its format
+SUFFIXES = {
+    "safetensors": (".safetensors",),
+    "original": (".pth", ".safetensors"),
+    "onnx": (".onnx",),
+    "pt2": (".pt2",),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ToolParser("export", __doc__)
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint, a run directory (its best one), or a model with weights")
+    add("--to", nargs=2, required=True, metavar=("FORMAT", "PATH"), help="see above")
+    averaged = "the averaged weights, or not (default: if there are any)"
+    add("--ema", action=argparse.BooleanOptionalAction, default=None, help=averaged)
+    add("--overwrite", action="store_true", help="replace what is at PATH")
+    add("--half", action="store_true", help="safetensors: in float16")
+    add("--dynamic-size", action="store_true", help="onnx: images of any size, multiples of the model's stride")
+    add("--push", metavar="REPO", help="hub: then upload the folder")
+    args = parser.parse_args(argv)
+
+    name, path = args.to[0], Path(args.to[1])
+    if name not in FORMATS:
+        raise UserError(f"--to {name}: choose one of {', '.join(FORMATS)}{suggestion(name, FORMATS)}")
+    for option, only in OPTIONS.items():
+        if getattr(args, option) and name != only:
+            raise UserError(f"--{option.replace('_', '-')} is for --to {only}")
+    if path.suffix not in SUFFIXES.get(name, (path.suffix,)):
+        raise UserError(f"{path}: name it {' or '.join(SUFFIXES[name])}")
+    if not args.overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
+        raise UserError(f"{path}: it exists already; --overwrite replaces it")
+    if name != "hub" and not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    print(f"{path}: written, {FORMATS[name](args, path)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def write_safetensors(args: argparse.Namespace, path: Path) -> str:
+    """The weights and what prediction needs."""
+    state, tensors = read_weights(args)
+    if args.half:
+        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.isinf().any():
+                raise UserError(f"--half: {name} of {args.checkpoint} has numbers beyond float16's range")
+    return write_tensors(path, tensors, state)
+
+
+def write_original(args: argparse.Namespace, path: Path) -> str:
+    """The weights under the names of the authors' code."""
+    state, tensors = read_weights(args)
+    arch = state.get("arch", "svt")
+    if not arch.startswith(("spectformer", "svt")):
+        raise UserError(f"{args.checkpoint}: it is a {arch}, which the authors' code does not have")
+    return write_tensors(path, to_original(to_ours(tensors)), state)
+
+
+def read_weights(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(what is in the checkpoint, its weights)."""
+    path = find_checkpoint(args.checkpoint)
+    state = read_checkpoint(path)
+    return state, weights_of(state, args.ema, path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    if path.suffix == ".safetensors":
+        checkpoints.save_safetensors(path, tensors, state)
+    else:
+        checkpoints.save(path, {"model": tensors})
+    return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
+
+
+# ---------------------------------------------------------------------------------------------------------------- hub
+
+CITATIONS = {
+    "arXiv:2304.06446": """@article{patro2023spectformer,
+  title={SpectFormer: Frequency and Attention is what you need in a Vision Transformer},
+  author={Patro, Badri N. and Namboodiri, Vinay P. and Agneeswaran, Vijay Srinivas},
+  journal={arXiv preprint arXiv:2304.06446},
+  year={2023}
+}""",
+    "arXiv:2311.01310": """@inproceedings{patro2023scattering,
+  title={Scattering Vision Transformer: Spectral Mixing Matters},
+  author={Patro, Badri N. and Agneeswaran, Vijay Srinivas},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2023}
+}""",
+}
+# Settings of a run that say where it ran and what it wrote, not how it trained.
+NOT_OF_THE_RECIPE = {
+    "config", "resume", "eval", "dry_run", "print_config", "output_dir", "data_path", "download", "wandb", "device",
+    "num_workers", "pin_mem", "print_freq", "checkpoint_steps", "checkpoint_epochs", "keep_best", "token_label_data",
+}  # fmt: skip
+# Keys of timm's `pretrained_cfg` that describe this model; the others describe the registered weights.
+OF_THIS_MODEL = {
+    "input_size", "fixed_input_size", "num_classes", "mean", "std", "crop_pct", "crop_mode", "interpolation",
+    "pool_size", "first_conv", "classifier", "custom_load",
+}  # fmt: skip
+FOLDERS = ("IMNET", "FOLDER")  # data sets that are whatever class folders --data-path names
+
+
+def write_hub(args: argparse.Namespace, path: Path) -> str:
+    """config.json, model.safetensors and README.md in a folder; --push uploads the folder."""
+    info = load_checkpoint(args.checkpoint, ema=args.ema)
+    model = info.model
+    size = {"img_size": info.input_size} if model.pretrained_cfg.get("fixed_input_size") else {}
+    images = ("mean", "std", "crop_pct", "interpolation")
+    pretrained_cfg = {name: getattr(info, name) for name in images} | {"input_size": (3, *info.input_size)}
+    make_directory(path)
+    try:
+        save_for_hf(
+            model,
+            path,
+            model_config={"label_names": list(info.class_names), "pretrained_cfg": pretrained_cfg},
+            model_args=info.model_kwargs | size,
+            safe_serialization=True,
+        )
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config["model_args"].pop("num_classes", None)  # beside the entry of that name, transformers would pass both
+        config["pretrained_cfg"] = {
+            key: config["pretrained_cfg"][key] for key in sorted(config["pretrained_cfg"]) if key in OF_THIS_MODEL
+        }
+        (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        card = model_card(info, f"hf-hub:{args.push}" if args.push else f"local-dir:{path}")
+        (path / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    files = "config.json, model.safetensors, README.md"
+    return files if args.push is None else f"{files}; uploaded: {upload(path, args.push)}"
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Upload the folder to a repository of Hugging Face's hub; its address."""
+    from huggingface_hub import HfApi
+
+    try:
+        url = HfApi().create_repo(repo, exist_ok=True)
+        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)
+    except (OSError, ValueError) as error:  # what that library raises derives from these
+        raise UserError(f"--push {repo}: {one_line(error)}") from error
+    return str(url)
+
+
+def model_card(info: LoadedModel, source: str) -> str:
+    """README.md: what the checkpoint says of its run. `source` is the name by which timm loads the model."""
+    state, cfg, (height, width) = info.checkpoint, info.model.pretrained_cfg, info.input_size
+    settings = state.get("args") or {}
+    details: dict[str, Any] = {
+        "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
+        "Images": f"{height} x {width}, mean {list(info.mean)}, std {list(info.std)}, crop {info.crop_pct:g}, "
+        f"{info.interpolation}",
+    }
+    if info.model_kwargs:
+        details["Arguments"] = {name: f"`{value!r}`" for name, value in info.model_kwargs.items()}
+    if (data := data_of(settings)) is not None:
+        details["Data"] = data
+        if (score := score_of(state, info.ema)) is not None:
+            details["Accuracy"] = (
+                f"{score:.2f} % top-1 on the validation images of {data}, after epoch {state['epoch']}"
+            )
+    if settings.get("finetune"):
+        details["Began from"] = f"`{Path(settings['finetune']).name}`"
+    if version := state.get("version"):
+        details["Trained with"] = ", ".join(f"{name} {number}" for name, number in version.items())
+    paper = cfg.get("paper_ids")
+    if paper in CITATIONS:
+        details["Paper of the architecture"] = f"{cfg['paper_name']}: {paper}"
+    usage = f"""
+```python
+import timm
+import spectformer_svt  # registers the models; pip install . in a clone of their repository
+
+model = timm.create_model("{source}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+"""
+    card: dict[str, Any] = {
+        "license": "unknown",
+        "description": f"A {info.arch} for image classification" + (f", trained on {data}." if data else "."),
+        "details": details,
+        "usage": usage,
+    }
+    text = generate_readme(card | ({"citation": CITATIONS[paper]} if paper in CITATIONS else {}), source.split("/")[-1])
+    recipe = {name: value for name, value in settings.items() if name not in NOT_OF_THE_RECIPE and value is not None}
+    if recipe:
+        recipe["processes"] = state.get("world_size", 1)
+        text += f"\n## Recipe\n```yaml\n{yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True)}```\n"
+    return text
+
+
+def data_of(settings: Mapping[str, Any]) -> str | None:
+    """The data that a run trained on, in words; None if it is not known."""
+    name = settings.get("data_set")
+    if name in FOLDERS:
+        path = settings.get("data_path")
+        return f"the class folders of {Path(path).resolve().name}" if path else None
+    classes = settings.get("classes")
+    return name and name + (f", classes {', '.join(classes)}" if classes else "")
+
+
+def score_of(state: Mapping[str, Any], ema: bool) -> float | None:
+    """The accuracy after the checkpoint's epoch, if it is that of the exported weights and not of their average."""
+    at_end = state.get("epoch") and not state.get("step")
+    return state.get("acc1") if at_end and state.get("averaged", False) == ema else None
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+
+
+def write_onnx(args: argparse.Namespace, path: Path) -> str:
+    """An ONNX file, after onnxruntime has given torch's logits with it."""
+    runtime, onnx = package("onnxruntime"), package("onnx")
+    kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
+    info = load_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
+    model = info.model
+    if args.dynamic_size and not isinstance(model, ImageModel):
+        raise UserError(f"--dynamic-size: {info.arch} is not one of this project's models")
+    size, sizes, shape = info.input_size, [info.input_size], {0: Dim("batch")}
+    if args.dynamic_size:
+        stride = model.feature_info[-1]["reduction"]
+        rows, columns = (Dim(name, min=2, max=LARGEST_SIDE // stride) for name in ("rows", "columns"))
+        shape |= {2: stride * rows, 3: stride * columns}
+        native = tuple(max(side // stride, 2) * stride for side in info.input_size)
+        sizes = [(2 * stride, 3 * stride), (5 * stride, 4 * stride), native]
+        size = (native[0] + stride, native[1] + 2 * stride)  # where weights are resampled, so that the graph does it
+    proto = to_onnx(export(portable(model, args.dynamic_size), size, shape))
+    onnx.helper.set_model_props(proto, metadata(info))
+    content = proto.SerializeToString()
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    difference = check(lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model, sizes)
+    atomic_write(path, content)
+    checked = ", ".join(f"{height}x{width}" for height, width in sizes)
+    images = f"images of any size, checked at {checked}" if args.dynamic_size else f"images, {checked}"
+    return (
+        f"opset {OPSET}, {len(content) / 1e6:.1f} MB, any number of {images}; "
+        f"onnxruntime's logits within {difference:.1e} of torch's"
+    )
+
+
+def write_pt2(args: argparse.Namespace, path: Path) -> str:
+    """A program of torch.export's, after it has given the model's logits."""
+    info = load_checkpoint(args.checkpoint, ema=args.ema)
+    buffer = io.BytesIO()
+    extra = {"model.json": json.dumps(metadata(info))}
+    torch.export.save(export(info.model, info.input_size, {0: Dim("batch")}), buffer, extra_files=extra)
+    content = buffer.getvalue()
+    difference = check(torch.export.load(io.BytesIO(content)).module(), info.model, [info.input_size])
+    atomic_write(path, content)
+    return f"torch {torch.__version__}, {len(content) / 1e6:.1f} MB; its logits within {difference:.1e} of the model's"
+
+
+FORMATS = {
+    "safetensors": write_safetensors,
+    "original": write_original,
+    "hub": write_hub,
+    "onnx": write_onnx,
+    "pt2": write_pt2,
+}
+
+
+def in_onnxruntime(model: nn.Module, img_size: int) -> Callable[[Tensor], Tensor]:
+    """The model's logits by onnxruntime, with as many threads as torch uses."""
+    runtime = package("onnxruntime")
+    program = export(portable(model.eval(), dynamic=False), (img_size, img_size), {0: Dim("batch")})
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = to_onnx(program).SerializeToString()
+    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def export(model: nn.Module, size: Grid, shape: dict[int, Any]) -> ExportedProgram:
+    """The model's graph for images of (height, width); `shape` says which of their axes are dynamic."""
+    images = torch.zeros(2, 3, *size)
+    return torch.export.export(
+        model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
+    )
+
+
+def to_onnx(program: ExportedProgram) -> Any:
+    """The program's graph as onnx.ModelProto, from `images` to `logits`."""
+    operators = package("onnxscript").opset18
+
+    # The exporter's own treats a dynamic size as a number.
+    def remainder(x, divisor):
+        return operators.Mod(x, operators.CastLike(divisor, x))
+
+    # The exporter's own has another order, in which onnxruntime does not recognise GELU, a single operation there.
+    def gelu(x, approximate="none"):
+        half, one, root = (operators.CastLike(number, x) for number in (0.5, 1.0, math.sqrt(2)))
+        return operators.Mul(operators.Mul(x, operators.Add(operators.Erf(operators.Div(x, root)), one)), half)
+
+    proto = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        external_data=False,
+        verbose=False,
+        custom_translation_table={torch.ops.aten.remainder.Scalar: remainder, torch.ops.aten.gelu.default: gelu},
+    ).model_proto
+    # PyTorch expands one matrix to a batch of copies before it multiplies; ONNX can broadcast the matrix itself.
+    matrices = {matrix.name for matrix in proto.graph.initializer if len(matrix.dims) == 2 and min(matrix.dims) > 1}
+    copies = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Expand"}
+    for node in proto.graph.node:
+        if node.op_type == "MatMul" and copies.get(node.input[0]) in matrices:
+            node.input[0] = copies[node.input[0]]
+    return proto
+
+
+@torch.no_grad()
+def check(run: Callable[[Tensor], Tensor], model: nn.Module, sizes: list[Grid]) -> float:
+    """The largest difference between a graph's logits and the model's; raises MachineError where it is too large."""
+    generator = torch.Generator().manual_seed(0)
+    difference = 0.0
+    for size in sizes:
+        for batch in BATCHES:
+            images = torch.randn(batch, 3, *size, generator=generator)
+            difference = max(difference, (run(images) - model(images)).abs().max().item())
+    if not difference <= TOLERANCE:
+        raise MachineError(f"the graph's logits differ from the model's by {difference:.1e}; nothing was written")
+    return difference
+
+
+def metadata(info: LoadedModel) -> dict[str, str]:
+    """What prediction needs, as JSON by name."""
+    found = {key: getattr(info, key) for key in METADATA_KEYS}
+    return {key: json.dumps(value) for key, value in found.items() if value is not None}
+
+
+def package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"ONNX needs pip install onnx onnxruntime onnxscript: {one_line(error)}") from error
+
+
+# ------------------------------------------------------------------------------- layers that other runtimes run fast
+
+
+class FourierProducts(nn.Module):
+    """What a `SpectralGate` computes, (B, H, W, C) to (B, H, W, C), by two real matrix products each way.
+
+    The axes are transformed one after the other; complex numbers are their real parts followed by their imaginary
+    parts. For grids of one size the matrices are constants; with `dynamic` they are computed from the grid.
+    """
+
+    def __init__(self, gate: SpectralGate, dynamic: bool):
+        super().__init__()
+        self.gate = gate
+        self.dynamic = dynamic
+        if not dynamic:
+            for name, matrix in fourier_matrices(gate.grid_size).items():
+                self.register_buffer(name, matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width, channels = x.shape[1:]
+        frequencies = width // 2 + 1
+        if self.dynamic:
+            matrices = fourier_matrices((height, width))
+            weight = self.gate.resize_weights({"complex_weight": self.gate.complex_weight}, (height, width))
+            weight = weight["complex_weight"]
+        else:
+            matrices, weight = dict(self.named_buffers(recurse=False)), self.gate.complex_weight
+        weight_real, weight_imaginary = weight.unbind(-1)  # each (H, W // 2 + 1, C)
+
+        y = matrices["columns"] @ x  # (B, H, 2 * frequencies, C)
+        y = y.unflatten(2, (2, frequencies)).transpose(1, 2).flatten(3).flatten(1, 2)
+        y = (matrices["rows"] @ y).unflatten(1, (2, height)).unflatten(3, (frequencies, channels))
+        real, imaginary = y.unbind(1)
+        filtered = (
+            real * weight_real - imaginary * weight_imaginary,
+            real * weight_imaginary + imaginary * weight_real,
+        )
+        y = matrices["rows_back"] @ torch.cat(filtered, 1).flatten(2)
+        y = y.unflatten(1, (2, height)).unflatten(3, (frequencies, channels)).transpose(1, 2).flatten(2, 3)
+        return matrices["columns_back"] @ y
+
+
+class PointwiseFeedForward(nn.Module):
+    """What a `FeedForward` with a depthwise convolution computes, (B, H, W, C) to (B, H, W, C), by convolutions alone.
+
+    A runtime that stores images as (B, C, H, W) then transposes the grid, and not the wider hidden one.
+    """
+
+    def __init__(self, plain: FeedForward):
+        super().__init__()
+        self.layers = nn.Sequential(pointwise(plain.fc1), plain.dwconv, plain.act, pointwise(plain.fc2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def pointwise(linear: nn.Linear) -> nn.Conv2d:
+    layer = nn.Conv2d(linear.in_features, linear.out_features, 1)
+    layer.weight, layer.bias = nn.Parameter(linear.weight[..., None, None]), linear.bias
+    return layer
+
+
+def portable(model: nn.Module, dynamic: bool) -> nn.Module:
+    """A copy of the model with these layers instead of its own; its logits differ by rounding alone."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SpectralGate):
+            model.set_submodule(name, FourierProducts(module, dynamic))
+        elif isinstance(module, FeedForward) and module.dwconv is not None:
+            model.set_submodule(name, PointwiseFeedForward(module))
+    return model
+
+
+if __name__ == "__main__":
+    run_cli(main)

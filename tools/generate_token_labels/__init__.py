@@ -1,1 +1,0 @@
-"""A teacher's label maps for token labelling: `python -m tools.generate_token_labels`."""

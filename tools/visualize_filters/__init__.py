@@ -1,1 +1,0 @@
-"""What spectral and scattering layers have learned, drawn: `python -m tools.visualize_filters`."""
