@@ -1,8 +1,8 @@
 """Measure models side by side: training step, inference, latency of one image, peak memory.
 
     python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2
-    python -m tools.benchmark --layers        mixers with and without CPU kernels
-    python -m tools.benchmark --loader DIR    the input pipeline against timm's
+    python -m tools.benchmark --layers      mixers with and without CPU kernels
+    python -m tools.benchmark --loader DIR  the input pipeline against timm's
     python -m tools.benchmark --exactness DIR svt_h_s pvt_v2_b2 --dtype bfloat16
     python -m tools.benchmark --suite cpu --json FILE
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
-import models
+import models  # noqa: F401
 from inputs.catalogue import build_dataset
 from inputs.loader import Batch, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
@@ -48,6 +48,7 @@ from tools.contenders import (
     Settings,
     measure,
     seconds_of,
+    set_cpu_kernels,
     set_up_device,
     speed_ratio,
     take_turns,
@@ -170,7 +171,7 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
     ratios = {}
     for part, seconds in measured.items():
         what = "ms an image" if part == "latency" else "images/s"
-        print(f"\n{part:36}{what:>12}{'MiB':>8}   times as fast as {', '.join(labels)}")
+        print(f"\n{part:36}{what:>12}{'MiB':>8}   how many times as fast as each, in this order")
         ratios[part] = {a: {b: speed_ratio(seconds, a, b) for b in labels} for a in labels}
         for label, times in seconds.items():
             median = statistics.median(times)
@@ -207,11 +208,11 @@ def compare_layers(grids: Sequence[int], dim: int, settings: Settings, rounds: i
 
 def layer_run(run: Callable, layer: nn.Module, x: Tensor, settings: Settings, kernels: bool) -> Callable[[], float]:
     def timed() -> float:
-        models.set_cpu_kernels(kernels)
+        set_cpu_kernels(kernels)
         try:
             return seconds_of(lambda: run(layer, x, settings), settings.device)
         finally:
-            models.set_cpu_kernels(True)
+            set_cpu_kernels(True)
 
     return timed
 

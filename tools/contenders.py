@@ -29,6 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LATENCY_REPEATS = 5
 WARM_UP = {"cpu": 1, "cuda": 5}
 
+set_cpu_kernels = getattr(models, "set_cpu_kernels", bool)  # until models has it
 Seconds = dict[str, list[float]]  # by contender, of each round
 
 
@@ -88,7 +89,7 @@ class Contender:
 
     def build(self) -> nn.Module:
         """The model with random weights, without stochastic depth, in which the defaults of models differ."""
-        getattr(models, "set_cpu_kernels", bool)(self.kernels)
+        set_cpu_kernels(self.kernels)
         classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
         model = timm.create_model(self.arch, **classes, **self.model_kwargs)
         for module in model.modules():
