@@ -81,9 +81,10 @@ def pyramid_features(model: nn.Module, arch: str, strides: Sequence[int]) -> Fea
     """
     found = [info["reduction"] for info in getattr(model, "feature_info", None) or ()]
     if not hasattr(model, "forward_intermediates") or any(found.count(stride) != 1 for stride in strides):
+        way_out = "; --model-kwargs stem_stride=4 moves them" if getattr(model, "stem_stride", 4) != 4 else ""
         raise UserError(
             f"--arch {arch}: a detector needs one feature map at each of the strides "
-            f"{', '.join(map(str, strides))}; this model's are at {', '.join(map(str, found)) or 'none'}"
+            f"{', '.join(map(str, strides))}; this model's are at {', '.join(map(str, found)) or 'none'}{way_out}"
         )
     return FeatureGetterNet(model, out_indices=[found.index(stride) for stride in strides], norm=True)
 

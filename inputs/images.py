@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from models.pretrained import describe_class, synonyms
 from utils import UserError, key_seed, one_line
 
 # Formats that Pillow identifies without being able to decode them everywhere: videos, documents, containers.
@@ -185,7 +186,10 @@ def _class_number(class_names: Sequence[str], name: str) -> int:
         return class_names.index(name)
     if name.isdecimal() and int(name) < len(class_names):
         return int(name)
-    shown = ", ".join(class_names[:10]) + (", …" if len(class_names) > 10 else "")
+    described = [i for i, known in enumerate(class_names) if name.casefold() in map(str.casefold, synonyms(known))]
+    if len(described) == 1:
+        return described[0]
+    shown = ", ".join(map(describe_class, class_names[:10])) + (", …" if len(class_names) > 10 else "")
     raise UserError(f"--classes {name}: no such class; there are {len(class_names)}: {shown}")
 
 

@@ -158,10 +158,15 @@ class LoadedModel:
 
 def describe_class(name: str) -> str:
     """``"n01440764"`` to ``"n01440764 tench"``; a name that is no WordNet id of ImageNet's as it is."""
+    return " ".join([name, *synonyms(name)[:1]])
+
+
+def synonyms(name: str) -> list[str]:
+    """The words for a class that is named by a WordNet id of ImageNet's: ``["tench", "Tinca tinca"]``."""
     try:
-        return f"{name} {imagenet().label_name_to_description(name).split(',')[0]}"
+        return imagenet().label_name_to_description(name, detailed=False).split(", ")
     except KeyError:
-        return name
+        return []
 
 
 @cache

@@ -705,3 +705,15 @@ def test_token_label_maps_come_with_their_images(tmp_path):
     (maps / "dog" / "1.pt").unlink()
     with pytest.raises(UserError, match="1 of 4 label maps are missing or cut short: .*dog/1.pt"):
         build_data(args, Distributed())
+
+
+def test_classes_of_imagenet_are_chosen_by_their_words_too(tmp_path):
+    ids = ("n01440764", "n02102040", "n02012849", "n03126707")  # tench, English springer, crane (bird), crane (machine)
+    for split in ("train", "val"):
+        for name in ids:
+            save_image(tmp_path / split / name / "0.png", 0)
+    chosen = build_dataset("FOLDER", tmp_path, "val", classes=["english springer", "Tinca tinca", "n03126707"])
+    assert chosen.class_names == ("n02102040", "n01440764", "n03126707")
+    for name in ("crane", "dog"):
+        with pytest.raises(UserError, match=f"--classes {name}: no such class; there are 4: n01440764 tench"):
+            build_dataset("FOLDER", tmp_path, "val", classes=[name])

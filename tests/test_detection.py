@@ -469,6 +469,9 @@ def test_a_backbone_without_a_pyramid_is_refused():
     model = create_classifier("spectformer_ti", (64, 64), {"depth": 2, "alpha": 1}, 0.0)
     with pytest.raises(UserError, match="--arch spectformer_ti: a detector needs .* strides 4, 8, 16, 32"):
         pyramid_features(model, "spectformer_ti", STRIDES["mask_rcnn"])
+    model = create_classifier("spectformer_h_n", (64, 64), {}, 0.0)
+    with pytest.raises(UserError, match="are at 2, 4, 8, 16; --model-kwargs stem_stride=4"):
+        pyramid_features(model, "spectformer_h_n", STRIDES["mask_rcnn"])
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
