@@ -379,7 +379,7 @@ def write_report(study: Study, lines: dict[tuple[str, int], Line], speeds: dict[
     text = f"""# {study.title}
 
 Data: {study.data}.
-Budget: {line["recipe"].get("epochs", 300)} epochs of {line["images"]:,} images, {len(seeds)} of {study.seeds} seeds.
+Budget: {line["recipe"].get("epochs", 300)} epoch(s) of {line["images"]:,} images, {len(seeds)} of {study.seeds} seeds.
 Machine: {machines}; {minutes:.1f} minutes a run (median), torch {line["torch"]}.{measured}
 
     python -m tools.study {study.path} --data-path DIR
