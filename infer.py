@@ -188,6 +188,7 @@ def with_trained_data(args: argparse.Namespace, loaded: models.LoadedModel) -> a
         "val_split": args.val_split or (tuple(val_split) if val_split else None),
         "input_size": loaded.input_size,
         "eval_crop_pct": loaded.crop_pct,
+        "pixel_range": trained.get("pixel_range"),
     }
     return argparse.Namespace(**vars(args) | settled)
 
@@ -211,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.eval_crop_pct is not None:
         loaded = dataclasses.replace(loaded, crop_pct=args.eval_crop_pct)
-    if loaded.model_kwargs.get("in_chans", 3) != 3:
-        raise UserError(f"{path}: the model expects {loaded.model_kwargs['in_chans']} channels, the images have 3")
+    channels = loaded.model_kwargs.get("in_chans", 3)
+    if channels != len(loaded.mean):
+        raise UserError(f"{path}: the model expects {channels} channels, its mean is for {len(loaded.mean)}")
     if args.tta:
         average_mirrored(loaded.model)
     run = run_evaluation if args.image is None else run_prediction

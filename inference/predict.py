@@ -26,15 +26,16 @@ FORMATS = (".json", ".csv", ".parquet")
 class Photographs(Dataset):
     """Image files, turned as their EXIF orientation says and transformed; (index, error) for an unreadable one."""
 
-    def __init__(self, paths: Sequence[Path], transform: Callable[..., Tensor]):
-        self._paths, self._transform = paths, transform
+    def __init__(self, paths: Sequence[Path], transform: Callable[..., Tensor], **decoding: Any):
+        """decoding: further arguments of `read_image`."""
+        self._paths, self._transform, self._decoding = paths, transform, decoding
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | BadImage]:
         try:
-            return index, self._transform(read_image(self._paths[index], upright=True))
+            return index, self._transform(read_image(self._paths[index], upright=True, **self._decoding))
         except BadImage as error:
             return index, error
 
@@ -91,9 +92,8 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
             return model(as_input(images, precision)).float()
 
     records, embeddings, bad = [], [], []
-    loader = DataLoader(
-        Photographs(files, loaded.transform), args.batch_size, num_workers=args.num_workers, collate_fn=list
-    )
+    photographs = Photographs(files, loaded.transform, channels=len(loaded.mean), pixel_range=args.pixel_range)
+    loader = DataLoader(photographs, args.batch_size, num_workers=args.num_workers, collate_fn=list)
     for batch in loader:
         bad += [error for _, error in batch if isinstance(error, BadImage)]
         images = {index: image.to(dist.device) for index, image in batch if isinstance(image, Tensor)}

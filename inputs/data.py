@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from inputs.catalogue import build_dataset, dataset_spec
@@ -54,7 +55,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         for split in ("train", "val"):
             _open(args, split, download=True)
     dist.barrier()
-    train_set, data = _open(args, "train"), build_eval(args, dist)
+    train_set, data = _open(args, "train"), build_eval(args, dist, **channel_statistics(args))
     if train_set.class_names != data.class_names:
         difference = ", ".join(sorted(set(train_set.class_names) ^ set(data.class_names))[:10])
         raise UserError(f"--data-set {args.data_set}: classes of training or validation alone: {difference}")
@@ -74,11 +75,17 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         args.accum_iter,
         REPEATS if args.repeated_aug else 1,
         args.resume,
+        balanced_probabilities(train_set) if args.balanced_sampling else None,
     )
     transform = train_transform(
         args.input_size,
+        mean=data.mean,
         interpolation=args.train_interpolation,
         scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        no_aug=args.no_aug,
         color_jitter=args.color_jitter,
         aa=args.aa,
         glyphs=dataset_spec(args.data_set).glyphs,
@@ -90,6 +97,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         args.skip_bad_images,
         mean=data.mean,
         std=data.std,
+        pixel_range=args.pixel_range,
         label_maps=args.token_label_data,
         erasing=RandomErasing(args.reprob, args.remode, args.recount) if args.reprob > 0 else None,
     )
@@ -115,9 +123,28 @@ def build_eval(
     size = image_size(args.input_size)
     crop_pct = evaluation_crop(dataset_spec(args.data_set).glyphs, size, args.eval_crop_pct)
     transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)
-    samples = KeyedImages(dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std)
+    samples = KeyedImages(
+        dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std, pixel_range=args.pixel_range
+    )
     val = EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
     return Data(None, val, dataset.class_names, size, tuple(mean), tuple(std), crop_pct, interpolation)
+
+
+def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each of --in-chans channels: as given, else ImageNet's (for grey, their mean)."""
+    statistics = {}
+    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        values = getattr(args, name)
+        if values is None:
+            values = default if args.in_chans == 3 else [round(sum(default) / 3, 4)]
+        statistics[name] = tuple(values) * (args.in_chans if len(values) == 1 else 1)
+    return statistics
+
+
+def balanced_probabilities(dataset: ImageDataset) -> np.ndarray:
+    """The probability of drawing each image so that every class is equally likely."""
+    counts = np.bincount(dataset.labels)
+    return 1 / (counts[dataset.labels] * np.count_nonzero(counts))
 
 
 def report_left_out(*datasets: ImageDataset) -> None:

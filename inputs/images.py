@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -25,6 +26,9 @@ IMAGE_SUFFIXES = tuple(
 )
 
 
+FEWEST_LEVELS = 64  # of 256: an image of more than 8 bits that keeps fewer is an error
+
+
 class BadImage(UserError):
     """An image that cannot be read; the message names the file and the reason."""
 
@@ -35,41 +39,58 @@ def is_image_name(name: str) -> bool:
 
 
 def read_image(
-    source: str | os.PathLike | BinaryIO | Image.Image, name: str | None = None, upright: bool = False
+    source: str | os.PathLike | BinaryIO | Image.Image,
+    name: str | None = None,
+    upright: bool = False,
+    channels: int = 3,
+    pixel_range: Sequence[float] | None = None,
 ) -> Image.Image:
-    """Decode an image file to 8-bit RGB: the pixels that torchvision's and timm's loaders give.
+    """Decode an image file to 8 bits a channel: for RGB the pixels that torchvision's and timm's loaders give.
 
-    The content decides the format, not the file's suffix. Alpha is dropped; 16-bit grey is scaled to 8
-    bits (Pillow's own conversion, and hence those loaders, would clip it).
+    The content decides the format, not the file's suffix.
 
     Args:
         source: a path, an open binary file, or an image in memory.
         name: what messages call it, the path by default.
         upright: turn the image as its EXIF orientation says. Data sets leave it as stored: the published
             accuracies and label maps were made that way. A photograph to be classified should be upright.
+        channels: 1 for grey, 3 for RGB, 4 for RGB and alpha.
+        pixel_range: the values that become black and white in images of more than 8 bits; 0 and 65,535 by default.
 
     Raises:
-        BadImage: missing, not an image, truncated, larger than Pillow's limit, or of a kind without a fixed range
-            (32-bit integers, floats).
+        BadImage: missing, not an image, truncated, larger than Pillow's limit, or an image of more than 8 bits that
+            needs a `pixel_range`.
     """
     name = str(source) if name is None else name
     try:
         with source if isinstance(source, Image.Image) else Image.open(source) as image:
-            return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+            mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+            image = _eight_bits(ImageOps.exif_transpose(image) if upright else image, pixel_range)
+            return image if image.mode == mode else image.convert(mode)
     except UnidentifiedImageError as error:
         raise BadImage(f"{name}: cannot be read as an image: Pillow does not know its format") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise BadImage(f"{name}: cannot be read as an image: {one_line(error)}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        eight_bits = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
-        return Image.fromarray(eight_bits).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; convert it to 8 bits")
+def _eight_bits(image: Image.Image, pixel_range: Sequence[float] | None) -> Image.Image:
+    """The loaded image, its values scaled to 0..255 if they are not; raises ValueError if that loses most of them."""
+    sixteen = image.mode.startswith("I;16")
+    # Of 16-bit colour, whose raw mode is such as RGB;16B, Pillow reads the upper 8 bits.
+    halved = not sixteen and any(re.search(";16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if not sixteen and image.mode not in ("I", "F"):
+        if halved and 0 < np.asarray(image).max() < FEWEST_LEVELS:
+            raise ValueError(f"fewer than {FEWEST_LEVELS} levels of its 16-bit colours remain in 8 bits; convert it")
+        return image
+    values = np.asarray(image).astype(np.float32)
+    if pixel_range is None and not sixteen:
+        raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; --pixel-range MIN MAX gives one")
+    low, high = pixel_range or (0, 65535)
+    values = ((values - low) * (255 / (high - low))).clip(0, 255)
+    if pixel_range is None and 0 < values.max() < FEWEST_LEVELS:
+        raise ValueError("its values end far below 65535, as of 12 bits; --pixel-range MIN MAX gives their range")
+    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 class ImageDataset(ABC):
@@ -98,9 +119,12 @@ class ImageDataset(ABC):
     def source(self, index: int) -> str | BinaryIO | Image.Image:
         """What `read_image` decodes; raises `BadImage`."""
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image as 8-bit RGB and its label; raises `BadImage`."""
-        return read_image(self.source(index), self.path(index)), int(self.labels[index])
+    def load(
+        self, index: int, channels: int = 3, pixel_range: Sequence[float] | None = None
+    ) -> tuple[Image.Image, int]:
+        """The image, decoded by `read_image`, and its label; raises `BadImage`."""
+        source, name = self.source(index), self.path(index)
+        return read_image(source, name, channels=channels, pixel_range=pixel_range), int(self.labels[index])
 
 
 class ImageFiles(ImageDataset):

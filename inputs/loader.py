@@ -137,7 +137,8 @@ class KeyedImages(KeyedSamples):
 
     Args:
         transform: from a PIL image to uint8 (C, H, W); with label maps a `TokenLabelTransform`.
-        mean, std: of the channels, for pixels from 0 to 1.
+        mean, std: of the channels, for pixels from 0 to 1; their number is that of the channels.
+        pixel_range: see `read_image`.
         label_maps: the folder of token-label maps.
         erasing: random erasing, if any.
     """
@@ -152,6 +153,7 @@ class KeyedImages(KeyedSamples):
         *,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        pixel_range: Sequence[float] | None = None,
         label_maps: str | None = None,
         erasing: RandomErasing | None = None,
     ):
@@ -159,11 +161,12 @@ class KeyedImages(KeyedSamples):
         self._transform = transform
         # On the scale of uint8, so that the images need not be divided by 255.
         self._mean, self._std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        self._decoding = (len(mean), pixel_range)
         self._label_maps = label_maps
         self._erasing = erasing
 
     def read(self, index: int) -> Batch:
-        image, target = self.dataset.load(index)
+        image, target = self.dataset.load(index, *self._decoding)
         if self._label_maps is None:
             image = self._transform(image)
         else:

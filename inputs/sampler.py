@@ -51,6 +51,7 @@ class KeyedSampler:
         size: samples in the data set.
         batch_size: samples a rank and micro-step.
         accum_iter: micro-steps an optimiser step; an epoch holds whole optimiser steps.
+        probabilities: draw samples with replacement, each with its probability, instead of permuting them.
         resumed: the checkpoint that decided how many samples an optimiser step has, to be named in the error.
 
     Raises:
@@ -65,6 +66,7 @@ class KeyedSampler:
     accum_iter: int = 1
     repeats: int = 1
     resumed: str | None = None
+    probabilities: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self) == 0:
@@ -85,10 +87,13 @@ class KeyedSampler:
         return samples // (self.batch_size * self.world_size * self.accum_iter) * self.accum_iter
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation of all samples."""
+        """The epoch's samples: a permutation of all, or as many drawn by their probabilities."""
         key = key_seed(self.seed, "order", epoch)
         # RandomState's streams are frozen for good, those of numpy's and torch's generators may change.
-        return np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(self.size)
+        generator = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])
+        if self.probabilities is None:
+            return generator.permutation(self.size)
+        return generator.choice(self.size, self.size, p=self.probabilities)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[SampleKey]]:
         """This rank's batches of an epoch, from micro-step `start_step` on."""

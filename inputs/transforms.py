@@ -49,6 +49,10 @@ def train_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     interpolation: str = "bicubic",
     scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    hflip: float | None = None,
+    vflip: float = 0.0,
+    no_aug: bool = False,
     color_jitter: float | None = 0.4,
     aa: str | None = None,
     glyphs: bool = False,
@@ -61,24 +65,29 @@ def train_transform(
     Args:
         input_size: one side, or height and width.
         mean: of the channels; geometric operations fill with it.
-        scale: the part of the image's area that RandomResizedCrop takes.
+        scale, ratio: of RandomResizedCrop, the part of the image's area and its width through its height.
+        hflip, vflip: the probability of mirroring; None for 0.5, and 0 for glyphs.
+        no_aug: only resize and crop the centre.
         color_jitter: its strength; RandAugment replaces it.
         aa: the name of one of timm's augmentation policies; None or "" for none.
-        glyphs: images whose class changes when they are mirrored: no flip, and a gentle crop.
+        glyphs: images whose class changes when they are mirrored or cropped strongly.
     """
     size = image_size(input_size)
     transform = create_transform(
         size,
         is_training=True,
+        no_aug=no_aug,
         scale=tuple(scale),
+        ratio=tuple(ratio),
         color_jitter=color_jitter,
         auto_augment=aa or None,
         interpolation=interpolation,
         mean=mean,
-        hflip=0.0 if glyphs else 0.5,
+        hflip=(0.0 if glyphs else 0.5) if hflip is None else hflip,
+        vflip=vflip,
         normalize=False,
     )
-    if glyphs or max(size) <= SMALL_INPUT:
+    if (glyphs or max(size) <= SMALL_INPUT) and not no_aug:
         resample = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
         crop = transforms.RandomCrop(size, padding=max(1, min(size) // 8))
         transform.transforms[0] = transforms.Compose([transforms.Resize(max(size), resample), crop])

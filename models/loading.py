@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .checkpoints import CheckpointError, check_model_kwargs, read_checkpoint, unwrap
@@ -152,7 +153,7 @@ def load_weights(model: nn.Module, state_dict: Mapping, new_head: bool = False) 
     Raises:
         WeightMismatch: anything else is missing, unexpected or of another shape. The model is as it was.
     """
-    weights = checkpoint_filter_fn(state_dict, model)
+    weights = _adapt_channels(checkpoint_filter_fn(state_dict, model), model)
     heads = tuple(f"{name}." for name in classifier_names(model))
     if new_head:
         weights = {name: value for name, value in weights.items() if not name.startswith(heads)}
@@ -168,6 +169,15 @@ def load_weights(model: nn.Module, state_dict: Mapping, new_head: bool = False) 
         raise WeightMismatch("the weights do not fit the model: " + "; ".join(filter(None, problems)))
     model.load_state_dict(weights, strict=False)
     return untouched
+
+
+def _adapt_channels(weights: StateDict, model: nn.Module) -> StateDict:
+    """The weights with a first convolution of RGB images adapted to the model's number of channels, as timm does."""
+    first = f"{(getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')}.weight"
+    stem, wanted = weights.get(first), model.state_dict().get(first)
+    if stem is None or wanted is None or stem.ndim != 4 or stem.shape[1] != 3 or wanted.shape[1] == 3:
+        return weights
+    return weights | {first: adapt_input_conv(wanted.shape[1], stem)}
 
 
 def _misshapen(weights: Mapping, expected: Mapping[str, Tensor]) -> Iterable[str]:

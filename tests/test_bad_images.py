@@ -108,6 +108,46 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind):
     assert (pixels == pixels[..., :1]).all()
 
 
+def test_a_range_keeps_the_levels_of_twelve_bits_and_without_it_they_are_not_lost_in_silence():
+    levels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    content = encoded(Image.fromarray(levels), "png")
+    with pytest.raises(BadImage, match="as of 12 bits; --pixel-range MIN MAX"):
+        read_image(io.BytesIO(content), "scan.png")
+    for channels in (1, 3, 4):
+        pixels = np.asarray(read_image(io.BytesIO(content), "scan.png", channels=channels, pixel_range=(0, 4095)))
+        grey = pixels if channels == 1 else pixels[..., 0]
+        assert len(np.unique(grey)) == 256 and np.abs(grey - levels / 4095 * 255).max() <= 0.5
+    narrow = np.asarray(read_image(io.BytesIO(content), "scan.png", channels=1, pixel_range=(1000, 1255)))
+    assert narrow.ravel()[[0, 1000, 1007, 1255, 4095]].tolist() == [0, 0, 7, 255, 255]
+    floats = encoded(Image.fromarray(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)), "tiff")
+    assert np.asarray(read_image(io.BytesIO(floats), "x", pixel_range=(-1, 1)))[[0, -1], [0, -1], 0].tolist() == [
+        0,
+        255,
+    ]
+
+
+def test_colours_of_twelve_bits_are_not_lost_in_silence():
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    def png(values: np.ndarray) -> io.BytesIO:
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        header = struct.pack(">IIBBBBB", values.shape[1], len(values), 16, 2, 0, 0, 0)
+        body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        return io.BytesIO(b"\x89PNG\r\n\x1a\n" + body)
+
+    with pytest.raises(BadImage, match="levels of its 16-bit colours"):
+        read_image(png(np.arange(3 * 1200).reshape(30, 40, 3)), "scan.png")
+    assert np.asarray(read_image(png(np.arange(3 * 1200).reshape(30, 40, 3) * 16), "scan.png")).max() > 200
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_grey_and_alpha_stay_where_the_model_takes_them(channels, mode):
+    content = encoded(photo(mode), "png")
+    image = read_image(io.BytesIO(content), "x", channels=channels)
+    assert image.mode == mode and np.array_equal(np.asarray(image), np.asarray(photo(mode)))
+
+
 def test_exif_orientation_turns_photographs_but_not_data_sets():
     turned = Image.Exif()
     turned[0x0112] = 6

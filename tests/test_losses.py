@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from inputs.token_labels import dense_targets
-from training.losses import DistillationLoss, TokenLabelCrossEntropy, build_loss
+from training.losses import DistillationLoss, TokenLabelCrossEntropy, balanced_class_weights, build_loss
 from utils import UserError
 
 GOLDEN = {
@@ -186,3 +186,26 @@ def test_losses_are_float32_inside_under_autocast(dtype):
 def test_float64_logits_give_a_float64_loss():
     outputs = (LOGITS.double(), TOKEN_LOGITS.double(), BOX)
     assert TokenLabelCrossEntropy()(outputs, TARGETS).dtype == torch.float64
+
+
+def test_class_weights_apply_to_hard_soft_and_binary_targets():
+    labels = np.array([0] * 6 + [1] * 3 + [2])
+    weights = balanced_class_weights(labels, 3)
+    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
+    logits = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    hard = torch.from_numpy(labels)
+    soft = 0.7 * torch.nn.functional.one_hot(hard, 3) + 0.3 * torch.nn.functional.one_hot(hard.flip(0), 3)
+
+    def found(targets, **options):
+        loss = build_loss(num_classes=3, smoothing=0, soft_targets=targets.ndim == 2, class_weights=weights, **options)
+        return loss(None, logits, targets)
+
+    log = logits.log_softmax(1)
+    expected = -(weights[hard] * log[range(10), hard]).sum() / weights[hard].sum()
+    torch.testing.assert_close(found(hard), expected)
+    torch.testing.assert_close(found(soft), -(weights * soft * log).sum(1).mean())
+    yes, no = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
+    for targets in (torch.nn.functional.one_hot(hard, 3).float(), soft):
+        expected = -(weights * targets * yes + (1 - targets) * no).mean()
+        torch.testing.assert_close(found(targets, bce=True), expected)
+    torch.testing.assert_close(found(hard, bce=True), found(torch.nn.functional.one_hot(hard, 3).float(), bce=True))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
+from inputs.data import balanced_probabilities
 from inputs.images import ImageArrays
 from inputs.loader import EvalLoader, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler, evaluation_batches
@@ -130,6 +131,17 @@ def test_the_order_is_pinned_for_good():
 
 
 PINNED = [3, 4, 9, 6, 5, 2, 8, 7, 0, 1]
+
+
+def test_balanced_sampling_draws_every_class_as_often_by_the_same_arithmetic():
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    dataset = ImageArrays("", np.zeros((1000, 1, 1), np.uint8), labels, "abc")
+    probabilities = balanced_probabilities(dataset)
+    samplers = [KeyedSampler(1000, 10, 3, rank, 2, probabilities=probabilities) for rank in range(2)]
+    orders = [sampler.order(0) for sampler in samplers]
+    assert np.array_equal(*orders) and not np.array_equal(orders[0], samplers[0].order(1))
+    assert np.abs(np.bincount(labels[orders[0]]) - 1000 / 3).max() < 60
+    assert list(samplers[1].epoch(4, 20)) == list(samplers[1].epoch(4))[20:]
 
 
 def test_one_process_reads_everything_unless_told_of_others():

@@ -19,7 +19,7 @@ from runtime.processes import Distributed
 from training.classification_flags import FLAGS, mixes
 from training.console import report
 from training.evaluation import evaluation_batches
-from training.losses import build_loss
+from training.losses import balanced_class_weights, build_loss
 from training.model import create_model, labels_tokens, load, load_finetuned
 from training.precision import Precision, as_input
 from training.resume import check_same
@@ -109,7 +109,7 @@ class Classification(Task):
         }
 
     def sample_settings(self) -> dict[str, Any]:
-        names = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part")
+        names = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part", "balanced_sampling")
         return {name: getattr(self.args, name) for name in names}
 
     def record(self) -> dict[str, Any]:
@@ -135,7 +135,8 @@ class Classification(Task):
 
 def full_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """--model-kwargs and the flags that change the model's weights."""
-    return args.model_kwargs | ({"token_label": True} if args.token_label else {})
+    flags = {"token_label": args.token_label, "in_chans": args.in_chans if args.in_chans != 3 else None}
+    return args.model_kwargs | {name: value for name, value in flags.items() if value}
 
 
 def build_model(run: Run, data: Data) -> nn.Module:
@@ -175,11 +176,13 @@ def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
 def build_criterion(run: Run, model: nn.Module, data: Data) -> nn.Module:
     """The loss, called as ``criterion(images, outputs, targets)``, on the run's device."""
     args = run.args
+    labels = data.train.dataset.labels
+    weights = balanced_class_weights(labels, data.num_classes) if args.class_weights == "auto" else None
     teacher = None
     if args.distillation_type != "none":
         teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, "--teacher-model")
-        weights = weights_of(read_checkpoint(args.teacher_path), path=args.teacher_path)
-        load(teacher, weights, args.teacher_path, new_head=False)
+        teacher_weights = weights_of(read_checkpoint(args.teacher_path), path=args.teacher_path)
+        load(teacher, teacher_weights, args.teacher_path, new_head=False)
     loss = build_loss(
         num_classes=data.num_classes,
         smoothing=args.smoothing,
@@ -193,6 +196,8 @@ def build_criterion(run: Run, model: nn.Module, data: Data) -> nn.Module:
         distillation=args.distillation_type,
         alpha=args.distillation_alpha,
         tau=args.distillation_tau,
+        class_weights=weights,
+        bce=args.bce_loss,
     )
     return loss.to(run.dist.device, run.precision.dtype)
 

@@ -47,6 +47,17 @@ def add_data_flags(parser: Parser) -> None:
         metavar="P[:SEED]",
         help="train on this part of each class's images, the same for every --seed",
     )
+    add("--in-chans", type=int, default=3, choices=[1, 3, 4], help="channels of the images: grey, RGB, RGB and alpha")
+    add("--mean", type=number(float), nargs="+", metavar="X", help="of each channel, or of all (default: ImageNet's)")
+    add("--std", type=number(float, 0, above=True), nargs="+", metavar="X", help="as --mean")
+    add(
+        "--pixel-range",
+        type=number(float),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="black and white of images of more than 8 bits, such as 0 4095 (default: 0 65535)",
+    )
+    switch(group, "--balanced-sampling", False, "draw every class equally often, with replacement")
     add("--classes", type=class_list, metavar="A,B,...", help="only these classes, by name or number, in this order")
     add(
         "--inat-category",
@@ -57,6 +68,7 @@ def add_data_flags(parser: Parser) -> None:
     )
     add(
         "--eval-crop-pct",
+        "--crop-pct",
         type=number(float, 0.01, 1),
         metavar="P",
         help="evaluation: the part of the resized image's side that is kept (default: the model's)",
@@ -73,6 +85,17 @@ def add_augmentation_flags(parser: Parser) -> None:
         metavar=("MIN", "MAX"),
         help="part of the image's area that a random crop takes",
     )
+    add(
+        "--ratio",
+        type=number(float, 0, above=True),
+        nargs=2,
+        default=(3 / 4, 4 / 3),
+        metavar=("MIN", "MAX"),
+        help="of a random crop's sides",
+    )
+    add("--hflip", type=FRACTION, metavar="P", help="mirroring (default: 0.5, for DIGITS 0)")
+    add("--vflip", type=FRACTION, default=0.0, metavar="P", help="turning upside down")
+    switch(group, "--no-aug", False, "only resize images and crop the centre; turns mixup and cutmix off")
     add("--color-jitter", type=JITTER, default=0.4, metavar="X", help="strength; RandAugment takes its place")
     add(
         "--aa",
@@ -83,6 +106,8 @@ def add_augmentation_flags(parser: Parser) -> None:
     )
     add("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "random"], help="of the crops")
     add("--smoothing", type=FRACTION, default=0.1, metavar="E", help="label smoothing")
+    switch(group, "--bce-loss", False, "binary cross-entropy for each class")
+    add("--class-weights", default="none", choices=["none", "auto"], help="auto: in inverse proportion to their images")
     add("--reprob", type=FRACTION, default=0.0, metavar="P", help="random erasing")
     add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erased places hold")
     add("--recount", type=number(int, 1, 100), default=1, metavar="N", help="erased boxes")
@@ -132,8 +157,15 @@ def add_distillation_flags(parser: Parser) -> None:
 
 
 def implied(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What --token-label implies."""
-    return TOKEN_LABEL_DEFAULTS if given.get("token_label") else {}
+    """What --token-label, --no-aug and --in-chans 4 imply."""
+    values = {}
+    if given.get("token_label"):
+        values |= TOKEN_LABEL_DEFAULTS
+    if given.get("no_aug"):
+        values |= {"mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "repeated_aug": False}
+    if given.get("in_chans") == 4:  # Pillow's colour operations do not take an alpha channel
+        values |= {"aa": ""}
+    return values
 
 
 def derived(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +185,21 @@ def mixes(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> None:
     """Refuse what contradicts itself."""
     distilling = args.distillation_type != "none"
+    given_statistics = [values for values in (args.mean, args.std) if values is not None]
     refuse(
+        (
+            any(len(values) not in (1, args.in_chans) for values in given_statistics),
+            f"--mean and --std need one number, or one for each of --in-chans {args.in_chans}",
+        ),
+        (
+            args.pixel_range and args.pixel_range[0] >= args.pixel_range[1],
+            "--pixel-range: MIN must be below MAX",
+        ),
+        (args.in_chans == 4 and args.aa, "--in-chans 4 excludes --aa: its operations take grey and RGB images"),
+        (
+            args.token_label and (args.bce_loss or args.class_weights != "none"),
+            "--token-label excludes --bce-loss and --class-weights",
+        ),
         (args.token_label and mixes(args), "--token-label excludes --mixup and --cutmix: it mixes by MixToken"),
         (args.token_label and not args.token_label_data, "--token-label needs --token-label-data DIR"),
         (args.token_label_data and not args.token_label, "--token-label-data needs --token-label"),

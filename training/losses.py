@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -178,6 +179,8 @@ def build_loss(
     distillation: str = "none",
     alpha: float = 0.5,
     tau: float = 1.0,
+    class_weights: Tensor | None = None,
+    bce: bool = False,
 ) -> nn.Module:
     """The criterion of a run: ``criterion(images, outputs, targets)``, a scalar.
 
@@ -187,6 +190,8 @@ def build_loss(
             records.
         swapped: as `token_labels.dense_targets`. cls_weight, dense_weight, ground_truth: as
             `TokenLabelCrossEntropy`.
+        class_weights: (classes,), weights of the target's terms, hard or mixed, of cross-entropy and of BCE.
+        bce: binary cross-entropy for each class instead of cross-entropy.
         distillation: "none", "soft" or "hard", with teacher, alpha and tau as `DistillationLoss`.
 
     Raises:
@@ -197,7 +202,7 @@ def build_loss(
             raise UserError("--token-label excludes --distillation-type")
         loss = TokenLabelCrossEntropy(cls_weight, dense_weight, ground_truth)
         return TokenLabelCriterion(loss, num_classes, token_size, smoothing, swapped)
-    base = ClassCriterion(_class_loss(smoothing, soft_targets))
+    base = ClassCriterion(_class_loss(smoothing, soft_targets, class_weights, bce))
     if distillation == "none":
         return base
     if teacher is None:
@@ -205,7 +210,18 @@ def build_loss(
     return DistillationLoss(base, teacher, distillation, alpha, tau)
 
 
-def _class_loss(smoothing: float, soft_targets: bool) -> nn.Module:
+def _class_loss(smoothing: float, soft_targets: bool, class_weights: Tensor | None, bce: bool) -> nn.Module:
+    """The loss of class logits; distributions as targets are smoothed already."""
+    if bce:
+        return BinaryCrossEntropy(smoothing, pos_weight=class_weights)
+    if class_weights is not None:
+        return nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
     if soft_targets:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def balanced_class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
+    """Images / (classes · images of the class), as scikit-learn's "balanced"; 1 where all classes are equally large."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.from_numpy(len(labels) / (num_classes * np.maximum(counts, 1))).float()
