@@ -50,17 +50,18 @@ def explain(
     precision: Precision,
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """Maps (rows, columns) of what spoke for a class in an image (3, H, W), by name.
+    """Maps (rows, columns) of what spoke for a class in an image (3, H, W), by title; the more reliable one first.
 
     A class activation exists for this project's models alone, and is left out where it has a single cell.
     """
-    maps = {}
+    maps = {"occlusion: the logit drops\nwhere the image is hidden": class_evidence(predict, image, target, batch_size)}
     if isinstance(model, ImageModel):
         with precision.autocast():
             activation = class_activation(model, as_input(image[None], precision), target)
         if activation.numel() > 1:
-            maps[f"class activation, {'x'.join(map(str, activation.shape))}"] = activation
-    return maps | {"drop when hidden": class_evidence(predict, image, target, batch_size)}
+            rows, columns = activation.shape
+            maps[f"class activation, {rows}x{columns}:\nwhat the last tokens say"] = activation
+    return maps
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def draw_overlay(image: Tensor, maps: Mapping[str, Tensor], title: str) -> Figur
     figure.suptitle(as_label(title, 100), fontsize=10)
     bar = figure.colorbar(colours, ax=others[-1], fraction=0.046, pad=0.02, ticks=[0, 0.5, 1])
     bar.ax.set_facecolor("0.5")  # colours as they are over a photograph in grey
-    bar.set_label("part of the largest", fontsize=8)
+    bar.set_label("relative to the largest", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     return figure
