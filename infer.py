@@ -63,7 +63,8 @@ FLAGS = {
     },
     "evaluation": {
         "--data-set": {"metavar": "NAME", "help": "as in training (default: the checkpoint's, or IMNET)"},
-        "--data-path": {"metavar": "DIR", "help": "folder of the data set"},
+        "--data-path": {"metavar": "DIR", "help": "folder of the data set, or a CSV table"},
+        "--csv-columns": {"nargs": "+", "metavar": "NAME", "help": "as in training (default: the checkpoint's)"},
         "--split": {"default": "val", "choices": ["val", "test"], "help": "images to evaluate (default: val)"},
         "--classes": {
             "type": class_list,
@@ -189,6 +190,8 @@ def with_trained_data(args: argparse.Namespace, loaded: models.LoadedModel) -> a
         "input_size": loaded.input_size,
         "eval_crop_pct": loaded.crop_pct,
         "pixel_range": trained.get("pixel_range"),
+        "csv_columns": args.csv_columns or trained.get("csv_columns") or ("file", "label"),
+        "val_path": None,
     }
     return argparse.Namespace(**vars(args) | settled)
 

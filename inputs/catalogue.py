@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from inputs.csv_table import csv_table
 from inputs.dataset_options import DatasetOptions
 from inputs.digits import digits
 from inputs.folders import class_folders
@@ -27,6 +29,7 @@ class DatasetSpec:
     needs_path: bool = True  # --data-path must be given
     splits: bool = False  # takes --val-split
     test: bool = False  # a third split may be there
+    table: bool = False  # --data-path is a file
     glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
 
 
@@ -41,6 +44,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "PETS": DatasetSpec(pets, downloads=True),
     "INAT": DatasetSpec(inaturalist),
     "INAT19": DatasetSpec(inaturalist),
+    "CSV": DatasetSpec(csv_table, splits=True, test=True, table=True),
     "hfds/": DatasetSpec(hugging_face, downloads=True, needs_path=False, test=True),
     "wds/": DatasetSpec(web_shards, test=True),
 }
@@ -60,7 +64,7 @@ def build_dataset(
     split: str,
     *,
     classes: Sequence[str] | None = None,
-    **options: str | bool | tuple[float, int] | None,
+    **options: Any,
 ) -> ImageDataset:
     """Open a data set.
 
@@ -85,8 +89,10 @@ def build_dataset(
         raise UserError(f"--val-split: --data-set {name} has its own images to validate on; it is for FOLDER and CSV")
     if split == "test" and not spec.test:
         raise UserError(f"--split test: --data-set {name} has no third split; --split val is its test set")
-    if folder is not None and not folder.is_dir() and not chosen.download:
-        raise UserError(f"--data-path {folder}: no such folder")
+    if chosen.val_path is not None and not spec.table:
+        raise UserError(f"--val-path: --data-set {name} is no table; it is for CSV")
+    if folder is not None and not (folder.is_file() if spec.table else folder.is_dir()) and not chosen.download:
+        raise UserError(f"--data-path {folder}: no such {'file' if spec.table else 'folder'}")
     where = f"--data-set {name}" + (f" --data-path {folder}" if folder is not None else "")
     try:
         dataset = spec.build(chosen)

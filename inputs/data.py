@@ -163,4 +163,6 @@ def _open(args: argparse.Namespace, split: str, download: bool = False) -> Image
         download=download,
         inat_category=args.inat_category,
         val_split=args.val_split,
+        val_path=args.val_path,
+        csv_columns=tuple(args.csv_columns),
     )

@@ -26,6 +26,8 @@ class DatasetOptions:
     download: bool = False
     inat_category: str = "name"
     val_split: tuple[float, int] | None = None
+    val_path: str | None = None
+    csv_columns: tuple[str, ...] = ("file", "label")
 
     @property
     def train(self) -> bool:

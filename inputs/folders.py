@@ -19,7 +19,7 @@ def class_folders(options: DatasetOptions) -> ImageDataset:
     With --val-split, a tree train/CLASS/IMAGE or CLASS/IMAGE alone, of which one part or the other is taken.
     """
     if options.val_split is not None and options.split != "test":
-        return _split(options, *options.val_split)
+        return _split(options)
     folder = split_folder(options.root, options.split_names)
     if folder is None:
         raise options.missing(f"a folder {' or '.join(options.split_names)} with a folder of images for each class")
@@ -27,14 +27,19 @@ def class_folders(options: DatasetOptions) -> ImageDataset:
     return _image_folder(folder, split_folder(options.root, SPLIT_NAMES["val"]) if options.train else None)
 
 
-def _split(options: DatasetOptions, share: float, seed: int) -> ImageDataset:
-    """The share of each class that is validated on, or the images that are not; always some of either."""
+def _split(options: DatasetOptions) -> ImageDataset:
     if (val := split_folder(options.root, SPLIT_NAMES["val"][:-1])) is not None:
         raise UserError(f"--val-split: there is {val} to validate on; leave the flag out")
     images = _image_folder(split_folder(options.root, SPLIT_NAMES["train"]) or options.root, None)
-    single = np.flatnonzero(np.bincount(images.labels) < 2)
+    return validation_part(images, options)
+
+
+def validation_part(images: ImageDataset, options: DatasetOptions) -> ImageDataset:
+    """The share of each class that --val-split validates on, or the rest to train on; always some of either."""
+    single = np.flatnonzero(np.bincount(images.labels) == 1)
     if len(single):
         raise UserError(f"--val-split: class {images.class_names[single[0]]} has a single image; it takes two")
+    share, seed = options.val_split
     val_set, train_set = divide_classes(images, share, seed, "val-split", left=1)
     return train_set if options.train else val_set
 

@@ -9,6 +9,7 @@ from PIL import Image
 from test_datasets import arguments, make_tree
 
 import infer
+from inputs.catalogue import build_dataset
 from inputs.data import build_data
 from inputs.transforms import train_transform
 from models import load_checkpoint
@@ -102,6 +103,88 @@ def test_timms_augmentation_flags_do_what_they_say():
     )
     left_alone = [train_transform(48, no_aug=True, aa="rand-m9-mstd0.5-inc1")(photo) for _ in range(2)]
     assert torch.equal(*left_alone)
+
+
+def write_table(path, rows, header="file,label") -> str:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return str(path)
+
+
+def csv_rows(dataset) -> list[tuple[str, str]]:
+    """(file, name of its class) of all images, each of them read."""
+    labels = [dataset.class_names[dataset.load(i)[1]] for i in range(len(dataset))]
+    return [(dataset.path(i), label) for i, label in enumerate(labels)]
+
+
+def test_a_table_is_split_by_a_column_a_second_table_or_a_share(tmp_path):
+    folder = make_tree(tmp_path / "images", images=3) / "train"
+    files = [(f"train/{name}/{i}.png", name) for name in ("dog", "cat") for i in range(3)]
+    rows = [(str(tmp_path / "images" / file), name) for file, name in files]
+    splits = ["train", "val", "test", "train", "validation", "holdout"]
+    table = tmp_path / "images" / "labels.csv"
+    write_table(
+        table, [(*row, split) for row, split in zip(files, splits, strict=True)] + [("", "dog", "train")], "f,l,s"
+    )
+    found = {
+        split: build_dataset("CSV", table, split, csv_columns=("f", "l", "s")) for split in ("train", "val", "test")
+    }
+    assert {split: csv_rows(dataset) for split, dataset in found.items()} == {
+        "train": [rows[0], rows[3]],
+        "val": [rows[1]],
+        "test": [rows[2]],
+    }
+    assert found["val"].class_names == ("cat", "dog")
+    assert found["train"].left_out == [f"{table}:8 (no f or no l)", "train/cat/2.png (its split is 'holdout')"]
+
+    write_table(table, files[:4])
+    second = write_table(folder / "more.csv", [(file.removeprefix("train/"), name) for file, name in files[4:]])
+    train_set, val_set = (build_dataset("CSV", table, split, val_path=second) for split in ("train", "val"))
+    assert (csv_rows(train_set), csv_rows(val_set)) == (rows[:4], rows[4:])
+
+    write_table(table, files)
+    parts = [csv_rows(build_dataset("CSV", table, split, val_split=(0.34, 0))) for split in ("train", "val")]
+    assert [len(part) for part in parts] == [4, 2] and sorted(parts[0] + parts[1]) == sorted(rows)
+    assert csv_rows(build_dataset("CSV", table, "val")) == rows  # evaluation of all
+
+
+def test_labels_of_a_table_are_any_text_and_numbers_count_by_value(tmp_path):
+    image = make_tree(tmp_path) / "train" / "cat" / "0.png"
+    for labels, expected in (([10, 9, 2], ("2", "9", "10")), (["b 1", "é", "10"], ("10", "b 1", "é"))):
+        table = write_table(tmp_path / "labels.csv", [(image, label) for label in labels])
+        assert build_dataset("CSV", table, "val").class_names == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("file,label\na.png,x\n", {}, "--val-path, --val-split or a split column"),
+        ("path,label\na.png,x\n", {}, "no column 'file' .its columns: path, label.; --csv-columns"),
+        ("", {}, "no column 'file' .its columns: none"),
+        ("file,label,s\na.png,x,val\n", {"csv_columns": ("file", "label", "s")}, "expected rows whose s is train"),
+        ("file,label\na.png,x\n", {"val_split": (0.5, 0)}, "class x has a single image"),
+        ("file,label\na.png,x\n", {"val_path": "gone.csv"}, "gone.csv: not a readable CSV table: .*No such file"),
+    ],
+)
+def test_mistakes_with_tables_are_one_line(tmp_path, text, options, message):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        build_dataset("CSV", tmp_path / "labels.csv", "train", **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_table_is_trained_on_and_another_evaluated_by_its_classes_names(tmp_path, capsys):
+    make_tree(tmp_path, images=8)
+    table = write_table(
+        tmp_path / "a.csv", [(f"train/{name}/{i}.png", name) for name in ("cat", "dog") for i in range(8)]
+    )
+    train(tmp_path / "run", "--data-path", table, "--val-split", "0.25", *IMAGES[2:], model=SMALL)
+    assert "CSV at 32x32 (evaluation crop 1), 2 classes, 12 training and 4 validation images" in capsys.readouterr().out
+    other = write_table(tmp_path / "b.csv", [(f"val/dog/{i}.png", "dog") for i in range(8)])
+    infer.main(["--model-path", str(tmp_path / "run"), "--data-path", other, "--val-split", "0.5"])
+    assert "4 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such file"):
+        infer.main(["--model-path", str(tmp_path / "run"), "--data-path", str(tmp_path / "c.csv")])
 
 
 @pytest.mark.parametrize(

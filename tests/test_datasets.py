@@ -32,6 +32,8 @@ DEFAULTS = {
     "download": False,
     "inat_category": "name",
     "val_split": None,
+    "val_path": None,
+    "csv_columns": ("file", "label"),
     "train_part": None,
     "classes": None,
     "batch_size": 4,

@@ -30,10 +30,18 @@ def add_data_flags(parser: Parser) -> None:
     add(
         "--data-set",
         metavar="NAME",
-        help="DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 hfds/... wds/... "
-        "(default: IMNET with --data-path, else DIGITS)",
+        help="DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 CSV hfds/... wds/... "
+        "(default: IMNET with --data-path, CSV if it is a table, else DIGITS)",
     )
     add("--data-path", metavar="DIR", help="where the data set lies")
+    add("--val-path", metavar="FILE", help="of CSV: the table to validate on")
+    add(
+        "--csv-columns",
+        nargs="+",
+        default=("file", "label"),
+        metavar="NAME",
+        help="of CSV: the columns of files and labels, and of splits if there is one (default: file label)",
+    )
     switch(group, "--download", False, "fetch the data set where that is possible")
     add(
         "--val-split",
@@ -168,11 +176,16 @@ def implied(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def default_data_set(path: str | None) -> str:
+    """DIGITS without a --data-path, CSV for a table, IMNET for a folder."""
+    return "DIGITS" if not path else "CSV" if path.endswith((".csv", ".tsv")) else "IMNET"
+
+
 def derived(args: Mapping[str, Any]) -> dict[str, Any]:
     """The data set that a path or its absence suggests, and the crop that the model's authors evaluate with."""
     found = get_pretrained_cfg(models.resolve_arch(args["arch"]))
     return {
-        "data_set": "IMNET" if args["data_path"] else "DIGITS",
+        "data_set": default_data_set(args["data_path"]),
         "eval_crop_pct": 0.875 if found is None else found.crop_pct,
     }
 
@@ -191,6 +204,7 @@ def check(args: argparse.Namespace) -> None:
             any(len(values) not in (1, args.in_chans) for values in given_statistics),
             f"--mean and --std need one number, or one for each of --in-chans {args.in_chans}",
         ),
+        (len(args.csv_columns) not in (2, 3), "--csv-columns takes two names, or three with that of the splits"),
         (
             args.pixel_range and args.pixel_range[0] >= args.pixel_range[1],
             "--pixel-range: MIN must be below MAX",

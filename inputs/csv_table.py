@@ -1,0 +1,71 @@
+"""Images and labels listed in a CSV file."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
+from inputs.folders import validation_part
+from inputs.images import ImageDataset, ImageFiles
+from utils import UserError, one_line
+
+Row = tuple[str, str, str]  # file, label, split
+
+
+def csv_table(options: DatasetOptions) -> ImageDataset:
+    """--data-path FILE.csv with a header; --csv-columns names the columns of files, labels and, if any, splits.
+
+    Files are relative to the table's folder, labels are any text. What is validated on is --val-path, a second table,
+    or the rows of the split column, or --val-split's part; in evaluation without any of them, all rows.
+
+    Classes are numbered in the order of their names, numbers by value.
+    """
+    rows, left_out = _read(options.root, options.csv_columns)
+    tables = {options.root: rows}
+    if options.val_path is not None:
+        tables[Path(options.val_path)], _ = _read(Path(options.val_path), options.csv_columns)
+    names = {label for table in tables.values() for _, label, _ in table}
+    class_names = sorted(names, key=int if all(name.isdecimal() for name in names) else str)
+    label_of = {name: number for number, name in enumerate(class_names)}
+
+    folder = options.root.parent
+    if len(options.csv_columns) == 3:
+        present = {split for _, _, split in rows}
+        own = next((split for split in options.split_names if split in present), None)
+        if own is None:
+            raise options.missing(f"rows whose {options.csv_columns[2]} is {' or '.join(options.split_names)}")
+        known = {name for names in SPLIT_NAMES.values() for name in names}
+        left_out += [f"{file} (its split is {split!r})" for file, _, split in rows if split not in known]
+        rows = [row for row in rows if row[2] == own]
+    elif options.split == "test":
+        raise options.missing("a split column in --csv-columns, for --split test")
+    elif options.val_path is not None and not options.train:
+        rows, folder = tables[Path(options.val_path)], Path(options.val_path).parent
+    elif options.train and options.val_path is None and options.val_split is None:
+        raise UserError(
+            "--data-set CSV: --val-path, --val-split or a split column in --csv-columns says what to validate on"
+        )
+    dataset = ImageFiles([str(folder / file) for file, _, _ in rows], [label_of[row[1]] for row in rows], class_names)
+    dataset.left_out = left_out
+    return dataset if options.val_split is None else validation_part(dataset, options)
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> tuple[list[Row], list[str]]:
+    """The rows of a table, and those that are left out because they name no file or no label."""
+    rows, left_out = [], []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            if missing := [name for name in columns if name not in (table.fieldnames or ())]:
+                found = ", ".join(table.fieldnames or ()) or "none"
+                raise UserError(f"{path}: no column {missing[0]!r} (its columns: {found}); --csv-columns names them")
+            for entry in table:
+                row = [(entry[name] or "").strip() for name in columns]
+                if row[0] and row[1]:
+                    rows.append((row[0], row[1], row[2] if len(columns) == 3 else ""))
+                else:
+                    left_out.append(f"{path}:{table.line_num} (no {columns[0]} or no {columns[1]})")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable CSV table: {one_line(error)}") from error
+    return rows, left_out
