@@ -77,8 +77,8 @@ weights: $(VENV)/installed  ## train the models of models/weights on CIFAR-10 in
 test: $(VENV)/installed-tests  ## the whole suite
 	$(RUN) -m pytest -q -n 2 --dist worksteal
 
-test-fast: $(VENV)/installed-tests  ## the tests that start no process and are over in a quarter of a second: a minute
-	$(RUN) -m pytest -q -n 2 -m fast
+test-fast: $(VENV)/installed-tests  ## the tests that start no process and take less than 0.25 s: a minute
+	$(RUN) -m pytest -q -n 2 -m "not slow"
 
 reliability: $(VENV)/installed-tests  ## the tests of docs/reliability.md at their full counts
 	RELIABILITY=full $(RUN) -m pytest -q -n 2 --dist worksteal tests/reliability

@@ -22,8 +22,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from runtime.processes import Distributed, init_distributed
 from runtime.run_directory import RunDirectory
-from training.agreement import check_same_everywhere
-from training.console import Display, describe, log_row, print_summary, report, report_dry_run
+from training.log import Display, describe, log_row, print_summary, report, report_dry_run
+from training.options import with_finetuned_model
 from training.precision import choose_precision
 from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
 from training.task import Task
@@ -46,7 +46,6 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
     """
     with start(kind, args) as run:
         task = kind(run)
-        check_same_everywhere(run.dist, "the data set or the model", task.identity() | {"steps": len(task.train)})
         with StopSignals(run.dist.is_main) as stop:
             trainer = build_trainer(run, task, stop)
             if args.dry_run:
@@ -64,11 +63,11 @@ def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
     """Join the job's processes, hold the run directory, find the checkpoint to go on from.
 
     Raises:
-        UserError: a flag does not fit the machine, the checkpoint not the number of processes, the processes have
-            different flags, or the directory holds another run. Nothing was written then.
+        UserError: a flag does not fit the machine, or the checkpoint the number of processes, or another run is
+            using the directory. Nothing has been written then.
     """
     dist = init_distributed(args.device)
-    check_same_everywhere(dist, "flags", vars(args))
+    args = with_finetuned_model(kind.flags, args)
     set_up_machine(args, dist)
     with nullcontext() if args.eval or args.dry_run else open_directory(kind, args, dist) as directory:
         checkpoint = find_checkpoint(args, dist)

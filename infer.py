@@ -25,7 +25,7 @@ from inference.predict import run_prediction
 from inputs.inaturalist import RANKS
 from models.checkpoints import read_checkpoint
 from models.pretrained import build_from_checkpoint, find_checkpoint
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from runtime.processes import init_distributed
 from training.arguments import (
     FRACTION,

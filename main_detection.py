@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import engine
 from detection.task import Detection
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from training.options import parse_args
 
 RECIPE = "configs/detection/mask_rcnn_1x.yaml"

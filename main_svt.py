@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import engine
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from training.classification import Classification
 from training.options import parse_args
 

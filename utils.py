@@ -1,7 +1,6 @@
-"""What every other module may use: errors, what is told, keyed randomness, durable writes, stop signals.
+"""What every module may use: errors, messages, keyed randomness, atomic writes, stop signals.
 
-This module knows nothing of the rest of the project. Everything that puts a file on disk goes through
-`atomic_write`.
+This module imports nothing of the project. Every file on the disk is written by `atomic_write`.
 """
 
 import argparse
@@ -57,7 +56,7 @@ class Interrupted(JobError):
         self.exit_code = 128 + signum
 
 
-# ---------------------------------------------------------------------------------------------- what is told
+# -------------------------------------------------------------------------------------------------- messages
 LONGEST_LINE = 5000  # characters
 QUOTED = 80
 
@@ -103,27 +102,41 @@ def printable(text: str) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """One or more lines for the user, in one piece, so that lines of several processes do not mix.
+    """Print one or more lines in one piece, so that lines of several processes do not mix.
 
-    Talking is never a reason to lose work: where nobody listens, or the disk under the log is full, it is
-    dropped. Names of files and classes may be in it as they are: see `printable`.
+    A full disk under the output, or a reader that has gone, never ends a run: the rest of the output is dropped.
 
     Args:
-        text: without the last line's end.
-        stream: where to; None is stdout.
+        text: without the last line's end; see `printable` for what becomes of names in it.
+        stream: None is stdout.
     """
     stream = sys.stdout if stream is None else stream
     if stream is None:  # closed before the interpreter started
         return
     lines = "\n".join(printable(line.expandtabs()) for line in text.split("\n"))
-    with contextlib.suppress(OSError, ValueError):  # it is full, or its reader has gone; it is closed
-        encoding = stream.encoding or "utf-8"
+    encoding = stream.encoding or "utf-8"
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
         stream.write(lines.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
+    flush(stream)
+
+
+def flush(stream: TextIO | None) -> None:
+    """Flush a standard stream; if it is broken, drop what is left, now and from now on.
+
+    Otherwise the interpreter would fail to flush it when it ends, and change the exit code.
+    """
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+    except ValueError:  # it is closed
+        pass
 
 
 def tell(text: str) -> None:
-    """`say` on stderr: what went wrong, and remarks beside a program's results."""
+    """`say` on stderr: errors, and remarks beside a program's results."""
     say(text, sys.stderr)
 
 
@@ -180,7 +193,6 @@ def seed_step(*key: int | str) -> None:
 
 # -------------------------------------------------------------------------------------------- durable writes
 TEMPORARY_SUFFIX = ".tmp"
-_unfinished: set[Path] = set()  # temporary files of this process
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO], None]) -> None:
@@ -198,7 +210,6 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    _unfinished.add(temporary)
     try:
         with open(temporary, "xb") as file:
             if callable(data):
@@ -214,12 +225,6 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
     finally:
         with contextlib.suppress(OSError):  # after the rename it is not there
             os.unlink(temporary)
-        _unfinished.discard(temporary)
-
-
-def is_writing() -> bool:
-    """Whether this process is in the middle of an `atomic_write`."""
-    return bool(_unfinished)
 
 
 def sync_directory(path: Path) -> None:

@@ -2,55 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
 from detection.detectors import ARGUMENTS
-from training.arguments import COUNT, FRACTION, POSITIVE, KeyValues, Parser, integers
-from training.options import TaskFlags, refuse
+from training.arguments import COUNT, FRACTION, POSITIVE, FlagTable, KeyValues, integers, text
+from training.options import Checks, TaskFlags
 
-
-def add_flags(parser: Parser) -> None:
-    """All of them."""
-    add = parser.add_argument_group("detector").add_argument
-    add(
-        "--detector",
-        default="mask_rcnn",
-        choices=["mask_rcnn", "faster_rcnn", "retinanet"],
-        help="torchvision's, over --arch's features",
-    )
-    add("--heads", default="v2", choices=["v2", "classic"], help="as in torchvision's newer builders, or the first")
-    add(
-        "--detector-kwargs",
-        nargs="*",
-        default={},
-        action=KeyValues,
-        metavar="KEY=VALUE",
-        help="fpn_channels=256 anchor_sizes=(32,64,128,256,512) detections=100, and numbers that torchvision's "
-        "constructor takes",
-    )
-    add("--backbone-weights", metavar="PATH", help="a classifier's, for the backbone")
-    add = parser.add_argument_group("data").add_argument
-    add("--data-set", choices=["COCO", "NUCLEI"], help="(default: COCO with --data-path, else NUCLEI, embedded)")
-    add("--data-path", metavar="DIR", help="annotations/instances_train*.json, train*/, and the same for val")
-    add(
-        "--min-size",
-        type=integers,
-        default=(800,),
-        metavar="PIXELS,...",
-        help="short side; one of these in training, the last in evaluation (default: 800)",
-    )
-    add("--max-size", type=POSITIVE, default=1333, metavar="PIXELS", help="at most for the long side")
-    add("--hflip", type=FRACTION, default=0.5, metavar="P", help="left for right")
-    add("--vflip", type=FRACTION, default=0.0, metavar="P", help="top for bottom")
-    add(
-        "--large-scale-jitter",
-        type=COUNT,
-        default=0,
-        metavar="PIXELS",
-        help="instead of --min-size: scale by 0.1 to 2, crop or pad to a square of this side; 0: off",
-    )
+TABLE: FlagTable = {
+    "detector": [
+        ("--detector", ["mask_rcnn", "faster_rcnn", "retinanet"], "mask_rcnn", None, "torchvision's, on --arch"),
+        ("--heads", ["v2", "classic"], "v2", None, "heads of torchvision's v2 builders, or the classic ones"),
+        (
+            "--detector-kwargs",
+            KeyValues,
+            {},
+            "KEY=VALUE",
+            "fpn_channels=256 anchor_sizes=(32,64,128,256,512) detections=100, and numbers that torchvision's "
+            "constructor takes",
+        ),
+        ("--backbone-weights", text, None, "PATH", "weights of a classifier, for the backbone"),
+    ],
+    "data": [
+        ("--data-set", ["COCO", "NUCLEI"], None, None, "(default: COCO with --data-path, else the embedded NUCLEI)"),
+        ("--data-path", text, None, "DIR", "annotations/instances_train*.json, train*/, and the same for val"),
+        (
+            "--min-size",
+            integers,
+            (800,),
+            "PIXELS,...",
+            "short side: one of these in training, the last in evaluation (default: 800)",
+        ),
+        ("--max-size", POSITIVE, 1333, "PIXELS", "upper limit of the long side"),
+        ("--hflip", FRACTION, 0.5, "P", "probability of flipping left and right"),
+        ("--vflip", FRACTION, 0.0, "P", "probability of flipping top and bottom"),
+        (
+            "--large-scale-jitter",
+            COUNT,
+            0,
+            "PIXELS",
+            "instead of --min-size: scale by 0.1 to 2, crop or pad to a square of this side; 0: off",
+        ),
+    ],
+}
+CHECKS: Checks = [
+    (lambda a: ARGUMENTS.problem(a.detector_kwargs), "--detector-kwargs{problem}"),
+    (lambda a: None in a.detector_kwargs.values(), "--detector-kwargs: None is not a number"),
+    (lambda a: a.backbone_weights and a.finetune, "--finetune includes the backbone: no --backbone-weights"),
+    (lambda a: a.max_size < a.min_size[-1], "--max-size {max_size} is below --min-size {min_size}"),
+    (lambda a: a.compile, "--compile: a detector's images differ in size, and it would be compiled for each size"),
+    (lambda a: a.drop, "--drop belongs to a classifier, which a detector does not have"),
+]
 
 
 def implied(_given: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,20 +61,8 @@ def implied(_given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def derived(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The data set that a path or its absence suggests."""
+    """The data set, which depends on --data-path."""
     return {"data_set": "COCO" if args["data_path"] else "NUCLEI"}
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself, and arguments of the detector that are of another kind."""
-    refuse(
-        (problem := ARGUMENTS.problem(args.detector_kwargs), f"--detector-kwargs{problem}"),
-        (None in args.detector_kwargs.values(), "--detector-kwargs: None is not a number"),
-        (args.backbone_weights and args.finetune, "--finetune has the backbone's weights too: no --backbone-weights"),
-        (args.max_size < args.min_size[-1], f"--max-size {args.max_size} is below --min-size {args.min_size[-1]}"),
-        (args.compile, "--compile: detectors take images of many sizes, for each of which they would be compiled"),
-        (args.drop, "--drop is of a classifier, which a detector has not"),
-    )
-
-
-FLAGS = TaskFlags(add_flags, implied, derived, check)
+FLAGS = TaskFlags(TABLE, implied, derived, CHECKS)

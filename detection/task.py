@@ -21,8 +21,8 @@ from models.checkpoints import read_checkpoint, weights_of
 from models.resampling import keep_resampled
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
-from training.console import report
 from training.evaluation import evaluation_batches
+from training.log import report
 from training.model import load
 from training.precision import Precision
 from training.resume import check_same

@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.checkpoints import METADATA_KEYS, CheckpointError, load_unchecked, read_checkpoint
+from models.checkpoints import METADATA_KEYS, CheckpointError, peek, read_checkpoint
 from utils import UserError, atomic_write, tell
 
 CHECKPOINTS = "checkpoint*.pth"
@@ -45,15 +44,6 @@ def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], sta
     separate = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {key: json.dumps(state[key]) for key in METADATA_KEYS if state.get(key) is not None}
     atomic_write(path, safetensors.torch.save(separate, metadata | {"format": "pt"}))
-
-
-def peek(path: str | os.PathLike) -> dict[str, Any]:
-    """A checkpoint's entries without reading its tensors, in about 10 ms; checksums are not verified.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    return load_unchecked(path, mmap=zipfile.is_zipfile(path))
 
 
 def position(path: str | os.PathLike) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""This process's place in the job: joining the others, and what the ranks say to one another.
+"""Processes of a job: which rank this one is, joining the others, and messages between ranks.
 
-Rank and world size come from `runtime.launcher` alone.
+torchrun and Slurm end a job when one of its processes fails; nothing here watches over it.
 """
 
 import os
@@ -13,42 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
-from runtime.job_guard import JobGuard
-from runtime.launcher import place_in_job, set_rendezvous
 from utils import UserError, one_line
 
-# How long a rank may let the others wait before the run is given up. Control messages may have to wait while
-# the main rank downloads a dataset. A rank that *ends* is noticed at once, by the job guard.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# Control messages may have to wait while the main rank downloads a data set or writes checkpoints.
 CONTROL_TIMEOUT = timedelta(minutes=60)
-# DDP compares the strides of a gradient with those of its place in the bucket, also along axes of one entry, as
-# depthwise weights have: there they say nothing about the memory. This matches the warning if all others agree.
-_AXES = range(4)
-SAME_MEMORY = (
-    r"(?s)Grad strides do not match bucket view strides.*"
-    rf"grad\.sizes\(\) = \[{', '.join(f'(?:(?P<one{i}>1)|[0-9]+)' for i in _AXES)}\], "
-    rf"strides\(\) = \[{', '.join(f'(?P<stride{i}>[0-9]+)' for i in _AXES)}\].*"
-    rf"strides\(\) = \[{', '.join(f'(?(one{i})[0-9]+|(?P=stride{i}))' for i in _AXES)}\]"
-)
 
-
-@dataclass
-class _Job:
-    guard: JobGuard
-    control: torch_dist.ProcessGroup
-
-
-_job: _Job | None = None
+_control: torch_dist.ProcessGroup | None = None  # gloo, for control messages; None in a job of one process
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's place in the job. The default is the only process there is.
+    """This process's rank in the job. The default is a job of one process.
 
-    Every method must be called by all ranks. Control messages (`barrier`, `max`, the objects) travel
-    over a gloo group of their own, so they never wait for the GPU.
+    Every method must be called by all ranks. Control messages (`barrier`, `max`, the objects) use a gloo group of
+    their own, so that they never wait for the GPU.
     """
 
     rank: int = 0
@@ -61,98 +41,126 @@ class Distributed:
         return self.rank == 0
 
     def barrier(self) -> None:
-        if _job is not None:
-            torch_dist.barrier(group=_job.control)
+        if _control is not None:
+            torch_dist.barrier(group=_control)
 
     def max(self, value: int) -> int:
         """The largest `value` of all ranks, such as the number of a signal that one of them got."""
-        if _job is None:
+        if _control is None:
             return value
         message = torch.tensor([value], dtype=torch.int64)
-        torch_dist.all_reduce(message, torch_dist.ReduceOp.MAX, group=_job.control)
+        torch_dist.all_reduce(message, torch_dist.ReduceOp.MAX, group=_control)
         return int(message)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over the ranks, as a new tensor; the argument is left alone."""
-        if _job is None:
-            return tensor.clone()
+        """The sum of `tensor` over the ranks, as a new tensor."""
         total = tensor.detach().clone()
-        torch_dist.all_reduce(total, group=_job.control if total.device.type == "cpu" else None)
+        if _control is not None:
+            torch_dist.all_reduce(total, group=_control if total.device.type == "cpu" else None)
         return total
 
     def broadcast_object(self, obj: Any) -> Any:
         """The main rank's `obj`, on every rank."""
-        if _job is None:
+        if _control is None:
             return obj
         box = [obj]
-        torch_dist.broadcast_object_list(box, src=0, group=_job.control)
+        torch_dist.broadcast_object_list(box, src=0, group=_control)
         return box[0]
 
     def gather_objects(self, obj: Any) -> list[Any]:
         """Every rank's `obj`, in the order of the ranks, on every rank."""
-        if _job is None:
+        if _control is None:
             return [obj]
         box = [None] * self.world_size
-        torch_dist.all_gather_object(box, obj, group=_job.control)
+        torch_dist.all_gather_object(box, obj, group=_control)
         return box
 
     def wrap(self, model: nn.Module, sync_bn: bool = False, find_unused: bool = False) -> nn.Module:
-        """`model` for data-parallel training; the model itself where there is one process."""
-        if _job is None:
+        """`model` for data-parallel training; the model itself in a job of one process.
+
+        Buffers are not broadcast at each step: those of batch norms are distributed before evaluation, and the
+        others are constant.
+        """
+        if _control is None:
             return model
         if sync_bn and self.device.type == "cuda":  # torch has no synchronised batch norm on CPU
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        warnings.filterwarnings("ignore", SAME_MEMORY)
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=find_unused)
+        # Gradients of depthwise weights differ from their bucket view only along axes of length 1.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            find_unused_parameters=find_unused,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+
+def rank_in_job() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or, within an srun step, Slurm left them in the environment.
+
+    A batch script's own shell has Slurm's variables, too, but is no step: a process in it is alone.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in os.environ and {"SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
+    else:
+        return 0, 1, 0
+    try:
+        rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in names)
+    except ValueError as error:
+        raise UserError(f"environment: {', '.join(names)} have to be numbers: {error}") from error
+    if not 0 <= rank < world_size:
+        raise UserError(f"environment: {names[0]}={rank} is not below {names[1]}={world_size}")
+    return rank, world_size, local_rank
+
+
+def local_world_size() -> int:
+    """The processes that torchrun started on this machine. Slurm's tasks have cores of their own: 1."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-07,11],cpu1` -> `gpu03`; "" -> this machine."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes).group()  # up to the first comma outside brackets
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first) or "127.0.0.1"
 
 
 def init_distributed(device: str = "auto") -> Distributed:
-    """Join the other processes of this job, if there are any.
-
-    Understands what torchrun, `torch.distributed.launch --use_env` (RANK, WORLD_SIZE, LOCAL_RANK) and Slurm's
-    srun (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) leave in the environment.
+    """Join the other processes of this job, if there are any: with NCCL on CUDA, with gloo on a CPU.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N" (one process only).
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N" (one process only).
 
     Raises:
         UserError: for a device that is not there, a broken environment, or processes that do not meet.
     """
-    global _job
-    rank, world_size, local_rank = place_in_job()
+    global _control
+    rank, world_size, local_rank = rank_in_job()
     chosen = _choose_device(device, world_size, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size == 1:
-        return Distributed(device=chosen)
-    if _job is None:
-        set_rendezvous()
-        _job = _join_job(rank, world_size, chosen)
+    if world_size > 1 and _control is None:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+        # A port of this job and step, so that two jobs on one machine do not meet.
+        step = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(os.environ.get("SLURM_STEP_ID", "0"))
+        os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
+        try:
+            torch_dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                rank=rank,
+                world_size=world_size,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+            _control = torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        except (RuntimeError, OSError, ValueError) as error:  # gloo's own errors are plain RuntimeErrors
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"the {world_size} processes did not meet at {address}: {one_line(error)}") from error
     return Distributed(rank, world_size, local_rank, chosen)
-
-
-def _join_job(rank: int, world_size: int, device: torch.device) -> _Job:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        found, _, _ = next(rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT))
-        # torchrun's store outlives a restart of the group: without a prefix of their own, the new ranks would
-        # find the addresses of those that died.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = torch_dist.PrefixStore(f"attempt {attempt} of {world_size}", found)
-        torch_dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )
-        guard = JobGuard(rank, world_size, store)
-        return _Job(guard, torch_dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
-    except (RuntimeError, OSError, ValueError) as error:  # gloo's own errors are plain RuntimeErrors
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"the {world_size} processes did not meet at {address}: {one_line(error)}") from error
 
 
 def _choose_device(name: str, world_size: int, local_rank: int) -> torch.device:
@@ -165,24 +173,19 @@ def _choose_device(name: str, world_size: int, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if match.group(1) and world_size > 1:
-        raise UserError(f"--device {name}: with {world_size} processes each takes its own GPU; say cuda")
+        raise UserError(f"--device {name}: each of {world_size} processes uses its own GPU; say cuda")
     # Slurm may show each task its own GPU alone (--gpus-per-task).
     alone = count == 1 and "SLURM_PROCID" in os.environ
     index = int(match.group(1) or (0 if alone else local_rank))
     if index >= count:
-        raise UserError(f"--device {name}: GPU {index} is asked for, this machine has {count}")
+        raise UserError(f"--device {name}: there is no GPU {index}, this machine has {count}")
     return torch.device("cuda", index)
 
 
-def job_guard() -> JobGuard | None:
-    """What watches over this job's processes; None where there is one process."""
-    return None if _job is None else _job.guard
-
-
 def close_distributed() -> None:
-    """Leave the job in good order; does nothing where there is none."""
-    global _job
-    if _job is not None:
-        job, _job = _job, None
-        job.guard.leave(0, "")
+    """Leave the job, once all ranks are done; does nothing in a job of one process."""
+    global _control
+    if _control is not None:
+        torch_dist.barrier(group=_control)
+        _control = None
         torch_dist.destroy_process_group()

@@ -14,7 +14,7 @@ import filelock
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from models.checkpoints import CheckpointError
+from models.checkpoints import CheckpointError, peek
 from runtime import checkpoints
 from runtime.curves import Plot, draw_curves
 from runtime.processes import Distributed
@@ -222,7 +222,7 @@ class RunDirectory:
     def _score_of(self, path: Path, before: int) -> float | None:
         """A checkpoint's score; None if it is missing or damaged, or if the run has yet to reach its epoch."""
         try:
-            state = checkpoints.peek(path)
+            state = peek(path)
         except CheckpointError:
             return None
         return state.get(self._score) if state.get("epoch", before) < before else None

@@ -20,7 +20,7 @@ from inputs.images import BadImage, read_image
 from runtime.processes import Distributed
 from tools import verify_dataset
 from training.classification import evaluate
-from training.console import skipped_files
+from training.log import skipped_files
 from training.precision import Precision
 from utils import UserError
 

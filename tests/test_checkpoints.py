@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.checkpoints import CheckpointError, check_model_kwargs, read_checkpoint, weights_of
-from runtime.checkpoints import later_checkpoint, newest_intact, peek, save, save_safetensors
+from models.checkpoints import CheckpointError, check_model_kwargs, peek, read_checkpoint, weights_of
+from runtime.checkpoints import later_checkpoint, newest_intact, save, save_safetensors
 from utils import MachineError, UserError
 
 

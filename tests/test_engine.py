@@ -18,13 +18,12 @@ from models.checkpoints import read_checkpoint
 from runtime import checkpoints
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
-from training.agreement import check_same_everywhere
-from training.console import Display
 from training.evaluation import evaluation_batches
+from training.log import Display
 from training.options import TaskFlags, parse_args
 from training.task import Task
 from training.trainer import Progress
-from utils import Interrupted, UserError
+from utils import Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +68,7 @@ class Validation:
 class Regression(Task):
     """Least squares with noise on the inputs, which is drawn where the engine says."""
 
-    flags = TaskFlags(lambda parser: None, lambda given: {}, lambda args: {}, lambda args: None)
+    flags = TaskFlags({}, lambda given: {}, lambda args: {"data_set": "points"}, [])
     ranked_by = "fit"
     shown = ("fit",)
     plots = (Plot("fit.png", (Panel("Error", {"train_loss": "training", "test_error": "test"}),)),)
@@ -295,32 +294,3 @@ def test_a_schedule_that_stays_in_its_warm_up_is_told(tmp_path, monkeypatch, cap
         engine.fit(Regression, args_of(tmp_path, "--epochs", epochs, "--warmup-epochs", "5"))
     told = capsys.readouterr().out
     assert ("warning: --epochs 3 with --warmup-epochs 5 gets to an lr of 0.01 at most, not 0.05" in told) is warned
-
-
-class Rank(Distributed):
-    """A process that hears its own words, and those of the others that are `said`."""
-
-    said = ()
-
-    def gather_objects(self, obj):
-        object.__setattr__(self, "told", obj)
-        return [obj, *self.said]
-
-
-def rank(*others):
-    """One that hears what processes with these flags say."""
-    dist = Rank()
-    for flags in others:
-        other = Rank()
-        check_same_everywhere(other, "flags", flags)
-        object.__setattr__(dist, "said", (*dist.said, other.told))
-    return dist
-
-
-def test_processes_that_were_started_differently_are_told_by_flag():
-    flags = {"lr": 0.1, "seed": 0, "epochs": 3}
-    check_same_everywhere(rank(flags, dict(reversed(flags.items()))), "flags", flags)
-    without = {"seed": 0, "epochs": 3}
-    for others, named in (([flags | {"lr": 0.2}, flags | {"seed": 1}], "lr, seed"), ([flags, without], "lr")):
-        with pytest.raises(UserError, match=f"differ in flags: {named};"):
-            check_same_everywhere(rank(*others), "flags", flags)

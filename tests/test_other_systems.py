@@ -34,8 +34,8 @@ for found in pkgutil.iter_modules(runtime.__path__):
     importlib.import_module(f"runtime.{found.name}")
 import torch
 from runtime.curves import Panel, Plot
-from runtime.entry_point import run_cli
-from runtime.lineage import newest_valid
+from runtime.cli import run_cli
+from runtime.checkpoints import newest_intact
 from runtime.processes import init_distributed
 from runtime.run_directory import RunDirectory
 from utils import StopSignals, say
@@ -45,14 +45,12 @@ def main(argv):
     plots = [Plot("plot.png", (Panel("Loss", {"loss": "loss"}),))]
     with StopSignals(), RunDirectory(path, init_distributed("cpu"), "score", plots) as run:
         run.write_args({}, [])
-        run.go_on_from(None)
         run.log_row({"epoch": 0, "loss": 1.0}, 0)
         state = {"model": {"w": torch.ones(2)}, "epoch": 1, "step": 0}
-        run.keep_best(state, 1.0)
-        run.save_checkpoint("checkpoint_0001.pth", state)
-        run.save_checkpoint("checkpoint_last.pth", state | {"epoch": 2})
+        state["score"] = 1.0
+        run.save_checkpoints([*run.names_for_best(state), "checkpoint_0001.pth", "checkpoint_last.pth"], state)
     with RunDirectory(path, init_distributed("cpu"), "score", plots) as run:
-        run.go_on_from(newest_valid(path)[1] | {"epoch": 1})
+        run.truncate_log(newest_intact(path)[1]["epoch"])
     say("done")
 
 run_cli(main)
@@ -65,6 +63,4 @@ def test_a_run_needs_nothing_that_only_linux_has(tmp_path):
         [sys.executable, "-c", script, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    assert {"log.txt", "plot.png", "checkpoint_0001.pth", "abandoned_01"} <= {
-        p.name for p in (tmp_path / "run").iterdir()
-    }
+    assert {"log.txt", "plot.png", "checkpoint_0001.pth"} <= {p.name for p in (tmp_path / "run").iterdir()}

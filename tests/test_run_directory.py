@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.checkpoints import read_checkpoint
+from models.checkpoints import peek, read_checkpoint
 from runtime import checkpoints, run_directory
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
@@ -198,7 +198,7 @@ def test_curves_of_a_run_are_images_and_keep_no_figure_open(tmp_path):
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 def best_files(path):
-    return {found.name: checkpoints.peek(found)["acc1"] for found in path.glob("checkpoint_best*")}
+    return {found.name: peek(found)["acc1"] for found in path.glob("checkpoint_best*")}
 
 
 def test_the_best_checkpoint_stays_the_best(tmp_path):
@@ -228,7 +228,7 @@ def test_checkpoints_are_ranked_by_the_score_that_the_task_names(tmp_path):
         run.log_row({"epoch": 0, "test_box_ap": 0.3})
         keep_best(run, state(1), 0.3, key="box_ap")
         keep_best(run, state(2), 0.2, key="box_ap")
-    assert checkpoints.peek(tmp_path / "checkpoint_best.pth")["box_ap"] == 0.3
+    assert peek(tmp_path / "checkpoint_best.pth")["box_ap"] == 0.3
     assert names(tmp_path) == {".lock", "log.txt", "tensorboard", "checkpoint_best.pth", "checkpoint_last.pth"}
 
 

@@ -38,7 +38,7 @@ from inputs.sampler import KeyedSampler
 from inputs.transforms import RandomErasing, train_transform
 from models.flops import count_flops
 from models.mixers import build_mixer
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from runtime.processes import Distributed
 from tools.command_line import ToolParser, describe_machine
 from tools.contenders import (

@@ -46,7 +46,7 @@ from models.layers import FeedForward, Grid
 from models.pretrained import find_checkpoint
 from models.spectral_gate import SpectralGate
 from runtime import checkpoints
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from runtime.provenance import plain
 from tools.command_line import ToolParser
 from training.arguments import suggestion

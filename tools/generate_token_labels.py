@@ -50,7 +50,7 @@ from inputs.label_maps import MAP_SIZE, encode_label_map, image_map_path, read_l
 from inputs.loader import KeyedImages
 from inputs.sampler import SampleKey
 from models import load_checkpoint
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from runtime.processes import Distributed, init_distributed
 from tools.command_line import ToolParser, cores
 from training.arguments import POSITIVE, WORKERS, class_list, image_size

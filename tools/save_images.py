@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inputs.catalogue import build_dataset
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from tools.command_line import ToolParser
 from training.arguments import POSITIVE
 from utils import UserError, atomic_write, make_directory

@@ -39,7 +39,7 @@ from inference.output_files import save_figure
 from models import load_checkpoint
 from models.base import ImageModel
 from models.flops import count_flops
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from tools.command_line import ToolParser, cores, processor
 from tools.contenders import Contender, Settings, measure, size_argument
 from training.arguments import POSITIVE, dashed, read_yaml, suggestion

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from inputs.catalogue import build_dataset
 from inputs.folders import walk_files
 from inputs.images import BadImage, ImageDataset, ImageFiles, is_image_name
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from tools.command_line import ToolParser, cores
 from training.arguments import WORKERS
 from utils import UserError, atomic_write

@@ -27,7 +27,7 @@ from inputs.images import read_image
 from models import load_checkpoint
 from models.scattering import MIXINGS, ScatteringMixer
 from models.spectral_gate import SpectralGate
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from tools.command_line import ToolParser
 from training.arguments import COUNT, POSITIVE
 from utils import UserError, make_directory

@@ -1,13 +1,12 @@
-"""A command line that explains its mistakes: the parser, the types of its values, files of defaults for it."""
+"""Command lines: a parser whose errors are one line, types of values, tables of flags, and flags from YAML."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,24 +18,30 @@ from inputs import transforms
 from utils import UserError, quote
 
 UNSET = object()
-MAX_CONFIG_BYTES = 2**20
-LONGEST_NAME = 255  # of a file, in bytes, on any system here
 LARGEST = 2**63 - 1  # integers that every library takes
+# A group's title -> its flags: (names, kind, default, metavar, help). The kind is the type of the value, bool for a
+# switch with a --no- twin, a list of choices, KeyValues, or (type, number of values).
+FlagTable = Mapping[str, Iterable[tuple[str, Any, Any, Any, str]]]
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help at 80 columns that ends with the default where there is one to tell."""
+    """Help at 80 columns, with the default where it is not mentioned already."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=28, width=80)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
     def _get_help_string(self, action: argparse.Action) -> str:
-        untold = action.default in (None, False, "", argparse.SUPPRESS) or action.default == {}
-        return action.help if untold or "default" in action.help else f"{action.help} (default: %(default)s)"
+        obvious = action.default in (None, False, True, "", argparse.SUPPRESS) or action.default == {}
+        return action.help if obvious or "default" in action.help else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UserErrors, and which guesses what an unknown flag meant."""
+    """An ArgumentParser that raises UserError, and suggests the closest flag for an unknown one."""
 
     def __init__(self, description: str | None, usage: str | None = None, prog: str | None = None):
         super().__init__(prog, usage, description, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -45,41 +50,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        flag = "an argument"
-        for word in args:
-            flag, equals, value = word.partition("=") if word.startswith("--") else (flag, "=", word)
-            action = self._option_string_actions.get(flag)
-            as_it_is = getattr(action, "type", None) in (None, Path) and not isinstance(action, ParseKwargs)
-            if equals and (as_it_is or value == "--"):
-                _check_text(flag, value)
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            word = unknown[0]
-            raise UserError(f"unknown argument {word}{suggestion(word, self._option_string_actions)}")
+            raise UserError(f"unknown argument {unknown[0]}{suggestion(unknown[0], self._option_string_actions)}")
         return known
 
     def settings(self) -> dict[str, argparse.Action]:
-        """The flags that a file may set, by attribute."""
+        """The flags that a YAML file may set, by attribute."""
         return {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """What the words themselves set, without defaults."""
+        """What the words set, without any defaults."""
         blank = argparse.Namespace(**{action.dest: UNSET for action in self._actions})
         return {name: value for name, value in vars(self.parse_args(words, blank)).items() if value is not UNSET}
 
 
-def _check_text(flag: str, value: str) -> None:
-    """Refuse what names nothing: argparse takes ``--flag=--`` for a list without anything in it."""
-    if value in ("", "--"):
-        raise UserError(f"{flag}: {value!r} names nothing")
-    if "\0" in value:
-        raise UserError(f"{flag}: no name has a NUL in it")
-    if max(map(len, os.fsencode(value).split(b"/"))) > LONGEST_NAME:
-        raise UserError(f"{flag}: {quote(value)} is longer than a name can be")
-
-
 class KeyValues(ParseKwargs):
-    """timm's ``key=value ...`` with Python literals; anything else is told."""
+    """timm's ``key=value ...`` with Python literals; anything else is an error."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -89,7 +76,29 @@ class KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-def suggestion(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def add_flags(parser: Parser, table: FlagTable) -> None:
+    """Add the flags of a table to a parser."""
+    for title, flags in table.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, metavar, text in flags:
+            options = {"type": kind, "metavar": metavar}
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif kind is KeyValues:
+                options = {"action": KeyValues, "nargs": "*", "metavar": metavar}
+            elif isinstance(kind, list):
+                options = {"choices": kind, "metavar": metavar}
+            elif isinstance(kind, tuple):
+                options = {"type": kind[0], "nargs": kind[1], "metavar": metavar}
+            group.add_argument(*name.split(), default=default, help=text, **options)
+
+
+def switch(group: argparse._ArgumentGroup, flag: str, default: bool | None, text: str) -> None:
+    """Add a flag with its ``--no-`` twin."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the closest known word, or nothing."""
     close = difflib.get_close_matches(word.split("=")[0], list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -101,36 +110,37 @@ def dashed(word: str) -> str:
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def switch(group: argparse._ArgumentGroup, flag: str, default: bool | None, text: str) -> None:
-    """A flag with its ``--no-`` twin."""
-    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-
-
-# ------------------------------------------------------------------------------------------------ types of values
+# ---------------------------------------------------------------------------------------------- types of values
 
 
 def number(kind: type, low: float = -math.inf, high: float = LARGEST, above: bool = False) -> Callable:
-    """An argparse type: a finite int or float within [low, high], or above low if ``above``."""
+    """An argparse type: an int or float within [low, high], or above low if ``above``; no NaN."""
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or value != value:
+            value = math.nan
+        if value != value:
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {'an integer' if kind is int else 'a number'}")
-        if value < low or value > high or (above and value == low):
-            limits = [f"{'above' if above else 'at least'} {low}"] if low > -math.inf else []
-            limits += [f"at most {high}"]
-            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it has to be {' and '.join(limits)}")
+        if not low <= value <= high or (above and value == low):
+            least = f"{'above' if above else 'at least'} {low} and " if low > -math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it has to be {least}at most {high}")
         return value
 
     return convert
 
 
 COUNT, POSITIVE = number(int, 0), number(int, 1)
-AMOUNT, FRACTION = number(float, 0), number(float, 0, 1)
+AMOUNT, FRACTION, ABOVE_ZERO = number(float, 0), number(float, 0, 1), number(float, 0, above=True)
 WORKERS = number(int, 0, 1024)  # loader processes
+
+
+def text(word: str) -> str:
+    """Text that is not empty, as it is where a shell's variable is not set."""
+    if not word:
+        raise argparse.ArgumentTypeError("it is empty")
+    return word
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -145,7 +155,7 @@ def class_list(text: str) -> list[str]:
     """``"cat, dog"`` -> ["cat", "dog"]."""
     classes = [name.strip() for name in str(text).split(",")]
     if not all(classes):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of classes separated by commas")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of classes separated by commas")
     return classes
 
 
@@ -153,7 +163,7 @@ def integers(text: str) -> tuple[int, ...]:
     """``"480,800"`` -> (480, 800), all positive and in ascending order."""
     numbers = tuple(POSITIVE(part) for part in str(text).split(","))
     if list(numbers) != sorted(set(numbers)):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no list of ascending numbers separated by commas")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a list of ascending numbers separated by commas")
     return numbers
 
 
@@ -164,7 +174,7 @@ def split_share(text: str, most: float = 0.999999) -> tuple[float, int]:
 
 
 def part(text: str) -> tuple[float, int]:
-    """`split_share`, which may be the whole, 1."""
+    """`split_share` that may be the whole, 1."""
     return split_share(text, most=1)
 
 
@@ -173,24 +183,27 @@ def policy(text: str) -> str:
     if text in ("", "none"):
         return ""
     name, *settings = text.split("-")
-    build = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(name)
+    build = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(name, auto_augment_transform)
     try:
         if any(not re.fullmatch(r"[a-z]+\d.*", setting) for setting in settings):
-            raise ValueError("timm would pass such a setting over in silence")
-        (build or auto_augment_transform)(text, {})
+            raise ValueError("timm would ignore such a setting")
+        build(text, {})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no policy; rand-m9-mstd0.5-inc1 is one") from error
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a policy; rand-m9-mstd0.5-inc1 is one") from error
     return text
 
 
-# ----------------------------------------------------------------------------------------------- files of defaults
+# How YAML lists, such as those of a run's args.yaml, are written as one word.
+SEPARATORS = {image_size: "x", class_list: ",", integers: ",", split_share: ":", part: ":"}
+
+
+# ---------------------------------------------------------------------------------------------- flags from YAML
 
 
 def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
     """What a YAML file sets, as attributes of the parsed arguments.
 
-    A run's ``args.yaml`` holds its arguments under ``args``; of these, where that run wrote and what it went on from
-    are left out.
+    A run's ``args.yaml`` has its arguments under ``args``; where that run wrote and what it resumed from are ignored.
 
     Raises:
         UserError: naming the file, and the key that is unknown or has a wrong value.
@@ -198,17 +211,33 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
     where = f"--config {path}"
     content = read_yaml(path, where)
     if isinstance(content.get("args"), dict) and "command" in content:
-        content = {key: value for key, value in content["args"].items() if value is not None}
-        for place in ("config", "output_dir", "resume", "eval"):
-            content.pop(place, None)
+        ignored = ("config", "output_dir", "resume", "eval")
+        content = {key: value for key, value in content["args"].items() if value is not None and key not in ignored}
     return parser.given(words_of(content, parser, where))
 
 
-def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
-    """A mapping of flags to values as the words of a command line, which the parser understands.
+def read_yaml(path: str | Path, where: str) -> dict:
+    """The mapping in a YAML file.
 
     Raises:
-        UserError: naming `where` it stands, and the key that is unknown or has a wrong value.
+        UserError: it has none; the message begins with `where`.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected lines of 'flag: value'")
+    return content
+
+
+def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
+    """A mapping of flags to values as words of a command line, so that the parser checks types and choices.
+
+    Raises:
+        UserError: naming `where` it is, and the key that is unknown or has a wrong value.
     """
     settings, words = parser.settings(), []
     for key, value in content.items():
@@ -226,39 +255,8 @@ def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str
     return words
 
 
-def read_yaml(path: str | Path, where: str) -> dict:
-    """The mapping that a YAML file holds.
-
-    Raises:
-        UserError: it holds none; the message begins with `where`.
-    """
-    try:
-        path = Path(path)
-        if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{where}: larger than a file of flags can be")
-        if path.exists() and not path.is_file():
-            raise UserError(f"{where}: not a file")
-        content = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected lines of 'flag: value'")
-    return content
-
-
-class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a short file can stand for an endless one."""
-
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not taken", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-
 def _words(action: argparse.Action, value: Any) -> list[str]:
-    """A value as the words after a flag; ValueError where it is of another type than the flag's."""
+    """A value as the words after a flag; ValueError if it is of another type than the flag's."""
     flag = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
@@ -271,28 +269,18 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     if value is None and action.default is None:
         return []
     if action.nargs is not None:
-        if not (isinstance(value, list) and len(value) == action.nargs):
-            raise ValueError(f"{quote(value)} is not a list of {action.nargs}")
-        return [flag, *(_scalar(action, item) for item in value)]
-    if isinstance(value, list) and action.type in LISTED:
-        return [f"{flag}={LISTED[action.type](value)}"]
-    return [f"{flag}={_scalar(action, value)}"]
+        if not (isinstance(value, list) and action.nargs in ("+", len(value))):
+            raise ValueError(f"{quote(value)} is not a list of {str(action.nargs).replace('+', 'values')}")
+        return [flag, *(_word(action, item) for item in value)]
+    if isinstance(value, list) and action.type in SEPARATORS:
+        return [f"{flag}={SEPARATORS[action.type].join(map(str, value))}"]
+    return [f"{flag}={_word(action, value)}"]
 
 
-# How a run's args.yaml writes what these types make of a word.
-LISTED: dict[Callable, Callable[[list], str]] = {
-    image_size: lambda sides: "x".join(map(str, sides)),
-    class_list: lambda names: ",".join(map(str, names)),
-    split_share: lambda parts: ":".join(map(str, parts)),
-    part: lambda parts: ":".join(map(str, parts)),
-    integers: lambda numbers: ",".join(map(str, numbers)),
-}
-
-
-def _scalar(action: argparse.Action, value: Any) -> str:
-    # Text has to do where a number is wanted: YAML takes 5e-4 for text.
+def _word(action: argparse.Action, value: Any) -> str:
+    # Text is accepted where a number is wanted: YAML reads 5e-4 as text.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{quote(value)} is not a single value")
-    if action.type is None and not isinstance(value, str):
+    if action.type in (None, text) and not isinstance(value, str):
         raise ValueError(f"{quote(value)} is not text")
     return str(value)

@@ -17,8 +17,8 @@ from models.pyramid import sample_mix_box
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS, mixes
-from training.console import report
 from training.evaluation import evaluation_batches
+from training.log import report
 from training.losses import balanced_class_weights, build_loss
 from training.model import create_model, labels_tokens, load, load_finetuned
 from training.precision import Precision, as_input

@@ -10,158 +10,112 @@ from timm.models import get_pretrained_cfg
 
 import models
 from inputs.inaturalist import RANKS
-from training.arguments import AMOUNT, FRACTION, Parser, class_list, number, part, policy, split_share, switch
-from training.options import TaskFlags, refuse
+from training.arguments import (
+    ABOVE_ZERO,
+    AMOUNT,
+    FRACTION,
+    FlagTable,
+    class_list,
+    number,
+    part,
+    policy,
+    split_share,
+    text,
+)
+from training.options import Checks, TaskFlags
 
-JITTER = number(float, 0, 10)
-SIZES = number(int, 1, 10**4)
+DATA_SETS = "DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 CSV hfds/... wds/..."
 # Training on label maps excludes mixing images, and the published runs with them did not repeat augmentation.
 TOKEN_LABEL_DEFAULTS = {"mixup": 0.0, "cutmix": 0.0, "repeated_aug": False, "train_interpolation": "random"}
 
-
-def add_flags(parser: Parser) -> None:
-    """All of them."""
-    for add_group in (add_data_flags, add_augmentation_flags, add_token_label_flags, add_distillation_flags):
-        add_group(parser)
-
-
-def add_data_flags(parser: Parser) -> None:
-    add = (group := parser.add_argument_group("data")).add_argument
-    add(
-        "--data-set",
-        metavar="NAME",
-        help="DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 CSV hfds/... wds/... "
-        "(default: IMNET with --data-path, CSV if it is a table, else DIGITS)",
-    )
-    add("--data-path", metavar="DIR", help="where the data set lies")
-    add("--val-path", metavar="FILE", help="of CSV: the table to validate on")
-    add(
-        "--csv-columns",
-        nargs="+",
-        default=("file", "label"),
-        metavar="NAME",
-        help="of CSV: the columns of files and labels, and of splits if there is one (default: file label)",
-    )
-    switch(group, "--download", False, "fetch the data set where that is possible")
-    add(
-        "--val-split",
-        type=split_share,
-        metavar="P[:SEED]",
-        help="of class folders without val/: keep this part of each class for validation, the same for every --seed",
-    )
-    add(
-        "--train-part",
-        type=part,
-        metavar="P[:SEED]",
-        help="train on this part of each class's images, the same for every --seed",
-    )
-    add("--in-chans", type=int, default=3, choices=[1, 3, 4], help="channels of the images: grey, RGB, RGB and alpha")
-    add("--mean", type=number(float), nargs="+", metavar="X", help="of each channel, or of all (default: ImageNet's)")
-    add("--std", type=number(float, 0, above=True), nargs="+", metavar="X", help="as --mean")
-    add(
-        "--pixel-range",
-        type=number(float),
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="black and white of images of more than 8 bits, such as 0 4095 (default: 0 65535)",
-    )
-    switch(group, "--balanced-sampling", False, "draw every class equally often, with replacement")
-    add("--classes", type=class_list, metavar="A,B,...", help="only these classes, by name or number, in this order")
-    add(
-        "--inat-category",
-        default="name",
-        metavar="RANK",
-        help="what INAT19 classifies: %(choices)s",
-        choices=RANKS,
-    )
-    add(
-        "--eval-crop-pct",
-        "--crop-pct",
-        type=number(float, 0.01, 1),
-        metavar="P",
-        help="evaluation: the part of the resized image's side that is kept (default: the model's)",
-    )
-
-
-def add_augmentation_flags(parser: Parser) -> None:
-    add = (group := parser.add_argument_group("augmentation")).add_argument
-    add(
-        "--scale",
-        type=FRACTION,
-        nargs=2,
-        default=(0.08, 1.0),
-        metavar=("MIN", "MAX"),
-        help="part of the image's area that a random crop takes",
-    )
-    add(
-        "--ratio",
-        type=number(float, 0, above=True),
-        nargs=2,
-        default=(3 / 4, 4 / 3),
-        metavar=("MIN", "MAX"),
-        help="of a random crop's sides",
-    )
-    add("--hflip", type=FRACTION, metavar="P", help="mirroring (default: 0.5, for DIGITS 0)")
-    add("--vflip", type=FRACTION, default=0.0, metavar="P", help="turning upside down")
-    switch(group, "--no-aug", False, "only resize images and crop the centre; turns mixup and cutmix off")
-    add("--color-jitter", type=JITTER, default=0.4, metavar="X", help="strength; RandAugment takes its place")
-    add(
-        "--aa",
-        type=policy,
-        default="rand-m9-mstd0.5-inc1",
-        metavar="POLICY",
-        help="timm's name of a RandAugment or AutoAugment policy, or none",
-    )
-    add("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "random"], help="of the crops")
-    add("--smoothing", type=FRACTION, default=0.1, metavar="E", help="label smoothing")
-    switch(group, "--bce-loss", False, "binary cross-entropy for each class")
-    add("--class-weights", default="none", choices=["none", "auto"], help="auto: in inverse proportion to their images")
-    add("--reprob", type=FRACTION, default=0.0, metavar="P", help="random erasing")
-    add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="what erased places hold")
-    add("--recount", type=number(int, 1, 100), default=1, metavar="N", help="erased boxes")
-    switch(group, "--repeated-aug", False, "three augmentations of each image, spread over the processes")
-    add("--mixup", type=AMOUNT, default=0.8, metavar="ALPHA", help="mixup; 0: off")
-    add("--cutmix", type=AMOUNT, default=1.0, metavar="ALPHA", help="cutmix; 0: off")
-    add("--cutmix-minmax", type=FRACTION, nargs=2, metavar=("MIN", "MAX"), help="side of cutmix's box, not its alpha")
-    add("--mixup-prob", type=FRACTION, default=1.0, metavar="P", help="of mixing a batch")
-    add("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="of cutmix where both are on")
-    add("--mixup-mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one mixing ratio")
-
-
-def add_token_label_flags(parser: Parser) -> None:
-    add = (group := parser.add_argument_group("token labels (pyramid models)")).add_argument
-    switch(group, "--token-label", False, "train on label maps; turns mixup, cutmix and repeated augmentation off")
-    add("--token-label-data", metavar="DIR", help="the label maps")
-    add(
-        "--token-label-size",
-        type=SIZES,
-        metavar="N",
-        help="side of the token grid (default: follows the model)",
-    )
-    add(
-        "--token-label-crop",
-        default="right",
-        choices=["right", "reference"],
-        help="how a crop is cut from a map; reference: axes swapped, as released",
-    )
-    switch(group, "--ground-truth", False, "blend the true class into the teacher's class target")
-    add("--dense-weight", type=AMOUNT, default=0.5, metavar="W", help="of the token loss")
-    add("--cls-weight", type=AMOUNT, default=1.0, metavar="W", help="of the class loss")
-
-
-def add_distillation_flags(parser: Parser) -> None:
-    add = parser.add_argument_group("distillation").add_argument
-    add("--distillation-type", default="none", choices=["none", "soft", "hard"], help="as in DeiT")
-    add("--teacher-model", metavar="NAME", help="any model of timm's")
-    add("--teacher-path", metavar="PATH", help="its weights")
-    add("--distillation-alpha", type=FRACTION, default=0.5, metavar="A", help="weight of the teacher's part")
-    add(
-        "--distillation-tau",
-        type=number(float, 0, above=True),
-        default=1.0,
-        metavar="T",
-        help="soft: temperature",
-    )
+TABLE: FlagTable = {
+    "data": [
+        ("--data-set", text, None, "NAME", f"{DATA_SETS} (default: from --data-path, or DIGITS)"),
+        ("--data-path", text, None, "DIR", "where the data set is; a table (.csv, .tsv) is CSV, a folder IMNET"),
+        ("--val-path", text, None, "FILE", "CSV: the table to validate on"),
+        (
+            "--csv-columns",
+            (text, "+"),
+            ("file", "label"),
+            "NAME",
+            "CSV: the columns of files, labels and, if there is one, splits (default: file label)",
+        ),
+        ("--download", bool, False, None, "download the data set if it is missing and can be downloaded"),
+        (
+            "--val-split",
+            split_share,
+            None,
+            "P[:SEED]",
+            "for class folders without val/: validate on this share of each class, the same for every --seed",
+        ),
+        ("--train-part", part, None, "P[:SEED]", "train on this share of each class, the same for every --seed"),
+        ("--in-chans", number(int, 1, 4), 3, "N", "channels of the images: 1 grey, 3 RGB, 4 RGB and alpha"),
+        ("--mean", (number(float), "+"), None, "X", "mean of each channel, or of all (default: ImageNet's)"),
+        ("--std", (ABOVE_ZERO, "+"), None, "X", "standard deviation of each channel, or of all"),
+        (
+            "--pixel-range",
+            (number(float), 2),
+            None,
+            ("MIN", "MAX"),
+            "black and white of images of more than 8 bits, such as 0 4095 (default: 0 65535)",
+        ),
+        ("--balanced-sampling", bool, False, None, "draw every class equally often, with replacement"),
+        ("--classes", class_list, None, "A,B,...", "only these classes, by name or number, in this order"),
+        ("--inat-category", list(RANKS), "name", "RANK", "what INAT19 classifies: %(choices)s"),
+        (
+            "--eval-crop-pct --crop-pct",
+            number(float, 0.01, 1),
+            None,
+            "P",
+            "evaluation: share of the resized image's side that is kept (default: the model's)",
+        ),
+    ],
+    "augmentation": [
+        ("--scale", (FRACTION, 2), (0.08, 1.0), ("MIN", "MAX"), "share of the image's area in a random crop"),
+        ("--ratio", (ABOVE_ZERO, 2), (3 / 4, 4 / 3), ("MIN", "MAX"), "aspect ratio of a random crop"),
+        ("--hflip", FRACTION, None, "P", "probability of mirroring (default: 0.5, for DIGITS 0)"),
+        ("--vflip", FRACTION, 0.0, "P", "probability of turning upside down"),
+        ("--no-aug", bool, False, None, "only resize images and crop the centre, without mixup and cutmix"),
+        ("--color-jitter", number(float, 0, 10), 0.4, "X", "strength of colour jitter, where --aa is none"),
+        ("--aa", policy, "rand-m9-mstd0.5-inc1", "POLICY", "timm's RandAugment or AutoAugment policy, or none"),
+        ("--train-interpolation", ["bicubic", "bilinear", "random"], "bicubic", None, "of the random crops"),
+        ("--smoothing", FRACTION, 0.1, "E", "label smoothing"),
+        ("--bce-loss", bool, False, None, "binary cross-entropy for each class"),
+        ("--class-weights", ["none", "auto"], "none", None, "auto: inversely proportional to their images"),
+        ("--reprob", FRACTION, 0.0, "P", "probability of random erasing"),
+        ("--remode", ["const", "rand", "pixel"], "pixel", None, "fill: zeros, one random colour, or noise"),
+        ("--recount", number(int, 1, 100), 1, "N", "number of erased boxes"),
+        ("--repeated-aug", bool, False, None, "three augmentations of each image, spread over the processes"),
+        ("--mixup", AMOUNT, 0.8, "ALPHA", "mixup; 0: off"),
+        ("--cutmix", AMOUNT, 1.0, "ALPHA", "cutmix; 0: off"),
+        ("--cutmix-minmax", (FRACTION, 2), None, ("MIN", "MAX"), "side of cutmix's box, instead of its alpha"),
+        ("--mixup-prob", FRACTION, 1.0, "P", "probability of mixing a batch"),
+        ("--mixup-switch-prob", FRACTION, 0.5, "P", "probability of cutmix where both are on"),
+        ("--mixup-mode", ["batch", "pair", "elem"], "batch", None, "what shares a mixing ratio"),
+    ],
+    "token labels (pyramid models)": [
+        ("--token-label", bool, False, None, "train on label maps, without mixup, cutmix and repeated augmentation"),
+        ("--token-label-data", text, None, "DIR", "the label maps"),
+        ("--token-label-size", number(int, 1, 10**4), None, "N", "side of the token grid (default: the model's)"),
+        (
+            "--token-label-crop",
+            ["right", "reference"],
+            "right",
+            None,
+            "how a map is cropped; reference: with axes swapped, as in the released code",
+        ),
+        ("--ground-truth", bool, False, None, "blend the true class into the teacher's class target"),
+        ("--dense-weight", AMOUNT, 0.5, "W", "weight of the token loss"),
+        ("--cls-weight", AMOUNT, 1.0, "W", "weight of the class loss"),
+    ],
+    "distillation": [
+        ("--distillation-type", ["none", "soft", "hard"], "none", None, "as in DeiT"),
+        ("--teacher-model", text, None, "NAME", "a model of ours or of timm"),
+        ("--teacher-path", text, None, "PATH", "its weights"),
+        ("--distillation-alpha", FRACTION, 0.5, "A", "weight of the teacher's part of the loss"),
+        ("--distillation-tau", ABOVE_ZERO, 1.0, "T", "temperature of soft distillation"),
+    ],
+}
 
 
 def implied(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +136,7 @@ def default_data_set(path: str | None) -> str:
 
 
 def derived(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The data set that a path or its absence suggests, and the crop that the model's authors evaluate with."""
+    """The data set, which depends on --data-path, and the evaluation crop of the model's authors."""
     found = get_pretrained_cfg(models.resolve_arch(args["arch"]))
     return {
         "data_set": default_data_set(args["data_path"]),
@@ -191,50 +145,53 @@ def derived(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether mixup or cutmix make distributions of the targets."""
+    """Whether mixup or cutmix turn labels into distributions."""
     return bool(args.mixup or args.cutmix or args.cutmix_minmax)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself."""
-    distilling = args.distillation_type != "none"
-    given_statistics = [values for values in (args.mean, args.std) if values is not None]
-    refuse(
-        (
-            any(len(values) not in (1, args.in_chans) for values in given_statistics),
-            f"--mean and --std need one number, or one for each of --in-chans {args.in_chans}",
-        ),
-        (len(args.csv_columns) not in (2, 3), "--csv-columns takes two names, or three with that of the splits"),
-        (
-            args.pixel_range and args.pixel_range[0] >= args.pixel_range[1],
-            "--pixel-range: MIN must be below MAX",
-        ),
-        (args.in_chans == 4 and args.aa, "--in-chans 4 excludes --aa: its operations take grey and RGB images"),
-        (
-            args.token_label and (args.bce_loss or args.class_weights != "none"),
-            "--token-label excludes --bce-loss and --class-weights",
-        ),
-        (args.token_label and mixes(args), "--token-label excludes --mixup and --cutmix: it mixes by MixToken"),
-        (args.token_label and not args.token_label_data, "--token-label needs --token-label-data DIR"),
-        (args.token_label_data and not args.token_label, "--token-label-data needs --token-label"),
-        (args.token_label and distilling, "--token-label excludes --distillation-type"),
-        (
-            mixes(args) and args.batch_size % 2,
-            f"mixup and cutmix pair images: --batch-size {args.batch_size} has to be even (or turn both off)",
-        ),
-        (
-            args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1],
-            "--cutmix-minmax: MIN has to be below MAX",
-        ),
-        (
-            distilling and not (args.teacher_model and args.teacher_path),
-            f"--distillation-type {args.distillation_type} needs --teacher-model NAME and --teacher-path PATH",
-        ),
-        (
-            not distilling and (args.teacher_model or args.teacher_path),
-            "a teacher needs --distillation-type soft or hard",
-        ),
-    )
+def distils(args: argparse.Namespace) -> bool:
+    return args.distillation_type != "none"
 
 
-FLAGS = TaskFlags(add_flags, implied, derived, check)
+CHECKS: Checks = [
+    (
+        lambda a: len(a.csv_columns) not in (2, 3),
+        "--csv-columns takes two names, or three with that of the splits",
+    ),
+    (lambda a: a.in_chans == 2, "--in-chans 2: images have 1, 3 or 4 channels"),
+    (
+        lambda a: any(len(values) not in (1, a.in_chans) for values in (a.mean, a.std) if values),
+        "--mean and --std need one number, or one for each of --in-chans {in_chans}",
+    ),
+    (lambda a: a.pixel_range and a.pixel_range[0] >= a.pixel_range[1], "--pixel-range: MIN must be below MAX"),
+    (
+        lambda a: a.in_chans == 4 and a.aa,
+        "--in-chans 4 excludes --aa: its operations take grey and RGB images",
+    ),
+    (
+        lambda a: a.token_label and (a.bce_loss or a.class_weights != "none"),
+        "--token-label excludes --bce-loss and --class-weights",
+    ),
+    (lambda a: a.token_label and mixes(a), "--token-label excludes --mixup and --cutmix: it mixes by MixToken"),
+    (lambda a: a.token_label and not a.token_label_data, "--token-label needs --token-label-data DIR"),
+    (lambda a: a.token_label_data and not a.token_label, "--token-label-data needs --token-label"),
+    (lambda a: a.token_label and distils(a), "--token-label excludes --distillation-type"),
+    (
+        lambda a: mixes(a) and a.batch_size % 2,
+        "mixup and cutmix pair images: --batch-size {batch_size} has to be even (or turn both off)",
+    ),
+    (
+        lambda a: a.cutmix_minmax and a.cutmix_minmax[0] >= a.cutmix_minmax[1],
+        "--cutmix-minmax: MIN has to be below MAX",
+    ),
+    (
+        lambda a: distils(a) and not (a.teacher_model and a.teacher_path),
+        "--distillation-type {distillation_type} needs --teacher-model NAME and --teacher-path PATH",
+    ),
+    (
+        lambda a: not distils(a) and (a.teacher_model or a.teacher_path),
+        "a teacher needs --distillation-type soft or hard",
+    ),
+]
+
+FLAGS = TaskFlags(TABLE, implied, derived, CHECKS)

@@ -10,7 +10,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 import models
-from models.checkpoints import check_model_kwargs, read_checkpoint, weights_of
+from models.checkpoints import read_checkpoint, weights_of
 from models.loading import WeightMismatch, classifier_names, load_weights, unwrap
 from utils import UserError, one_line
 
@@ -36,22 +36,6 @@ def labels_tokens(arch: str) -> bool:
         return False
     with torch.device("meta"):
         return hasattr(timm.create_model(name), "token_label")
-
-
-def described_model(path: str) -> dict[str, Any]:
-    """The `arch` and `model_kwargs` that a checkpoint was trained with; {} for one that does not say.
-
-    Token labels are a matter of the run, not of the weights: whether the model has their head is not told.
-
-    Raises:
-        UserError: the file is unusable, or its arguments are not the model's own.
-    """
-    state = read_checkpoint(path)
-    if state.get("arch") is None:
-        return {}
-    kwargs = {name: value for name, value in (state.get("model_kwargs") or {}).items() if name != "token_label"}
-    check_model_kwargs(kwargs, f"{path}: model_kwargs")
-    return {"arch": state["arch"], "model_kwargs": kwargs}
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool) -> list[str]:

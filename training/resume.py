@@ -18,7 +18,7 @@ from models.checkpoints import read_checkpoint, weights_of
 from runtime.checkpoints import later_checkpoint, newest_intact
 from runtime.processes import Distributed
 from runtime.provenance import plain
-from training.console import report
+from training.log import report
 from training.model import load
 from training.optimizer import build_optimizer, images_per_update
 from training.trainer import METERS, Progress, Trainer

@@ -25,7 +25,7 @@ from inputs.images import ImageArrays
 from inputs.loader import EvalLoader, KeyedImages
 from inputs.transforms import eval_transform
 from runtime import checkpoints
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from runtime.processes import Distributed, close_distributed, init_distributed
 from training.classification import evaluate
 from training.classification_flags import FLAGS

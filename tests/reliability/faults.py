@@ -30,7 +30,7 @@ from torch.optim import optimizer as torch_optimizer
 import engine
 import utils
 from runtime import checkpoints, run_directory
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 
 
 def train(main: str, argv: Sequence[str], faults: Sequence[tuple[str, dict[str, Any]]]) -> None:
