@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from detection.backbone import Backbone, in_full_precision
 from detection.pasting import paste
 from detection.subsampling import KeyedSubsampler
-from runtime.schema import Fields, Items, Number
 from utils import UserError
 
 Target = dict[str, Any]
@@ -31,11 +30,7 @@ Target = dict[str, Any]
 GROUPS = 32
 RATIOS = (0.5, 1.0, 2.0)
 STRIDES = {"mask_rcnn": (4, 8, 16, 32), "faster_rcnn": (4, 8, 16, 32), "retinanet": (8, 16, 32)}
-POSITIVE = Number(1, 10_000, whole=True)
-ARGUMENTS = Fields(  # of --detector-kwargs, also as a checkpoint has them
-    {"fpn_channels": POSITIVE, "anchor_sizes": Items(POSITIVE, most=16), "detections": POSITIVE},
-    others=Number(-10_000, 10_000),
-)
+COUNTS = ("fpn_channels", "anchor_sizes", "detections")  # --detector-kwargs that are positive integers
 OFFSETS = ("bbox_pred", "bbox_reg")  # the layers that say where boxes are, relative to anchors or proposals
 # How many anchors or proposals each loss is a mean over.
 COUNTED = {
@@ -45,6 +40,18 @@ COUNTED = {
     "loss_box_reg": ("roi_heads", "drawn"),
     "loss_mask": ("roi_heads", "positives"),
 }
+
+
+def wrong_argument(arguments: Mapping[str, Any]) -> str:
+    """What is wrong with --detector-kwargs, or ""; torchvision says it less clearly, and later."""
+    for name, value in arguments.items():
+        numbers = value if name == "anchor_sizes" else [value]
+        kinds = (int,) if name in COUNTS else (int, float)
+        if not isinstance(numbers, (list, tuple)) or any(type(number) not in kinds for number in numbers):
+            return f"{name} is {value!r}, not {' or '.join(kind.__name__ for kind in kinds)}"
+        if name in COUNTS and min(numbers, default=0) < 1:
+            return f"{name} is {value!r}, not positive"
+    return ""
 
 
 def kinds_of(detector: str) -> tuple[str, ...]:

@@ -621,13 +621,13 @@ def test_the_embedded_cells_are_whole():
     [
         (["--data-set", "COCO"], "--data-path has to say"),
         (["--data-set", "NUCLEI", "--data-path", "/tmp"], "is embedded"),
-        (["--compile"], "--compile: detectors"),
+        (["--compile"], "--compile: a detector"),
         (["--min-size", "800", "--max-size", "700"], "--max-size 700 is below"),
-        (["--min-size", "800,600"], "no list of ascending numbers"),
+        (["--min-size", "800,600"], "not a list of ascending numbers"),
         (["--warmup-updates", "5", "--no-sched-on-updates"], "needs --sched-on-updates"),
-        (["--detector-kwargs", "fpn_channels={}"], "--detector-kwargs.*fpn_channels.* is a dict"),
-        (["--detector-kwargs", "fpn_channels=None"], "--detector-kwargs: None is not a number"),
-        (["--detector-kwargs", "anchor_sizes=5"], "--detector-kwargs.*anchor_sizes.* is a int"),
+        (["--detector-kwargs", "fpn_channels={}"], "--detector-kwargs: fpn_channels is {}, not int"),
+        (["--detector-kwargs", "fpn_channels=None"], "--detector-kwargs: fpn_channels is None, not int"),
+        (["--detector-kwargs", "anchor_sizes=5"], "--detector-kwargs: anchor_sizes is 5, not int"),
     ],
 )
 def test_flags_that_contradict_each_other_are_told(flags, message, tmp_path):
