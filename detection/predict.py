@@ -30,7 +30,7 @@ def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedD
         UserError: in the end, if some of the images could not be read.
     """
     files = image_files(args.image)
-    drawings = overlay_paths(files, Path(args.drawings or "detections"), "--drawings", "detections")
+    drawings = overlay_paths(files, Path(args.drawings), "--drawings", "detections")
     if args.output is not None:
         check_output(args.output)
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
