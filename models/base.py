@@ -9,8 +9,9 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Grid, GridMixer, to_grid
+from .layers import GridMixer
 from .loading import pretrained_filter_fn
+from .resampling import Grid, to_grid
 
 
 class ImageModel(nn.Module):

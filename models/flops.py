@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .layers import Attention, ClassAttention, Grid, to_grid
+from .layers import Attention, ClassAttention
+from .resampling import Grid, to_grid
 
 aten = torch.ops.aten
 

@@ -4,64 +4,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
-Grid = tuple[int, int]
+from .cpu.attention import attend
+from .cpu.feed_forward import feed_forward
+from .precision import full_precision, to_autocast
+from .resampling import Grid
 
-
-def to_grid(size: int | tuple[int, int] | list[int]) -> Grid:
-    """An int or a pair as (height, width) in pixels or tokens.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"a size is a positive int or a pair of them, not {size!r}")
-    return pair
-
-
-def full_dtype(x: Tensor) -> torch.dtype:
-    """float32 for half-precision tensors, else their own."""
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes with x in: the precision of autocast, where it is on and x not float64."""
-    device = "cpu" if x.is_meta else x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype
-
-
-@torch.fx.wrap
-def full_precision(x: Tensor) -> Tensor:
-    """Half-precision tensors as float32; float32 and float64 as they are."""
-    return x.to(full_dtype(x))
-
-
-@torch.fx.wrap
-def to_autocast(x: Tensor) -> Tensor:
-    """A tensor in the precision that a linear layer computes with it in."""
-    return x.to(autocast_dtype(x))
-
-
-def autocast_off(x: Tensor) -> torch.autocast:
-    """A context without autocast on x's device (the meta device, which has none, borrows the CPU's)."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
-
-
-def resize_image(image: Tensor, size: Grid, align_corners: bool) -> Tensor:
-    """Bicubic resampling of a (C, h, w) image to `size`, without antialiasing, in the image's dtype."""
-    batch = full_precision(image)[None]
-    resized = F.interpolate(batch, size=size, mode="bicubic", align_corners=align_corners)
-    return resized[0].to(image.dtype)
-
-
-def resize_grid(grid: Tensor, size: Grid, align_corners: bool) -> Tensor:
-    """`resize_image` for a channels-last (h, w, C) tensor."""
-    return resize_image(grid.permute(2, 0, 1), size, align_corners).permute(1, 2, 0).contiguous()
-
+# torch.fx must not look into these. It finds wrapped functions by the module that calls them.
+torch.fx.wrap("full_precision")
+torch.fx.wrap("to_autocast")
 
 SPECTRAL_PRECISIONS = ("half", "float32")  # the default first
 
@@ -69,10 +22,9 @@ SPECTRAL_PRECISIONS = ("half", "float32")  # the default first
 class GridMixer(nn.Module):
     """Base of the mixers whose weights depend on the (H, W) of the token grid, `grid_size`.
 
-    `spectral_precision` says what they compute in where other layers compute in half precision: "half", in that, with
-    products that add up in float32; "float32" throughout. Each has a static method `resize_weights(weights, grid)`:
-    its weights by name, those that depend on the grid resampled to another one. It leaves alone what it does not know,
-    for the loading of weights to report.
+    `spectral_precision` is the precision under autocast: "half", autocast's, with products that add up in float32, or
+    "float32" throughout. Each mixer has a static method `resize_weights(weights, grid)`: its weights by name, those
+    that depend on the grid resampled to another one. It ignores names it does not know; loading reports them.
     """
 
     grid_size: Grid
@@ -109,13 +61,17 @@ def set_spectral_precision(model: nn.Module, precision: str) -> None:
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens of a (B, H, W, C) grid.
 
-    One biased linear makes queries, keys and values; the scale is head_dim ** -0.5.
+    One biased linear makes queries, keys and values; the scale is head_dim ** -0.5. After
+    `timm.layers.set_fused_attn(False)` the attention map passes through `attn_drop`, an identity where
+    `timm.utils.AttentionExtract` finds it.
     """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = check_heads(dim, num_heads)
+        self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.attn_drop = nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,27 +81,37 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """(B, N, 3, heads, head_dim) to (B, N, heads, head_dim)."""
+        if self.fused_attn and (x := attend(qkv)) is not None:
+            return x
         # Unbound before they are transposed to (B, heads, N, head_dim): the backward pass then copies once.
         q, k, v = qkv.unbind(2)
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return x.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.fused_attn:
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return (self.attn_drop(attention_map(q, k)) @ v).transpose(1, 2)
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """Softmax(q k^T / sqrt(head_dim)): of each query how much it takes of each value, (..., queries, N)."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
 
 
 class ClassAttention(nn.Module):
-    """Attention in which only the first token of a (B, 1 + N, C) sequence asks; returns it, (B, 1, C)."""
+    """Attention in which only the first token of a (B, 1 + N, C) sequence is a query; returns it, (B, 1, C)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = check_heads(dim, num_heads)
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
+        self.attn_drop = nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
-        q = self.q(x[:, :1]).view(batch, 1, self.num_heads, -1)
+        q = self.q(x[:, :1]).view(batch, 1, self.num_heads, -1).transpose(1, 2)
         k, v = self.kv(x).view(batch, length, 2, self.num_heads, -1).unbind(2)
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = self.attn_drop(attention_map(q, k.transpose(1, 2))) @ v.transpose(1, 2)
         return self.proj(x.transpose(1, 2).reshape(batch, 1, dim))
 
 
@@ -171,6 +137,8 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := feed_forward(self, x)) is not None:
+            return y
         x = self.fc1(x)
         if self.dwconv is not None:
             x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels_last views: no copies
@@ -254,8 +222,8 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In channels_last the grid below is a view of the convolution's output, not a copy.
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        # In channels_last, written so that vmap takes it, the grid below is a view of the convolution's output.
+        x = self.conv(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 

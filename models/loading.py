@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .checkpoints import CheckpointError, check_model_kwargs, read_checkpoint, unwrap
 from .convert import StateDict, to_ours
-from .layers import Grid, GridMixer
+from .layers import GridMixer
+from .resampling import Grid
 
 _WAVELET_FILTER = re.compile(r"(^|\.)(xfm|ifm)\.")
 _HEADS = ("head", "aux_head")

@@ -10,16 +10,11 @@ from functools import partial
 
 from torch import nn
 
-from . import cpu
-from .fourier import AFNO, FNet, FourierOperator
-from .layers import Attention, FeedForward, Grid
-from .local import AveragePooling, DepthwiseConv
+from .layers import Attention
+from .other_mixers import AFNO, AveragePooling, DepthwiseConv, FNet, FourierOperator
+from .resampling import Grid
 from .scattering import MIXINGS, ScatteringMixer
 from .spectral_gate import SpectralGate
-
-# The one place that chooses what is faster on a CPU: without it, and without the folder, all models are the plain ones.
-Attention, FeedForward = cpu.Attention, cpu.FeedForward  # noqa: F811
-ScatteringMixer, SpectralGate = cpu.ScatteringMixer, cpu.SpectralGate  # noqa: F811
 
 Options = Mapping[str, Mapping[str, object]]  # of a mixer's own, by its name in the table
 

@@ -19,15 +19,15 @@ from .layers import (
     Block,
     ClassBlock,
     Downsample,
-    Grid,
+    FeedForward,
     Stem,
     format_grid,
     init_conv,
     init_linear,
     set_spectral_precision,
-    to_grid,
 )
-from .mixers import FeedForward, Options, build_mixer, check_options, stage_mixers
+from .mixers import Options, build_mixer, check_options, stage_mixers
+from .resampling import Grid, to_grid
 
 HEAD_DIM = 32
 WEIGHTS = Path(__file__).resolve().parent / "weights"

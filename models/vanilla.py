@@ -11,16 +11,15 @@ from .base import ImageModel, build_variant, model_cfg, resize_mixers, run_block
 from .layers import (
     SPECTRAL_PRECISIONS,
     Block,
-    Grid,
+    FeedForward,
     PatchEmbed,
     SpectralBlock,
     format_grid,
     init_linear,
-    resize_grid,
     set_spectral_precision,
-    to_grid,
 )
-from .mixers import FeedForward, Options, block_mixers, build_mixer, check_options
+from .mixers import Options, block_mixers, build_mixer, check_options
+from .resampling import Grid, resize_grid, to_grid
 
 HEAD_DIM = 64
 ALPHA = 4

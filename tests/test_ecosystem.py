@@ -10,11 +10,15 @@ import timm
 import timm.data
 import torch
 from small_models import KINDS, PYRAMID, create, images, is_vanilla
+from timm.layers import set_fused_attn
 from timm.models import save_for_hf
 from timm.models._manipulate import reinit_non_persistent_buffers
+from timm.utils import AttentionExtract
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import TimmWrapperForImageClassification
+
+from models.layers import Attention, ClassAttention
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -33,6 +37,28 @@ def test_a_segmentation_model_over_a_pyramid_takes_images_of_any_size_by_default
     unet = smp.Unet(f"tu-{name}", encoder_weights=None, classes=3, **PYRAMID).eval()
     for height, width in ((64, 96), (160, 64)):
         assert unet(images(height, width)).shape == (2, 3, height, width)
+
+
+@pytest.mark.parametrize("name", ["spectformer_h_n", "svt_h_n"])
+def test_a_segmentation_model_over_a_small_pyramid_takes_four_levels(name):
+    levels = {"encoder_depth": 4, "decoder_channels": (128, 64, 32, 16)}  # as docs/use.md says
+    unet = smp.Unet(f"tu-{name}", encoder_weights=None, classes=3, **levels).eval()
+    assert unet(images(64, 32)).shape == (2, 3, 64, 32)
+
+
+@pytest.mark.parametrize("how", [{"method": "hook"}, {"method": "fx", "names": ["*.softmax"]}], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_timm_extracts_attention_maps_of_models_built_without_fused_attention(name, how):
+    fused = create(name).eval()
+    set_fused_attn(False)
+    try:
+        model = create(name).eval()
+    finally:
+        set_fused_attn(True)
+    assert torch.allclose(model(images()), fused(images()), atol=1e-5)
+    maps = AttentionExtract(model, **how)(images())
+    assert len(maps) == sum(isinstance(module, (Attention, ClassAttention)) for module in model.modules())
+    assert all(torch.allclose(attention.sum(-1), torch.ones(1), atol=1e-5) for attention in maps.values())
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -15,10 +15,10 @@ from transformers import AutoModelForImageClassification
 from models import load_checkpoint
 from models.checkpoints import METADATA_KEYS, read_checkpoint
 from models.convert import to_ours
-from models.spectral_gate import SpectralGate
+from models.layers import FeedForward
 from runtime import checkpoints
 from tools import export
-from tools.export import FourierProducts, portable
+from tools.export import PointwiseFeedForward, portable
 from utils import MachineError, UserError
 
 ARCHITECTURES = {
@@ -159,19 +159,6 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch, capsys):
 
 
 # -------------------------------------------------------------------------------------------------------------- graphs
-@pytest.mark.parametrize("dynamic", [False, True], ids=["one size", "any size"])
-@pytest.mark.parametrize("size", [(6, 6), (7, 5), (1, 8), (8, 1)])
-def test_real_products_are_the_spectral_gate(size, dynamic):
-    torch.manual_seed(0)
-    gate = SpectralGate(4, size)
-    torch.nn.init.normal_(gate.complex_weight)
-    x = torch.randn(2, *size, 4)
-    assert torch.allclose(FourierProducts(gate, dynamic)(x), gate(x), atol=2e-5)
-    if dynamic:  # another grid, for which the filter is resampled
-        x = torch.randn(2, 9, 4, 4)
-        assert torch.allclose(FourierProducts(gate, dynamic)(x), gate(x), atol=2e-5)
-
-
 def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path, capsys):
     path, model = checkpoint
     options = onnxruntime.SessionOptions()
@@ -237,9 +224,10 @@ def test_a_model_of_timms_is_exported_too_but_not_for_any_size(tmp_path):
 
 
 def test_the_exported_copy_leaves_the_model_as_it_is():
-    model = timm.create_model("spectformer_ti", img_size=32, **untrained.VANILLA)
-    other = portable(model, dynamic=False)
-    assert isinstance(model.blocks[0].mixer, SpectralGate) and isinstance(other.blocks[0].mixer, FourierProducts)
+    model = timm.create_model("svt_h_n", img_size=32, depths=(1, 1, 1, 1))
+    other = portable(model)
+    assert isinstance(model.stages[0].blocks[0].mlp, FeedForward)
+    assert isinstance(other.stages[0].blocks[0].mlp, PointwiseFeedForward)
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

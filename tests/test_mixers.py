@@ -6,9 +6,8 @@ from small_models import create, images, is_vanilla
 from torch import nn
 
 from models import ARCHITECTURES
-from models.fourier import AFNO, FNet, FourierOperator
-from models.local import AveragePooling, DepthwiseConv
 from models.mixers import MIXERS, Attention, ScatteringMixer, SpectralGate, block_mixers, build_mixer, stage_mixers
+from models.other_mixers import AFNO, AveragePooling, DepthwiseConv, FNet, FourierOperator
 
 # In SVT-H-S with two spectral stages and a token-label head; without weights in the mixers of those seven blocks it
 # has 21,173,232 parameters. Where the paper has the row, its name and what it prints, in millions.
@@ -96,9 +95,8 @@ def test_tensor_blending_multiplies_each_coefficient_by_its_own_weight():
     mixer, x = strong(ScatteringMixer(8, (6, 4), "tensor")), grid(6, 4, 8)
     low, bands = mixer.wavelet(x)
     assert mixer.tensor_blend.weight.shape == (12, 3, 2, 8)
-    blended = torch.stack(
-        [bands[0] * mixer.tensor_blend.weight[:6, None], bands[1] * mixer.tensor_blend.weight[6:, None]]
-    )
+    real, imaginary = mixer.tensor_blend.weight.permute(1, 2, 0, 3).chunk(2, 2)
+    blended = torch.stack((bands[..., 0, :] * real, bands[..., 1, :] * imaginary), -2)
     expected = mixer.wavelet.inverse(low * mixer.low_pass, blended, (6, 4))
     assert torch.allclose(mixer(x), expected)
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import timm
 import torch
 from golden import recipe
 
-from models import load_weights, reference
+from models import load_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 LABELS = {"token_label": True}

@@ -30,8 +30,10 @@ def test_default_cfg_describes_the_model(name):
     cfg = model.default_cfg
     assert cfg["architecture"] in (name, name.replace("svt_", "svt_h_"))
     assert cfg["pool_size"] is None  # unpooled features are a sequence
-    assert cfg["num_classes"] == (10 if is_small(name) else 1000) and cfg["license"] == "mit"
-    size, crop = (32, 1.0) if is_small(name) else (224, 0.875 if is_vanilla(name) else 0.96)
+    tiny = name.endswith("_h_ti")
+    assert cfg["num_classes"] == (10 if is_small(name) or tiny else 1000) and cfg["license"] == "mit"
+    size, crop = (224, 0.875 if is_vanilla(name) else 0.96)
+    size, crop = (32, 1.0) if is_small(name) else (128, 0.875) if tiny else (size, crop)
     assert cfg["input_size"] == (3, size, size) and cfg["crop_pct"] == crop
     assert cfg["interpolation"] == "bicubic" and cfg["mean"] == (0.485, 0.456, 0.406)
     assert not cfg.get("url")

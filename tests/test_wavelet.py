@@ -1,5 +1,3 @@
-import copy
-import pickle
 import sys
 
 import pytest
@@ -7,7 +5,8 @@ import torch
 from torch import nn
 
 from models import wavelet
-from models.scattering import EinsteinBlending, ScatteringMixer
+from models.blending import EinsteinBlending
+from models.scattering import ScatteringMixer
 from models.wavelet import DTCWT, LibraryDTCWT
 
 
@@ -20,7 +19,7 @@ def test_transform_is_that_of_pytorch_wavelets_for_every_even_size():
     for height in range(8, 66, 2):
         grid = (height, 74 - height)
         x = grid_of(*grid)
-        ours, oracle = DTCWT(grid), LibraryDTCWT(grid)
+        ours, oracle = DTCWT(), LibraryDTCWT()
         for mine, theirs in zip(ours(x), oracle(x), strict=True):
             assert (mine - theirs).abs().max() <= 1e-5, grid
         low, high = oracle(x)
@@ -32,7 +31,7 @@ def test_transform_is_that_of_pytorch_wavelets_for_every_even_size():
 @pytest.mark.parametrize("grid", [(25, 31), (7, 7), (8, 9), (57, 56), (1, 3), (121, 119)])
 def test_odd_sizes_are_reconstructed(grid):
     x = grid_of(*grid)
-    transform = DTCWT(grid)
+    transform = DTCWT()
     low, high = transform(x)
     assert low.shape[1:3] == wavelet.padded_grid(grid)
     assert (transform.inverse(low, high, grid) - x).abs().max() <= 1e-5
@@ -40,14 +39,14 @@ def test_odd_sizes_are_reconstructed(grid):
 
 def test_float64_stays_exact_whatever_the_modules_precision():
     x = grid_of(14, 9, dtype=torch.float64)
-    transform = DTCWT((14, 9))
+    transform = DTCWT()
     low, high = transform(x)
     assert low.dtype == high.dtype == torch.float64
     assert (transform.inverse(low, high, (14, 9)) - x).abs().max() <= 1e-12
 
 
 def test_transform_and_inverse_have_the_right_gradients():
-    transform = DTCWT((5, 6))
+    transform = DTCWT()
     x = grid_of(5, 6, channels=1, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(transform, x)
     low, high = (part.detach().requires_grad_() for part in transform(x))
@@ -55,7 +54,7 @@ def test_transform_and_inverse_have_the_right_gradients():
 
 
 def test_bfloat16_autocast_does_not_reach_the_transform():
-    transform = DTCWT((28, 28))
+    transform = DTCWT()
     x = grid_of(28, 28)
     with torch.autocast("cpu", torch.bfloat16):
         assert (transform.inverse(*transform(x), (28, 28)) - x).abs().max() <= 1e-5
@@ -63,36 +62,10 @@ def test_bfloat16_autocast_does_not_reach_the_transform():
 
 def test_half_precision_input_comes_back_in_half_precision():
     x = grid_of(8, 8).bfloat16()
-    low, high = DTCWT((8, 8))(x)
+    low, high = DTCWT()(x)
     assert low.dtype == high.dtype == torch.bfloat16
-    exact, _ = DTCWT((8, 8))(x.float())
+    exact, _ = DTCWT()(x.float())
     assert (low.float() - exact).norm() < 1e-2 * exact.norm()
-
-
-def on_meta_and_back(transform):
-    return transform.to("meta").to_empty(device="cpu")
-
-
-TREATMENTS = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "half and back": lambda module: module.bfloat16().float(),
-    "meta": on_meta_and_back,
-}
-
-
-@pytest.mark.parametrize("treatment", TREATMENTS.values(), ids=TREATMENTS)
-def test_filters_survive(treatment):
-    x = grid_of(12, 10)
-    low, high = DTCWT((12, 10))(x)
-    transform = treatment(DTCWT((12, 10)))
-    assert torch.equal(transform(x)[0], low) and torch.equal(transform(x)[1], high)
-    assert not transform.state_dict()
-
-
-def test_another_grid_than_that_of_construction_is_transformed_right():
-    x = grid_of(11, 16)
-    assert torch.equal(DTCWT((8, 8))(x)[1], DTCWT((11, 16))(x)[1])
 
 
 @pytest.mark.parametrize("size", [9, 14, 130])
@@ -100,7 +73,7 @@ def test_transform_compiles_without_a_graph_break(size):
     class RoundTrip(nn.Module):
         def __init__(self):
             super().__init__()
-            self.transform = DTCWT((size, size))
+            self.transform = DTCWT()
 
         def forward(self, x):
             low, high = self.transform(x)
@@ -146,14 +119,14 @@ def test_einstein_blending_is_complex_arithmetic(over):
     blend = EinsteinBlending(blocks, size, over)
     for parameter in blend.parameters():
         nn.init.normal_(parameter)
-    bands = torch.randn(2, 6, 2, 5, 7, 12)
+    bands = torch.randn(2, 5, 7, 6, 2, 12)
     w1, b1, w2, b2 = (as_complex(p) for p in (blend.weight1, blend.bias1, blend.weight2, blend.bias2))
-    z = as_complex(bands)
-    z = z.unflatten(-1, (4, 3)) if over == "channels" else z.transpose(-1, -2).transpose(-2, -3)
+    z = as_complex(bands.unbind(-2))
+    z = z.unflatten(-1, (4, 3)) if over == "channels" else z.permute(0, 3, 4, 1, 2)
     # channels: (..., block, place); tokens: (..., channel, row, position)
     z = torch.einsum("...bd,bdk->...bk", complex_relu(torch.einsum("...bd,bdk->...bk", z, w1) + b1), w2) + b2
-    z = z.flatten(-2) if over == "channels" else z.transpose(-2, -3).transpose(-1, -2)
-    assert torch.allclose(as_complex(blend(bands)), z, atol=1e-4)
+    z = z.flatten(-2) if over == "channels" else z.permute(0, 3, 4, 1, 2)
+    assert torch.allclose(as_complex(blend(bands).unbind(-2)), z, atol=1e-4)
 
 
 def test_token_weights_of_another_grid_keep_the_size_of_their_sums():

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 
-import models
+from models import set_cpu_kernels
 from tools.export import in_onnxruntime
 from utils import UserError
 
@@ -29,7 +29,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LATENCY_REPEATS = 5
 WARM_UP = {"cpu": 1, "cuda": 5}
 
-set_cpu_kernels = getattr(models, "set_cpu_kernels", bool)  # until models has it
 Seconds = dict[str, list[float]]  # by contender, of each round
 
 

@@ -41,10 +41,9 @@ from models import LoadedModel, load_checkpoint
 from models.base import ImageModel
 from models.checkpoints import METADATA_KEYS, read_checkpoint, weights_of
 from models.convert import to_original, to_ours
-from models.fourier_matrices import fourier_matrices
-from models.layers import FeedForward, Grid
+from models.layers import FeedForward
 from models.pretrained import find_checkpoint
-from models.spectral_gate import SpectralGate
+from models.resampling import Grid
 from runtime import checkpoints
 from runtime.cli import run_cli
 from runtime.provenance import plain
@@ -285,7 +284,7 @@ def write_onnx(args: argparse.Namespace, path: Path) -> str:
         native = tuple(max(side // stride, 2) * stride for side in info.input_size)
         sizes = [(2 * stride, 3 * stride), (5 * stride, 4 * stride), native]
         size = (native[0] + stride, native[1] + 2 * stride)  # where weights are resampled, so that the graph does it
-    proto = to_onnx(export(portable(model, args.dynamic_size), size, shape))
+    proto = to_onnx(export(portable(model), size, shape))
     onnx.helper.set_model_props(proto, metadata(info))
     content = proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -323,7 +322,7 @@ FORMATS = {
 def in_onnxruntime(model: nn.Module, img_size: int) -> Callable[[Tensor], Tensor]:
     """The model's logits by onnxruntime, with as many threads as torch uses."""
     runtime = package("onnxruntime")
-    program = export(portable(model.eval(), dynamic=False), (img_size, img_size), {0: Dim("batch")})
+    program = export(portable(model.eval()), (img_size, img_size), {0: Dim("batch")})
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     content = to_onnx(program).SerializeToString()
@@ -400,45 +399,6 @@ def package(name: str) -> ModuleType:
 # ------------------------------------------------------------------------------- layers that other runtimes run fast
 
 
-class FourierProducts(nn.Module):
-    """What a `SpectralGate` computes, (B, H, W, C) to (B, H, W, C), by two real matrix products each way.
-
-    The axes are transformed one after the other; complex numbers are their real parts followed by their imaginary
-    parts. For grids of one size the matrices are constants; with `dynamic` they are computed from the grid.
-    """
-
-    def __init__(self, gate: SpectralGate, dynamic: bool):
-        super().__init__()
-        self.gate = gate
-        self.dynamic = dynamic
-        if not dynamic:
-            for name, matrix in fourier_matrices(gate.grid_size).items():
-                self.register_buffer(name, matrix)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width, channels = x.shape[1:]
-        frequencies = width // 2 + 1
-        if self.dynamic:
-            matrices = fourier_matrices((height, width))
-            weight = self.gate.resize_weights({"complex_weight": self.gate.complex_weight}, (height, width))
-            weight = weight["complex_weight"]
-        else:
-            matrices, weight = dict(self.named_buffers(recurse=False)), self.gate.complex_weight
-        weight_real, weight_imaginary = weight.unbind(-1)  # each (H, W // 2 + 1, C)
-
-        y = matrices["columns"] @ x  # (B, H, 2 * frequencies, C)
-        y = y.unflatten(2, (2, frequencies)).transpose(1, 2).flatten(3).flatten(1, 2)
-        y = (matrices["rows"] @ y).unflatten(1, (2, height)).unflatten(3, (frequencies, channels))
-        real, imaginary = y.unbind(1)
-        filtered = (
-            real * weight_real - imaginary * weight_imaginary,
-            real * weight_imaginary + imaginary * weight_real,
-        )
-        y = matrices["rows_back"] @ torch.cat(filtered, 1).flatten(2)
-        y = y.unflatten(1, (2, height)).unflatten(3, (frequencies, channels)).transpose(1, 2).flatten(2, 3)
-        return matrices["columns_back"] @ y
-
-
 class PointwiseFeedForward(nn.Module):
     """What a `FeedForward` with a depthwise convolution computes, (B, H, W, C) to (B, H, W, C), by convolutions alone.
 
@@ -459,13 +419,11 @@ def pointwise(linear: nn.Linear) -> nn.Conv2d:
     return layer
 
 
-def portable(model: nn.Module, dynamic: bool) -> nn.Module:
+def portable(model: nn.Module) -> nn.Module:
     """A copy of the model with these layers instead of its own; its logits differ by rounding alone."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, SpectralGate):
-            model.set_submodule(name, FourierProducts(module, dynamic))
-        elif isinstance(module, FeedForward) and module.dwconv is not None:
+        if isinstance(module, FeedForward) and module.dwconv is not None:
             model.set_submodule(name, PointwiseFeedForward(module))
     return model
 

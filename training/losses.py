@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inputs.token_labels import Record, dense_targets
-from models.layers import full_precision
+from models.precision import full_precision
 from utils import UserError
 
 # The teacher's share of a class target that blends in the ground truth: where both name one class, and not.

@@ -1,39 +1,35 @@
-"""Self-attention in half precision, a few heads at a time.
+"""Self-attention, a few heads at a time.
 
 PyTorch's fused attention computes the scores tile by tile, and anew in the backward pass. Those of a few heads fit into
-cache whole, where as large products they take two thirds of the time, and in training half (bfloat16, 196 tokens).
+cache whole, where as large products they take two thirds of the time, and in training half (bfloat16, 196 tokens). On a
+CPU PyTorch's has no second derivative either.
 """
 
 from collections.abc import Iterator
 
 import torch
-from timm.models import register_notrace_module
 from torch import Tensor
 
-from .. import layers
-from .operations import operation
-from .slicing import images_per_slice, may_slice
+from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
 
 # Scores computed together: 3 MiB in half precision. A head that has more of them is left to PyTorch.
 SLICE_ELEMENTS = 3 * 2**19
 
 
-@register_notrace_module  # by timm's tracer, so that it stays as fast in a graph
-class Attention(layers.Attention):
-    """`layers.Attention`, its scores and sums in slices in half precision where that may be."""
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """(B, N, 3, heads, head_dim) to (B, N, heads, head_dim)."""
-        if not may_slice(qkv) or qkv.dtype != torch.bfloat16 or qkv.shape[1] ** 2 > SLICE_ELEMENTS:
-            return super().attend(qkv)
-        q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in qkv.unbind(2))
-        return attend(q, k, v).unflatten(0, (len(qkv), -1)).transpose(1, 2)
+def attend(qkv: Tensor) -> Tensor | None:
+    """(B, N, 3, heads, head_dim) to (B, N, heads, head_dim), or None where the kernel may not run."""
+    if not may_run(qkv) or qkv.shape[1] ** 2 > SLICE_ELEMENTS:
+        return None
+    if qkv.dtype == torch.float32 and not torch.is_grad_enabled():
+        return None  # PyTorch's is as fast
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in qkv.unbind(2))
+    return attend_in_slices(q, k, v).unflatten(0, (len(qkv), -1)).transpose(1, 2)
 
 
-@operation("attend")
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+@kernel("attend")
+def attend_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax(q k^T / sqrt(head_dim)) v for (heads, N, head_dim) each."""
-    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    y = v.new_empty(v.shape)
     scale = q.shape[2] ** -0.5
     for q_, k_, v_, out, (shares,) in _in_slices(1, q * scale, k, v, y):
         _share(q_, k_, out=shares)
@@ -41,10 +37,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y
 
 
-@operation("attend_backward")
-def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend`'s arguments; the shares are computed anew."""
-    grads = tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
+@kernel("attend_backward")
+def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Gradients of `attend_in_slices`; the shares are computed anew."""
+    grads = empty_gradients(q, k, v)
     scale = q.shape[2] ** -0.5
     pieces = _in_slices(2, q * scale, k, v, grad.contiguous(), *grads)
     for q_, k_, v_, g, grad_q, grad_k, grad_v, (shares, grad_scores) in pieces:
@@ -58,29 +54,21 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     return grads
 
 
-@attend.register_fake
+@attend_in_slices.register_fake
 def _empty_result(_q, _k, v):
     return v.new_empty(v.shape)
 
 
-@attend_backward.register_fake
-def _empty_gradients(_grad, *parts):
-    return tuple(part.new_empty(part.shape) for part in parts)
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax(q k^T / sqrt(head_dim)) v for (..., N, head_dim) each."""
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, grad):
-    return attend_backward(grad, *ctx.saved_tensors)
-
-
-attend.register_autograd(_gradients, setup_context=_keep)
+register_gradients(attend_in_slices, attend_backward, explicit_attention)
 
 
 def _share(q: Tensor, k: Tensor, out: Tensor) -> None:
-    """What each token takes of every other one, into (heads, N, N). Softmax reads a row before it writes it."""
+    """How much each token takes of every other one, into (heads, N, N). Softmax reads a row before it writes it."""
     torch.bmm(q, k.mT, out=out)
     torch._softmax(out, -1, False, out=out)
 

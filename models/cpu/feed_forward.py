@@ -1,38 +1,37 @@
-"""The feed-forward network in slices of a few images."""
+"""The feed-forward network, a few images at a time."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .. import layers
-from .operations import of_first_result, operation, save_for_backward
-from .private import can_fuse, convolve_and_activate, product
-from .slicing import images_per_slice, may_slice
+from ..precision import to_autocast
+from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
 
 # Entries of a hidden tensor computed together, in inference with a convolution: 8 MiB in float32, measured best of 4 to
 # 32. In training it is twice as many, and without a convolution twice as many again.
 SLICE_ELEMENTS = 2**21
+# The operations by which TorchInductor lets oneDNN convolve and activate in one pass, and multiply in float32. Private:
+# without them the kernel is slower.
+_CONVOLUTION_POINTWISE = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-@register_notrace_module  # by timm's tracer, so that it stays as fast in a graph
-class FeedForward(layers.FeedForward):
-    """`layers.FeedForward`, in slices where that may be."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        fc1, dwconv, act, fc2 = self.fc1, self.dwconv, self.act, self.fc2
-        if _are_as_built(fc1, dwconv, act, fc2):
-            depthwise = (None, None) if dwconv is None else (dwconv.weight, dwconv.bias)
-            weights = (fc1.weight, fc1.bias, *depthwise, fc2.weight, fc2.bias)
-            if may_slice(x, weights, tuple(self.children())):
-                return feed_forward(layers.to_autocast(x), torch.is_grad_enabled(), *weights)[0]
-        return super().forward(x)
+def feed_forward(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """What `layers.FeedForward` makes of (B, H, W, C), or None where the kernel may not run."""
+    fc1, dwconv, act, fc2 = layer.fc1, layer.dwconv, layer.act, layer.fc2
+    if not _are_as_built(fc1, dwconv, act, fc2):
+        return None
+    depthwise = (None, None) if dwconv is None else (dwconv.weight, dwconv.bias)
+    weights = (fc1.weight, fc1.bias, *depthwise, fc2.weight, fc2.bias)
+    if not may_run(x, weights, tuple(layer.children())):
+        return None
+    return feed_forward_in_slices(to_autocast(x), *weights, torch.is_grad_enabled())[0]
 
 
 def _are_as_built(fc1: nn.Module, dwconv: nn.Module | None, act: nn.Module, fc2: nn.Module) -> bool:
-    """Whether these are the layers that `layers.FeedForward` has, and nobody put another in the place of one."""
+    """Whether these are the layers that `layers.FeedForward` has, and nobody replaced one."""
     return (
         type(fc1) is type(fc2) is nn.Linear
         and fc1.bias is not None
@@ -55,24 +54,39 @@ def _is_depthwise(layer: nn.Module) -> bool:
     )
 
 
-@operation("feed_forward")
-def feed_forward(
+def general_feed_forward(
     x: Tensor,
-    keep: bool,
     weight1: Tensor,
     bias1: Tensor,
     depthwise: Tensor | None,
     depthwise_bias: Tensor | None,
     weight2: Tensor,
     bias2: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The layers of `FeedForward` on (B, H, W, C), in the dtype of x.
+) -> Tensor:
+    """Linear, (depthwise 3x3 convolution,) GELU, linear on (B, H, W, C), in the dtype of x."""
+    hidden = F.linear(x, weight1.to(x.dtype), bias1.to(x.dtype))
+    if depthwise is not None:
+        hidden = _convolve(hidden, depthwise.to(x.dtype), depthwise_bias.to(x.dtype))
+    return F.linear(F.gelu(hidden), weight2.to(x.dtype), bias2.to(x.dtype))
 
-    Gives the new grid and, where there may be a backward pass (`keep`), what it needs: the hidden tensor and, without
-    a convolution, its GELU; else empty ones. Of the hidden tensors, the largest of the network, the convolution's
-    output and its GELU are computed anew in the backward pass.
+
+@kernel("feed_forward")
+def feed_forward_in_slices(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    depthwise: Tensor | None,
+    depthwise_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`general_feed_forward`, and where there may be a backward pass (`keep`) what it needs, else empty tensors.
+
+    That is the hidden tensor and, without a convolution, its GELU. The convolution's output and its GELU are computed
+    anew in the backward pass: hidden tensors are the largest of the network.
     """
-    y, hidden, activated = _empty_results(x, keep, weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
+    y, hidden, activated = _empty_results(x, weight1, bias1, depthwise, depthwise_bias, weight2, bias2, keep)
     weight1, bias1, depthwise, depthwise_bias, weight2, bias2 = (
         weight if weight is None else weight.to(x.dtype)
         for weight in (weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
@@ -86,40 +100,41 @@ def feed_forward(
             h = _linear(part, weight1, bias1)
         if depthwise is None:
             a = torch.ops.aten.gelu.out(h, out=kept_activated if keep else h)
-        elif can_fuse(h):
-            a = _channels_last(convolve_and_activate(_channels_first(h), depthwise, depthwise_bias))
+        elif _can_fuse(h):
+            a = _convolve_and_activate(h, depthwise, depthwise_bias)
         else:
             a = F.gelu(_convolve(h, depthwise, depthwise_bias))
         out.copy_(_linear(a, weight2, bias2))
     return y, hidden, activated
 
 
-@feed_forward.register_fake
-def _empty_results(x, keep, weight1, _bias1, depthwise, _depthwise_bias, weight2, _bias2):
-    """Room for what `feed_forward` gives."""
+@feed_forward_in_slices.register_fake
+def _empty_results(x, weight1, _bias1, depthwise, _depthwise_bias, weight2, _bias2, keep):
     hidden = (*x.shape[:3], len(weight1))
     sizes = (*x.shape[:3], len(weight2)), hidden if keep else (0,), hidden if keep and depthwise is None else (0,)
     return tuple(x.new_empty(size) for size in sizes)
 
 
-@operation("feed_forward_backward")
+@kernel("feed_forward_backward")
 def feed_forward_backward(
     grad: Tensor,
-    x: Tensor,
     hidden: Tensor,
     activated: Tensor,
+    x: Tensor,
     weight1: Tensor,
+    bias1: Tensor,
     depthwise: Tensor | None,
     depthwise_bias: Tensor | None,
     weight2: Tensor,
+    bias2: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x, both layers' weights and biases, and the convolution's; these add up in their own precision."""
-    grads = _empty_gradients(grad, x, hidden, activated, weight1, depthwise, depthwise_bias, weight2)
+    """Gradients of the inputs; those of weights add up in their own precision."""
+    grads = empty_gradients(x, weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
     grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
     weight1, depthwise, depthwise_bias, weight2 = (
         weight if weight is None else weight.to(x.dtype) for weight in (weight1, depthwise, depthwise_bias, weight2)
     )
-    grad_weight1, grad_bias1, grad_weight2, grad_bias2, *grad_depthwise = totals
+    grad_weight1, grad_bias1, *grad_depthwise, grad_weight2, grad_bias2 = totals
     scratch = x.new_empty(0)
     pieces = _in_slices(len(weight1), True, depthwise, x.contiguous(), hidden, activated, grad.contiguous(), grad_x)
     for part, h, a, g, out in pieces:
@@ -129,7 +144,7 @@ def feed_forward_backward(
             a = torch.ops.aten.gelu.out(before_gelu, out=scratch.resize_(h.shape))  # until grad_h takes its place
         grad_weight2 += (_rows(a).T @ _rows(g)).T  # faster than the product of the transposed
         grad_bias2 += _rows(g).sum(0)
-        grad_h = product(_rows(g), weight2, _rows(scratch.resize_(h.shape))).view(h.shape)
+        grad_h = _product(_rows(g), weight2, _rows(scratch.resize_(h.shape))).view(h.shape)
         torch.ops.aten.gelu_backward.grad_input(grad_h, before_gelu, grad_input=grad_h)
         if depthwise is not None:
             grad_h, *new = _convolution_backward(grad_h, h, depthwise)
@@ -138,31 +153,11 @@ def feed_forward_backward(
         grad_weight1 += _rows(grad_h).T @ _rows(part)
         grad_bias1 += _rows(grad_h).sum(0)
         rows = _rows(out)
-        rows.copy_(product(_rows(grad_h), weight1, rows))
+        rows.copy_(_product(_rows(grad_h), weight1, rows))
     return grads
 
 
-@feed_forward_backward.register_fake
-def _empty_gradients(_grad, x, _hidden, _activated, weight1, depthwise, depthwise_bias, weight2):
-    """Room for what `feed_forward_backward` gives."""
-    weights = [weight1, weight1[:, 0], weight2, weight2[:, 0]]
-    weights += [] if depthwise is None else [depthwise, depthwise_bias]
-    return [x.new_empty(x.shape), *(weight.new_empty(weight.shape) for weight in weights)]
-
-
-def _keep(ctx, inputs, output):
-    x, _, weight1, _, depthwise, depthwise_bias, weight2, _ = inputs
-    save_for_backward(ctx, output[1:], x, weight1, depthwise, depthwise_bias, weight2)
-
-
-@of_first_result
-def _gradients(ctx, grad):
-    hidden, activated, x, *weights = ctx.saved_tensors
-    grad_x, weight1, bias1, weight2, bias2, *depthwise = feed_forward_backward(grad, x, hidden, activated, *weights)
-    return grad_x, None, weight1, bias1, *(depthwise or (None, None)), weight2, bias2
-
-
-feed_forward.register_autograd(_gradients, setup_context=_keep)
+register_gradients(feed_forward_in_slices, feed_forward_backward, general_feed_forward, further=2)
 
 
 def _in_slices(
@@ -187,6 +182,26 @@ def _channels_first(grid: Tensor) -> Tensor:
 
 def _channels_last(grid: Tensor) -> Tensor:
     return grid.permute(0, 2, 3, 1)
+
+
+def _can_fuse(x: Tensor) -> bool:
+    """Whether oneDNN convolves and activates x in one pass."""
+    fused = x.dtype in (torch.float32, torch.bfloat16)
+    return fused and _CONVOLUTION_POINTWISE is not None and torch.backends.mkldnn.is_available()
+
+
+def _convolve_and_activate(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of `_convolve`."""
+    ones = [1, 1]  # padding, stride and dilation
+    arguments = (weight, bias, ones, ones, ones, len(weight), "gelu", [], "none")
+    return _channels_last(_CONVOLUTION_POINTWISE(_channels_first(grid), *arguments))
+
+
+def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+    """(n, k) times (k, m): in float32 oneDNN's own result, faster than MKL's on AMD processors, else `out`, written."""
+    if _LINEAR_POINTWISE is None or rows.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return torch.mm(rows, matrix, out=out)
+    return _LINEAR_POINTWISE(rows, matrix.T, None, "none", [], "")
 
 
 def _linear(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

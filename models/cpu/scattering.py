@@ -1,4 +1,4 @@
-"""The scattering mixer with channel blending in slices of a few images.
+"""The scattering mixer with channel blending, a few images at a time.
 
 All steps share buffers that stay in cache. Both passes are made of the same two steps, `split` and `join`: one is the
 transpose of the other. Sums and differences run over long stretches of memory, in planes of real and of imaginary parts
@@ -9,15 +9,13 @@ find it in one piece.
 from collections.abc import Iterator
 
 import torch
-from timm.models import register_notrace_module
 from torch import Tensor
 
-from .. import scattering
-from ..layers import autocast_off
-from ..scattering import EinsteinBlending, real_bias, real_matrix
-from ..wavelet import DTCWT, analysis_matrix, fitting, images_of, synthesis_matrix
-from .operations import of_first_result, operation, save_for_backward
-from .slicing import images_per_slice, may_slice
+from ..blending import EinsteinBlending, blend_channels
+from ..matrices import matrix
+from ..precision import full_precision, to_autocast
+from ..wavelet import DTCWT, analyse, analysis_matrix, synthesis_matrix, synthesise
+from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
 
 # Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 2 to 16.
 SLICE_ELEMENTS = 2**20
@@ -25,49 +23,53 @@ SLICE_ELEMENTS = 2**20
 Filters = tuple[Tensor, Tensor]  # the matrices that filter the height and the width
 
 
-@register_notrace_module  # by timm's tracer, so that it stays as fast in a graph
-class ScatteringMixer(scattering.ScatteringMixer):
-    """`scattering.ScatteringMixer`, in slices for channel blending on the grid of construction, where that may be."""
+def scatter(
+    x: Tensor, wavelet: torch.nn.Module, low_pass: Tensor, blend: EinsteinBlending, half: bool
+) -> Tensor | None:
+    """What `ScatteringMixer` makes of (B, H, W, C) by channel blending, or None where the kernel may not run."""
+    if (type(wavelet), type(blend)) != (DTCWT, EinsteinBlending):
+        return None
+    if not may_run(x, (low_pass, *blend.parameters()), (wavelet, blend), half=half):
+        return None
+    signal = to_autocast(x) if half else full_precision(x)
+    return scatter_in_slices(signal, low_pass, *blend.real_layers(), torch.is_grad_enabled())[0]
 
-    def scatter(self, x: Tensor) -> Tensor:
-        """Transform, blending, inverse transform."""
-        if not self._slices(x):
-            return super().scatter(x)
-        signal = self.spectral_input(x)
-        wavelet, blend, (height, width) = self.wavelet, self.channel_blend, self.grid_size
-        filters = (
-            fitting(wavelet.analysis_height, analysis_matrix, height, signal),
-            fitting(wavelet.analysis_width, analysis_matrix, width, signal),
-            fitting(wavelet.synthesis_height, synthesis_matrix, height, signal),
-            fitting(wavelet.synthesis_width, synthesis_matrix, width, signal),
-        )
-        with autocast_off(x):
-            # The low-pass image is multiplied by sqrt(2) going in and coming out.
-            low_weight = 2 * _even_then_odd(self.low_pass)
-            layers = (
-                real_matrix(blend.weight1),
-                real_bias(blend.bias1),
-                real_matrix(blend.weight2),
-                real_bias(blend.bias2),
-            )
-        return scatter(signal, torch.is_grad_enabled(), *filters, low_weight, *layers)[0]
 
-    def _slices(self, x: Tensor) -> bool:
-        """Whether that may be, and nobody put another layer in the place of one."""
-        if self.mixing != "channel":
-            return False
-        layers = (self.wavelet, self.channel_blend)
-        weights = (self.low_pass, *self.channel_blend.parameters())
-        return (
-            (type(self.wavelet), type(self.channel_blend)) == (DTCWT, EinsteinBlending)
-            and may_slice(x, weights, layers, half=self.spectral_precision == "half")
-            and x.shape[1:3] == self.grid_size
-        )
+def general_scatter(
+    x: Tensor, low_pass: Tensor, layer1: Tensor, bias1: Tensor, layer2: Tensor, bias2: Tensor
+) -> Tensor:
+    """Tokens (B, H, W, C), the low-pass weight (H', W', C) and two real layers, see `EinsteinBlending.real_layers`."""
+    low, bands = analyse(x)
+    return synthesise(low * low_pass.to(x.dtype), blend_channels(bands, layer1, bias1, layer2, bias2), x.shape[1:3])
 
 
 def _even_then_odd(image: Tensor) -> Tensor:
     """(H, W, C) with its even rows before its odd ones, and its even columns before its odd ones."""
     return image.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).permute(1, 0, 3, 2, 4).reshape(image.shape)
+
+
+def _in_order(image: Tensor) -> Tensor:
+    """The inverse of `_even_then_odd`."""
+    return image.unflatten(1, (2, -1)).unflatten(0, (2, -1)).permute(1, 0, 3, 2, 4).reshape(image.shape)
+
+
+# The pixels a b over c d of all 2x2 squares of an image, (B, H/2, W/2, C) each. Of an image filtered high-pass they
+# make two complex numbers.
+Square = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _high_pass(filtered: Tensor) -> tuple[Square, Square, Square]:
+    """The high-pass images in a grid (B, 2H, 2W, C) filtered along both axes, as views: in the order of the bands.
+
+    Along each axis lie the even low-pass samples, the odd ones, the even high-pass samples and the odd ones.
+    """
+    rows = filtered.unflatten(1, (4, -1)).unbind(1)
+    low_even, low_odd, high_even, high_odd = (row.unflatten(2, (4, -1)).unbind(2) for row in rows)
+    return (
+        (*high_even[:2], *high_odd[:2]),
+        (*high_even[2:], *high_odd[2:]),
+        (*low_even[2:], *low_odd[2:]),
+    )
 
 
 class _Transform:
@@ -89,7 +91,7 @@ class _Transform:
         self.planes_by_block = planes.flatten(2, 4).unflatten(3, (blocks, -1)).transpose(2, 3)
         # Each high-pass image's squares and its two bands, (n, h, w, C) each.
         bands = [tuple(plane) for plane in planes.unbind(2)]
-        self.high_pass = tuple(zip(images_of(self.filtered)[1:], bands[:3], bands[3:], strict=True))
+        self.high_pass = tuple(zip(_high_pass(self.filtered), bands[:3], bands[3:], strict=True))
 
     def split(self, x: Tensor, bands: Tensor) -> None:
         """Filter x into `low` and the bands."""
@@ -127,51 +129,27 @@ def _multiply(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(len(batch), -1, -1), batch, out=out)
 
 
-def _bands_shape(filters: Filters, layer: Tensor) -> tuple[int, int, int]:
+def _bands_shape(x: Tensor, layer: Tensor) -> tuple[int, int, int]:
     """(blocks, 6hw, 2 * size) of an image."""
-    (height, _), (width, _) = (matrix.shape for matrix in filters)
-    return len(layer), 6 * (height // 4) * (width // 4), layer.shape[2]
+    return len(layer), 6 * ((x.shape[1] + 1) // 2) * ((x.shape[2] + 1) // 2), layer.shape[2]
 
 
-@operation("scatter")
-def scatter(
-    x: Tensor,
-    keep: bool,
-    analysis_height: Tensor,
-    analysis_width: Tensor,
-    synthesis_height: Tensor,
-    synthesis_width: Tensor,
-    low_weight: Tensor,
-    layer1: Tensor,
-    bias1: Tensor,
-    layer2: Tensor,
-    bias2: Tensor,
+@kernel("scatter")
+def scatter_in_slices(
+    x: Tensor, low_pass: Tensor, layer1: Tensor, bias1: Tensor, layer2: Tensor, bias2: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, H, W, C) with the transform's matrices, the weight of `_Transform.low` and two real layers, scattered.
-
-    The layers' matrices are (blocks, 2 * size, 2 * size), their biases (blocks, 2 * size). With the result come, where
-    there may be a backward pass (`keep`), the coefficients of x, which it needs; else empty tensors.
-    """
-    weights = (
-        analysis_height,
-        analysis_width,
-        synthesis_height,
-        synthesis_width,
-        low_weight,
-        layer1,
-        bias1,
-        layer2,
-        bias2,
+    """`general_scatter`, and where there may be a backward pass (`keep`) the coefficients of x, else empty tensors."""
+    y, low, bands = _empty_results(x, low_pass, layer1, bias1, layer2, bias2, keep)
+    analysis, synthesis = _filters(analysis_matrix, x), _filters(synthesis_matrix, x)
+    low_weight, layer1, bias1, layer2, bias2 = (
+        weight.to(x.dtype) for weight in (_of_low(low_pass), layer1, bias1, layer2, bias2)
     )
-    y, low, bands = _empty_results(x, keep, *weights)
-    *matrices, low_weight, layer1, bias1, layer2, bias2 = (weight.to(x.dtype) for weight in weights)
-    analysis, synthesis = matrices[:2], matrices[2:]
     images = 0
     for part, out, kept_low, kept in _in_slices(x.contiguous(), y, low, bands):
         if len(part) != images:
             images = len(part)
             transform = _Transform(part, analysis, synthesis, len(layer1))
-            blended, hidden = part.new_empty(2, images, *_bands_shape(analysis, layer1)).flatten(1, 2)
+            blended, hidden = part.new_empty(2, images, *_bands_shape(x, layer1)).flatten(1, 2)
             first, first_bias, second, second_bias = _of_images(images, layer1, bias1, layer2, bias2)
         coefficients = kept.flatten(0, 1) if keep else blended
         transform.split(part, coefficients)
@@ -184,34 +162,33 @@ def scatter(
     return y, low, bands
 
 
-@scatter.register_fake
-def _empty_results(x, keep, analysis_height, analysis_width, _sh, _sw, low_weight, layer1, *_):
-    """Room for what `scatter` gives."""
-    sizes = low_weight.shape, _bands_shape((analysis_height, analysis_width), layer1)
+@scatter_in_slices.register_fake
+def _empty_results(x, low_pass, layer1, _bias1, _layer2, _bias2, keep):
+    sizes = low_pass.shape, _bands_shape(x, layer1)
     return x.new_empty(x.shape), *(x.new_empty((x.shape[0], *size) if keep else (0,)) for size in sizes)
 
 
-@operation("scatter_backward")
+@kernel("scatter_backward")
 def scatter_backward(
     grad: Tensor,
     low: Tensor,
     bands: Tensor,
-    analysis_height: Tensor,
-    analysis_width: Tensor,
-    synthesis_height: Tensor,
-    synthesis_width: Tensor,
-    low_weight: Tensor,
+    x: Tensor,
+    low_pass: Tensor,
     layer1: Tensor,
     bias1: Tensor,
     layer2: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the low-pass weight, and both layers' matrices and biases. These add up in their own dtype."""
-    weights = analysis_height, analysis_width, synthesis_height, synthesis_width, low_weight, layer1, bias1, layer2
-    grads = _empty_gradients(grad, low, bands, *weights)
+    bias2: Tensor,
+) -> list[Tensor]:
+    """Gradients of the inputs; those of weights add up in their own precision."""
+    grads = empty_gradients(x, low_pass, layer1, bias1, layer2, bias2)
     grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
-    grad_low_weight, grad_layer1, grad_bias1, grad_layer2, grad_bias2 = totals
-    *matrices, low_weight, layer1, bias1, layer2 = (weight.to(grad.dtype) for weight in weights)
-    of_split, of_join = ([matrix.T.contiguous() for matrix in filters] for filters in (matrices[:2], matrices[2:]))
+    grad_low_pass, grad_layer1, grad_bias1, grad_layer2, grad_bias2 = totals
+    low_weight, layer1, bias1, layer2 = (weight.to(x.dtype) for weight in (_of_low(low_pass), layer1, bias1, layer2))
+    of_split, of_join = (
+        tuple(matrix.T.contiguous() for matrix in _filters(build, x)) for build in (analysis_matrix, synthesis_matrix)
+    )
+    grad_low_weight = torch.zeros_like(low_pass)
     images = 0
     for part, out, kept_low, kept in _in_slices(grad.contiguous(), grad_x, low, bands):
         coefficients = kept.flatten(0, 1)
@@ -235,28 +212,20 @@ def scatter_backward(
             total += of_each.view(images, *total.shape).sum(0, dtype=total.dtype)
         torch.bmm(grad_hidden, first.mT, out=grad_bands)
         transform.join(grad_bands, out)
+    grad_low_pass.copy_(2 * _in_order(grad_low_weight))
     return grads
 
 
-@scatter_backward.register_fake
-def _empty_gradients(grad, _low, _bands, _ah, _aw, _sh, _sw, low_weight, layer1, bias1, layer2):
-    """Room for what `scatter_backward` gives."""
-    weights = (low_weight, layer1, bias1, layer2, bias1)
-    return (grad.new_empty(grad.shape), *(weight.new_empty(weight.shape) for weight in weights))
+register_gradients(scatter_in_slices, scatter_backward, general_scatter, further=2)
 
 
-def _keep(ctx, inputs, output):
-    _, _, *weights, _ = inputs
-    save_for_backward(ctx, output[1:], *weights)
+def _filters(build, x: Tensor) -> Filters:
+    return matrix(build, x.shape[1], like=x), matrix(build, x.shape[2], like=x)
 
 
-@of_first_result
-def _gradients(ctx, grad):
-    grad_x, *weights = scatter_backward(grad, *ctx.saved_tensors)
-    return grad_x, *[None] * 5, *weights
-
-
-scatter.register_autograd(_gradients, setup_context=_keep)
+def _of_low(low_pass: Tensor) -> Tensor:
+    """The weight of `_Transform.low`, which is divided by sqrt(2) going in and coming out."""
+    return 2 * _even_then_odd(low_pass)
 
 
 def _of_images(images: int, *weights: Tensor) -> Iterator[Tensor]:

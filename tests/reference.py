@@ -1,4 +1,4 @@
-"""The published models in their plain formulation: a baseline for speed and an oracle for values.
+"""The published models in their plain formulation: an oracle for values.
 
 Every operation is written the way the papers write it, with no thought for memory traffic: softmax
 attention spelt out, with separate query and key-value projections, `torch.fft` over the strided token grid,

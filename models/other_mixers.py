@@ -1,35 +1,35 @@
-"""Mixers of other papers that work on the Fourier transform of the token grid: FNet, Fourier operator, AFNO."""
+"""Mixers of other papers: FNet, Fourier operator and AFNO on the Fourier transform, convolution and pooling beside."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Grid, autocast_off, full_precision
-from .scattering import EinsteinBlending, real_bias, real_matrix
+from .blending import EinsteinBlending, real_bias, real_matrix
+from .precision import autocast_off, full_precision
+from .resampling import Grid
 
 
 @torch.fx.wrap
 def spectrum(x: Tensor) -> Tensor:
-    """FFT over the (B, H, W, C) grid, real and imaginary part (2, B, H, W // 2 + 1, C), in float32 or float64."""
+    """FFT over the (B, H, W, C) grid, real and imaginary part (B, H, W // 2 + 1, 2, C), in float32 or float64."""
     with autocast_off(x):
         frequencies = torch.fft.rfft2(full_precision(x), dim=(1, 2), norm="ortho")
-        return torch.stack((frequencies.real, frequencies.imag))
+        return torch.stack((frequencies.real, frequencies.imag), -2)
 
 
 @torch.fx.wrap
-def from_spectrum(planes: Tensor, grid: Grid) -> Tensor:
+def from_spectrum(parts: Tensor, grid: Grid) -> Tensor:
     """The (B, H, W, C) grid of a `spectrum`."""
-    with autocast_off(planes):
-        return torch.fft.irfft2(torch.complex(*planes), s=grid, dim=(1, 2), norm="ortho")
+    with autocast_off(parts):
+        return torch.fft.irfft2(torch.complex(*parts.unbind(-2)), s=grid, dim=(1, 2), norm="ortho")
 
 
 @torch.fx.wrap
-def complex_linear(planes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(2, ..., C) times the complex (2, C, C) plus (2, C), real part first throughout."""
-    weight, bias = weight.to(planes.dtype), bias.to(planes.dtype)
-    with autocast_off(planes):
-        x = F.linear(torch.cat(planes.unbind(), -1), real_matrix(weight).mT, real_bias(bias))
-        return torch.stack(x.chunk(2, -1))
+def complex_linear(parts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(..., 2, C) times the complex (2, C, C) plus (2, C), real part first throughout."""
+    weight, bias = real_matrix(weight.to(parts.dtype)), real_bias(bias.to(parts.dtype))
+    with autocast_off(parts):
+        return F.linear(parts.flatten(-2), weight.mT, bias).view(parts.shape)
 
 
 @torch.fx.wrap
@@ -83,5 +83,24 @@ class AFNO(nn.Module):
         self.mlp = EinsteinBlending(blocks, dim // blocks, "channels")
 
     def forward(self, x: Tensor) -> Tensor:
-        planes = F.softshrink(self.mlp(spectrum(x)), self.shrinkage)
-        return x + from_spectrum(planes, x.shape[1:3]).to(x.dtype)
+        parts = F.softshrink(self.mlp(spectrum(x)), self.shrinkage)
+        return x + from_spectrum(parts, x.shape[1:3]).to(x.dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution of each channel over the (B, H, W, C) grid."""
+
+    def __init__(self, dim: int, kernel_size: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding="same", groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class AveragePooling(nn.Module):
+    """The mean of 3x3 tokens less the token itself: PoolFormer's mixer (https://arxiv.org/abs/2111.11418)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, stride=1, padding=1, count_include_pad=False)
+        return mean.permute(0, 2, 3, 1) - x
