@@ -31,111 +31,59 @@ from training.arguments import (
     FRACTION,
     POSITIVE,
     WORKERS,
+    FlagTable,
     KeyValues,
     Parser,
+    add_flags,
     class_list,
     dashed,
     image_size,
     number,
     split_share,
+    text,
 )
 from utils import UserError
 
-SWITCH = argparse.BooleanOptionalAction
-SMALLEST_CROP = 0.1  # part of the resized image's side
-FLAGS = {
-    "model": {
-        "--model-path": {"metavar": "CKPT", "help": "a checkpoint, a run directory (its best), or a model's name"},
-        "--arch": {"metavar": "NAME", "help": "the model, where the file contains only weights"},
-        "--model-kwargs": {
-            "nargs": "*",
-            "default": {},
-            "action": KeyValues,
-            "metavar": "KEY=VALUE",
-            "help": "constructor arguments beside the checkpoint's",
-        },
-        "--ema": {"action": SWITCH, "help": "the averaged weights (default: if the checkpoint has them)"},
-        "--input-size": {
-            "type": image_size,
-            "metavar": "PIXELS",
-            "help": "side, or HEIGHTxWIDTH (default: the checkpoint's); weights are resampled",
-        },
-    },
-    "evaluation": {
-        "--data-set": {"metavar": "NAME", "help": "as in training (default: the checkpoint's, or IMNET)"},
-        "--data-path": {"metavar": "DIR", "help": "folder of the data set, or a CSV table"},
-        "--csv-columns": {"nargs": "+", "metavar": "NAME", "help": "as in training (default: the checkpoint's)"},
-        "--split": {"default": "val", "choices": ["val", "test"], "help": "images to evaluate (default: val)"},
-        "--classes": {
-            "type": class_list,
-            "metavar": "A,B,...",
-            "help": "only these classes (default: the checkpoint's that the data has)",
-        },
-        "--val-split": {
-            "type": split_share,
-            "metavar": "P[:SEED]",
-            "help": "of class folders without val/, as in training (default: the checkpoint's)",
-        },
-        "--inat-category": {
-            "default": "name",
-            "metavar": "RANK",
-            "choices": RANKS,
-            "help": "class of INAT19: %(choices)s",
-        },
-        "--skip-bad-images": {"action": SWITCH, "default": False, "help": "leave out and count unreadable images"},
-        "--report": {"type": Path, "metavar": "DIR", "help": "write a confusion matrix and accuracies per class there"},
-    },
-    "prediction": {
-        "--image": {"type": Path, "nargs": "+", "metavar": "FILE", "help": "images, or folders of images, to predict"},
-        "--topk": {"type": POSITIVE, "default": 5, "metavar": "N", "help": "classes an image"},
-        "--quiet": {"action": "store_true", "help": "no line for each image"},
-        "--embeddings": {
-            "type": Path,
-            "metavar": "NPY",
-            "help": "write each image's features (images, width), and the file names beside them (.txt)",
-        },
-        "--explain": {
-            "nargs": "?",
-            "const": "",
-            "metavar": "DIR",
-            "help": "save what spoke for the class, over the image (default: explained/)",
-        },
-        "--drawings": {
-            "metavar": "DIR",
-            "help": "of a detector: the images with what was found (default: detections/)",
-        },
-        "--min-score": {"type": FRACTION, "default": 0.5, "metavar": "P", "help": "of a detector's drawn objects"},
-    },
-    "both": {
-        "--output": {
-            "type": Path,
-            "metavar": "FILE",
-            "help": "results: .json, for --image also .csv or .parquet (default: none, or in the run directory)",
-        },
-        "--eval-crop-pct": {
-            "type": number(float, SMALLEST_CROP, 1),
-            "metavar": "P",
-            "help": "part of the resized side that is kept (default: as trained)",
-        },
-        "--batch-size": {"type": POSITIVE, "default": 128, "metavar": "N", "help": "images a process and step"},
-        "--num-workers": {
-            "type": WORKERS,
-            "default": min(4, os.cpu_count() or 1),
-            "metavar": "N",
-            "help": "loader processes; 0: load in this one",
-        },
-        "--tta": {"action": SWITCH, "default": False, "help": "average the logits of an image and its mirror image"},
-        "--pin-mem": {"action": SWITCH, "default": True, "help": "page-locked batches, for faster copies to a GPU"},
-        "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
-        "--amp": {
-            "default": "auto",
-            "choices": ["auto", "bf16", "fp16", "none"],
-            "help": "mixed precision; auto: on CUDA, bf16 where the GPU has it",
-        },
-    },
+FLAGS: FlagTable = {
+    "model": [
+        ("--model-path", text, None, "CKPT", "a checkpoint, a run directory (its best), or a model's name"),
+        ("--arch", text, None, "NAME", "the model, where the file contains only weights"),
+        ("--model-kwargs", KeyValues, {}, "KEY=VALUE", "constructor arguments beside the checkpoint's"),
+        ("--ema", bool, None, None, "the averaged weights (default: if the checkpoint has them)"),
+        ("--input-size", image_size, None, "PIXELS", "side, or HEIGHTxWIDTH (default: the checkpoint's)"),
+    ],
+    "evaluation": [
+        ("--data-set", text, None, "NAME", "as in training (default: the checkpoint's, or IMNET)"),
+        ("--data-path", text, None, "DIR", "folder of the data set"),
+        ("--csv-columns", (text, "+"), None, "NAME", "as in training (default: the checkpoint's)"),
+        ("--split", ["val", "test"], "val", None, "images to evaluate"),
+        ("--classes", class_list, None, "A,B,...", "only these (default: the checkpoint's that the data has)"),
+        ("--val-split", split_share, None, "P[:SEED]", "of class folders without val/ (default: the checkpoint's)"),
+        ("--inat-category", list(RANKS), "name", None, "class of INAT19"),
+        ("--skip-bad-images", bool, False, None, "leave out and count unreadable images"),
+        ("--report", Path, None, "DIR", "write a confusion matrix and accuracies per class there"),
+    ],
+    "prediction": [
+        ("--image", (Path, "+"), None, "FILE", "images, or folders of images, to predict"),
+        ("--topk", POSITIVE, 5, "N", "classes per image"),
+        ("--quiet", bool, False, None, "no line for each image"),
+        ("--embeddings", Path, None, "NPY", "write each image's features there, and the file names beside them (.txt)"),
+        ("--drawings", text, "detections", "DIR", "of a detector: the images with what was found"),
+        ("--min-score", FRACTION, 0.5, "P", "of a detector: the lowest score that is drawn"),
+    ],
+    "both": [
+        ("--output", Path, None, "FILE", "results: .json, for --image also .csv or .parquet"),
+        ("--eval-crop-pct", number(float, 0.1, 1), None, "P", "part of the resized side kept (default: as trained)"),
+        ("--batch-size", POSITIVE, 128, "N", "images per process and step"),
+        ("--num-workers", WORKERS, min(4, os.cpu_count() or 1), "N", "loader processes; 0: load in this one"),
+        ("--tta", bool, False, None, "average the logits of an image and its mirror image"),
+        ("--pin-mem", bool, True, None, "page-locked batches, for faster copies to a GPU"),
+        ("--device", text, "auto", None, "auto, cpu, cuda or cuda:N"),
+        ("--amp", ["auto", "bf16", "fp16", "none"], "auto", None, "mixed precision; auto: on CUDA"),
+    ],
 }
 # Flags that a detector does not have.
-OF_CLASSIFIERS = (
+OF_CLASSIFIERS = [
     "arch",
     "model_kwargs",
     "input_size",
@@ -145,7 +93,7 @@ OF_CLASSIFIERS = (
     "explain",
     "embeddings",
     "tta",
-)
+]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -155,10 +103,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         UserError: in one line, for anything unknown, malformed or contradictory.
     """
     parser = Parser("Evaluate a model with its weights on a data set, or predict images with it.")
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag, options in flags.items():
-            group.add_argument(flag, **options)
+    add_flags(parser, FLAGS)
+    help_text = "save what spoke for the class, over the image (default: in explained/)"
+    parser.add_argument("--explain", nargs="?", const="explained", metavar="DIR", help=help_text)
     parser.set_defaults(dtype="float32")
     args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     if args.model_path is None and args.arch is None:

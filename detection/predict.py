@@ -10,16 +10,16 @@ import torch
 from torchvision.transforms import v2
 
 from detection.coco_metrics import to_results
-from detection.drawing import Drawn, draw_picture
+from detection.drawing import Drawn, draw_objects
 from detection.loading import LoadedDetector
 from detection.task import as_inputs
 from inference.explanations import overlay_paths
-from inference.output_files import check_output, save_figure, write_json
+from inference.output_files import check_output, write_json
 from inference.predict import image_files, report_unreadable
 from inputs.images import BadImage, read_image
 from runtime.processes import Distributed
 from training.precision import choose_precision
-from utils import say
+from utils import atomic_write, say
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedD
         UserError: in the end, if some of the images could not be read.
     """
     files = image_files(args.image)
-    drawings = overlay_paths(files, Path(args.drawings or "detections"), "--drawings", "detections")
+    drawings = overlay_paths(files, Path(args.drawings), "--drawings", "detections")
     if args.output is not None:
         check_output(args.output)
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
@@ -50,7 +50,8 @@ def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedD
         names = [loaded.class_names[label - 1] for label in prediction["labels"].tolist()]
         masks = (prediction["masks"][:, 0] > 0.5).numpy() if "masks" in prediction else None
         drawn = Drawn(prediction["boxes"].numpy(), names, prediction["scores"].tolist(), masks)
-        save_figure(drawing, draw_picture(image, drawn))
+        picture = draw_objects(image, drawn)
+        atomic_write(drawing, lambda file, picture=picture: picture.save(file, "png"))
         if not args.quiet:
             counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "nothing"
             say(f"{file}: {counts} with a score of {args.min_score:g} or more; {drawing}")

@@ -77,7 +77,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     files = image_files(args.image)
     overlays = []
     if args.explain is not None:
-        overlays = overlay_paths(files, Path(args.explain or "explained"))
+        overlays = overlay_paths(files, Path(args.explain))
     if args.output is not None:
         check_output(args.output, FORMATS)
     if args.embeddings is not None:
