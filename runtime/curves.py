@@ -1,14 +1,15 @@
-"""Pictures of a run: columns of its log over the epochs."""
+"""Pictures of a run: columns of its log over the epochs. Only drawing them needs matplotlib."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 EMA = "_ema"  # ends the name of a column that tells of the averaged weights what the one without tells
 
@@ -37,6 +38,10 @@ def draw_curves(
     rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int | None = None, title: str = ""
 ) -> Figure:
     """`plot` of a log's rows, with the best epoch marked, under a title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot.panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(

@@ -1,40 +1,38 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: the tests marked cuda, the benchmark against peers, then training
-# on real images with one recipe for all models.
+# What only a GPU shows, in one call of at most 8 minutes, with torch, torchvision and timm alone.
 #
-#     tools/gpu_check.sh OUTPUT_DIR [DATA_DIR]
+#     tools/gpu_check.sh OUTPUT_DIR
 #
-# DATA_DIR is a folder with train/ and val/ (CIFAR-10 as JPEGs, say); without it nothing is trained. PYTHON, EPOCHS
-# and MODELS can be set. Each part goes on when another failed; the exit status counts the failures.
+# The most important questions come first: are the results those of a CPU, which formulation of the spectral mixers
+# is the fastest, how fast are the models beside their peers (eager, compiled), does training learn, does it run
+# over NCCL. Every result is a line of OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or runs
+# out of time does not stop the others; the exit status counts them. PYTHON names the interpreter; DEVICE=cpu
+# rehearses all parts with small sizes.
 set -u
 cd "$(dirname "$0")/.."
-output=${1:?usage: tools/gpu_check.sh OUTPUT_DIR [DATA_DIR]}
-data=${2:-}
+mkdir -p "${1:?usage: tools/gpu_check.sh OUTPUT_DIR}"
+output=$(cd "$1" && pwd)
 python=${PYTHON:-python}
-mkdir -p "$output"
+device=${DEVICE:-cuda}
+small=$([ "$device" = cpu ] && echo --small)
+deadline=$((SECONDS + ${LIMIT:-470}))
 failures=0
 
-part() {  # part NAME COMMAND...: run, keep the output, report
-    local name=$1
-    shift
-    echo "== $name: $*"
-    if ! "$@" > "$output/$name.log" 2>&1; then
+for part in parity:60 gates:80 eager:80 train:70 compiled:150 distributed:80; do
+    name=${part%:*} limit=${part#*:} left=$((deadline - SECONDS)) began=$SECONDS
+    limit=$((limit < left ? limit : left))
+    if ((limit < 10)); then
+        echo "== $name: not started, no time left"
         failures=$((failures + 1))
-        echo "   failed; the end of $output/$name.log:"
+        continue
     fi
-    tail -n 15 "$output/$name.log"
-}
-
-part tests "$python" -m pytest -q -m cuda tests
-part benchmark "$python" -m tools.benchmark --suite cuda --json "$output/benchmark_cuda.json"
-# How the spectral mixers are best computed in half precision: this prints the table, and chooses nothing.
-part layers "$python" -m tools.benchmark --suite cuda-layers --json "$output/benchmark_cuda_layers.json"
-if [ -n "$data" ]; then
-    for model in ${MODELS:-spectformer_ti svt_h_s deit_tiny_patch16_224 pvt_v2_b1}; do
-        part "train_$model" "$python" main_spectformer.py --arch "$model" --data-set FOLDER --data-path "$data" \
-            --epochs "${EPOCHS:-5}" --warmup-epochs 1 --batch-size 256 --num-workers 8 --reprob 0 \
-            --output-dir "$output/$model"
-        part "row_$model" tail -n 1 "$output/$model/log.txt"
-    done
-fi
+    echo "== $name (at most $limit s)"
+    # shellcheck disable=SC2086  # an empty --small is no argument
+    timeout -k 5 "$limit" "$python" -m tools.gpu_check "$name" "$output" --device "$device" $small \
+        > "$output/$name.log" 2>&1
+    status=$?
+    ((status != 0)) && failures=$((failures + 1))
+    echo "   exit status $status after $((SECONDS - began)) s; the end of $output/$name.log:"
+    tail -n 12 "$output/$name.log"
+done
 exit "$failures"
