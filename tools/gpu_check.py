@@ -33,7 +33,7 @@ from inputs import catalogue
 from inputs.dataset_options import DatasetOptions
 from inputs.images import ImageArrays
 from models.mixers import build_mixer
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from tools.command_line import ToolParser, describe_machine
 from tools.contenders import Contender, Runner, Settings, seconds_of, set_up_device
 from utils import one_line
