@@ -18,7 +18,7 @@ from pathlib import Path
 
 import models
 from detection.evaluate import evaluate_detector
-from detection.loading import is_detector, load_detector
+from detection.loading import load_detector
 from detection.predict import draw_objects_in
 from inference.evaluate import average_mirrored, run_evaluation
 from inference.predict import run_prediction
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--image runs in one process")
     path = find_checkpoint(args.model_path)
     checkpoint = read_checkpoint(path)
-    if is_detector(checkpoint):
+    if checkpoint.get("detector"):
         for name in OF_CLASSIFIERS:
             if getattr(args, name) not in (None, False, {}):
                 raise UserError(f"--{name.replace('_', '-')} is for classifiers; {path} contains a detector")

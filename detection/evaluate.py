@@ -12,7 +12,7 @@ from detection.data import build_eval_loader, data_path
 from detection.loading import LoadedDetector
 from detection.report import write_report
 from detection.task import predict
-from inference.evaluate import default_output
+from inference.evaluate import default_output, setting
 from inference.output_files import check_output, prepare_folder, write_json
 from runtime.processes import Distributed
 from training.precision import choose_precision
@@ -21,7 +21,7 @@ from utils import UserError, atomic_write, say
 
 def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
     """Evaluate on all processes; the main one prints, and writes results, COCO's result files and the report."""
-    data_set = args.data_set or ("COCO" if args.data_path else loaded.data_set)
+    data_set = args.data_set or ("COCO" if args.data_path else "NUCLEI")
     if data_set not in ("COCO", "NUCLEI"):
         raise UserError(f"--data-set {data_set}: a detector is evaluated on COCO (any data in its layout) or NUCLEI")
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
@@ -51,21 +51,8 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
         say(f"    {kind}: " + ", ".join(f"{name} {value:.1f}" for name, value in values.items()))
     say(f"    {len(dataset) / seconds:.1f} images/s")
     if output is not None:
-        setting = {
-            "model_path": str(loaded.path),
-            "arch": loaded.arch,
-            "detector": loaded.detector,
-            "ema": loaded.ema,
-            "data_set": data_set,
-            "data_path": args.data_path,
-            "images": len(dataset),
-            "detections": model.detections,
-            "processes": dist.world_size,
-            "device": str(dist.device),
-            "amp": args.amp,
-            "seconds": seconds,
-        }
-        write_json(output, numbers | setting)
+        counts = {"images": len(dataset), "detections": model.detections, "seconds": seconds}
+        write_json(output, setting(args, dist, loaded) | {"detector": loaded.detector} | counts | numbers)
         say(f"results: {output}")
         for kind in loaded.kinds:
             path = output.with_name(f"{output.stem}_{kind}_results.json")

@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -86,6 +87,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     pairs = np.stack([true, predicted])
     results["mean_per_class"] = 100 * float(np.nanmean(class_accuracies(pairs, loaded.num_classes)))
     results |= {"images_per_second": results["images"] / seconds, "seconds": seconds}
+    results |= {name: getattr(data, name) for name in ("crop_pct", "interpolation", "mean", "std")}
     name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{', mirrored too,' if args.tta else ''}"
     height, width = loaded.input_size
     skipped = f" ({results['skipped']} unreadable ones skipped)" if "skipped" in results else ""
@@ -105,7 +107,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         )
     say(line)
     if output is not None:
-        write_json(output, results | setting(args, dist, loaded, data))
+        write_json(output, setting(args, dist, loaded) | results)
         say(f"results: {output}")
     if args.report is not None:
         correct = f"{results['correct1']} of {results['images']} images"
@@ -114,29 +116,11 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         say(f"report: {args.report}")
 
 
-def setting(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel, data: Data) -> dict[str, object]:
-    """What the results depend on."""
-    return {
-        "model_path": str(loaded.path),
-        "arch": loaded.arch,
-        "model_kwargs": loaded.model_kwargs,
-        "ema": loaded.ema,
-        "data_set": args.data_set,
-        "data_path": args.data_path,
-        "split": args.split,
-        "input_size": loaded.input_size,
-        "crop_pct": data.crop_pct,
-        "interpolation": data.interpolation,
-        "mean": data.mean,
-        "std": data.std,
-        "batch_size": args.batch_size,
-        "processes": dist.world_size,
-        "device": str(dist.device),
-        "amp": args.amp,
-        "tta": args.tta,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
+def setting(args: argparse.Namespace, dist: Distributed, loaded: Any) -> dict[str, Any]:
+    """What results depend on: the flags, the loaded model or detector, the machine."""
+    model = {"model_path": str(loaded.path), "arch": loaded.arch, "ema": loaded.ema}
+    machine = {"processes": dist.world_size, "device": str(dist.device)}
+    return vars(args) | model | machine | {"torch": torch.__version__, "timm": timm.__version__}
 
 
 def default_output(args: argparse.Namespace, path: Path) -> Path | None:
