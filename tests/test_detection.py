@@ -360,6 +360,7 @@ def test_the_same_key_gives_the_same_sample_and_seed(cells):
 # ------------------------------------------------------------------------------------------------------- detectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", ["v2", "classic"])
 @pytest.mark.parametrize(
     ("kind", "arch"),
@@ -394,6 +395,7 @@ def test_an_image_without_objects_can_be_trained_on():
     assert all(weight.grad is not None for weight in detector.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STRIDES)
 def test_in_half_precision_boxes_keep_their_place_to_a_part_of_a_pixel(kind):
     least = {"score_thresh" if kind == "retinanet" else "box_score_thresh": 0.0}
@@ -433,6 +435,7 @@ class Like:
     batch_size_per_image, positive_fraction = 64, 0.25
 
 
+@pytest.mark.slow
 def test_an_image_is_seen_alike_at_any_place_of_a_batch_of_its_size():
     detector = small_detector().double().train()
     for module in detector.modules():
@@ -522,6 +525,7 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_numbers_of_boxes_and_masks_and_ranks_by_masks(trained):
     first, last = rows(trained)
     assert {"test_box_AP", "test_box_AP50", "test_mask_AP", "test_mask_AR"} <= last.keys()
@@ -530,6 +534,7 @@ def test_a_run_logs_the_numbers_of_boxes_and_masks_and_ranks_by_masks(trained):
     assert last["train_loss"] < first["train_loss"]
 
 
+@pytest.mark.slow
 def test_the_rate_warms_up_by_updates_and_falls_after_its_milestone(trained):
     """In the recipe's way, at each update of 12 epochs of 100: 500 of them linearly, a tenth after 8 and after 11."""
     args = parse_args(Detection.flags, ["--data-set", "NUCLEI"], main_detection.RECIPE)
@@ -545,6 +550,7 @@ def test_the_rate_warms_up_by_updates_and_falls_after_its_milestone(trained):
     assert [round(row["train_lr"], 9) for row in rows(trained)] == [1e-3, 2e-4]  # the last update's of each epoch
 
 
+@pytest.mark.slow
 def test_infer_evaluates_a_checkpoint_as_training_did(trained, cells, tmp_path, capsys):
     path = trained / "checkpoint_last.pth"
     report = tmp_path / "report"
@@ -568,6 +574,7 @@ def test_infer_evaluates_a_checkpoint_as_training_did(trained, cells, tmp_path, 
     assert "images/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_infer_draws_what_it_finds(trained, cells, tmp_path, capsys):
     path, images = trained / "checkpoint_last.pth", cells / "val2017"
     flags = ["--drawings", str(tmp_path / "drawn"), "--output", str(tmp_path / "o.json"), "--min-score", "0"]
@@ -579,6 +586,7 @@ def test_infer_draws_what_it_finds(trained, cells, tmp_path, capsys):
         infer.main(["--model-path", str(path), "--image", str(images), "--explain", "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_a_detector_goes_on_with_its_own_classes_and_begins_anew_with_others(trained, cells, tmp_path, capsys):
     path = str(trained / "checkpoint_last.pth")
     flags = ["--finetune", path, "--epochs", "1"]
@@ -595,6 +603,7 @@ def test_a_detector_goes_on_with_its_own_classes_and_begins_anew_with_others(tra
         main_detection.main([*RUN, *flags, "--backbone-weights", path])
 
 
+@pytest.mark.slow
 def test_backbone_weights_come_from_a_classifier(cells, tmp_path, capsys):
     torch.manual_seed(7)
     classifier = create_classifier("spectformer_h_s", (64, 64), SMALL, 0.0)
@@ -635,6 +644,7 @@ def test_flags_that_contradict_each_other_are_told(flags, message, tmp_path):
         main_detection.main([*flags, "--output-dir", str(tmp_path), "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_the_segmentation_example_of_the_docs_runs_on_wide_images():
     text = (Path(__file__).parent.parent / "docs/detection.md").read_text()
     names = {"images": torch.rand(2, 3, 64, 96)}

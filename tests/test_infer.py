@@ -144,6 +144,7 @@ def test_images_that_training_held_back_are_those_that_are_evaluated(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["images"] in (9, 10)
 
 
+@pytest.mark.slow
 def test_several_processes_count_every_image_once(tmp_path):
     save(tmp_path / "a.pth", args={"data_set": "DIGITS"})
     words = ["--model-path", str(tmp_path / "a.pth"), "--num-workers", "0", "--batch-size", "7"]
@@ -345,6 +346,7 @@ def test_class_activation_is_where_the_tokens_classifier_says_the_class(name, op
     assert heat.sum() < 1.2 and heat.min() == 0 and explanations.class_activation(model, tokens, 0).max() <= 1
 
 
+@pytest.mark.slow
 def test_overlays_are_written_and_replace_no_image(tmp_path):
     folder = photographs(tmp_path / "photographs")
     save(tmp_path / "a.pth")
@@ -381,6 +383,7 @@ def test_the_colours_of_an_explanation_are_those_of_the_bar_beside_it():
         assert abs(colour(overlay, *on_map) - colour(bar, 0.5, on_bar)).max() <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 40, 150])
 def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
     rng = np.random.default_rng(0)

@@ -25,7 +25,7 @@ def bare(variant):
     return {name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()}
 
 
-# @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "arch", "arguments"),
     [
@@ -49,6 +49,7 @@ def test_a_bare_file_of_the_authors_gives_the_golden_logits_once_its_model_is_na
     assert loaded.class_names[0] == "n01440764" and loaded.label(0) == "n01440764 tench"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "arguments"),
     [
@@ -163,6 +164,7 @@ def test_a_checkpoint_that_contradicts_itself_or_the_call_is_refused_by_name(tmp
 OTHERS = {"stem_stride": 4, "depths": (1, 2, 1, 1), "num_heads": (1, 1, 1, 1), "mixers": "pool/spectral/attention/pool"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", OTHERS)
 def test_timm_refuses_the_weights_of_a_model_with_other_arguments_and_shows_the_right_call(tmp_path, argument):
     kwargs = PYRAMID | {"stem_stride": 2, "num_heads": (2, 2, 2, 2)}
