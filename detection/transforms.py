@@ -21,7 +21,7 @@ JITTER = (0.1, 2.0)  # Ghiasi et al. 2021, "Simple Copy-Paste"
 class TrainTransform:
     """An image and its objects to what a detector trains on: the image, uint8 (3, H, W), and its target.
 
-    The target holds "boxes" float32 (N, 4), "labels" int64 (N,), "masks" uint8 (N, H, W) where there are some, and
+    The target contains "boxes" float32 (N, 4), "labels" int64 (N,), "masks" uint8 (N, H, W) where there are some, and
     "seed", the key of what the detector draws for this image. All randomness is the global generators'.
     """
 

@@ -1,1 +1,1 @@
-"""The room behind `infer.py`: a model from a checkpoint, what it predicts, how well, and why."""
+"""The parts of `infer.py` for classifiers: evaluation, prediction, explanations, files."""

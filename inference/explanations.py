@@ -70,10 +70,10 @@ def class_evidence(predict: Callable[[Tensor], Tensor], image: Tensor, target: i
 
     Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.2): squares of 2/7 of the image's sides are
     blurred beyond recognition one after another, and a cell's evidence is the mean drop of the logit over the
-    squares that hold it. The logit counts less the mean of all, since a softmax does not see what they share.
+    squares that cover it. The logit counts less the mean of all, since a softmax does not see what they share.
 
     It asks the model itself, unlike maps read off the last tokens (`class_activation`, Grad-CAM and their kin):
-    the mixers here are global from the first block on, so what a token holds in the end need not come from its
+    the mixers here are global from the first block on, so what is in a token in the end need not come from its
     place in the image.
 
     Args:

@@ -43,7 +43,7 @@ class WeightMismatch(ValueError):
 def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
     """A checkpoint of the authors or of ours, in any of the known layouts, as a state dict for `model`.
 
-    Renames, drops the wavelet filters some files hold and an `aux_head` the model has not, and resamples what
+    Renames entries, drops constant wavelet filters and an `aux_head` that the model does not have, and resamples what
     depends on the grid to the model's. What remains wrong is left for the loading to report.
     """
     weights = unwrap(state_dict)
@@ -120,15 +120,15 @@ def _resize(weights: StateDict, model: nn.Module) -> StateDict:
 
 
 def _source_grid(weights: StateDict, model_grid: Grid) -> Grid | None:
-    """The grid of a file's position embeddings: told by its filters, else the model's, else a square."""
+    """The grid of a file's position embeddings: given by its filters, else the model's, else a square."""
     tokens = weights["pos_embed"].shape[1] if weights["pos_embed"].ndim == 3 else 0
-    told = {grid for name, weight in weights.items() for grid in _told_grids(name, weight, tokens)}
-    grids = [*sorted(told, key=lambda grid: (grid != model_grid, grid)), model_grid, (math.isqrt(tokens),) * 2]
+    candidates = {grid for name, weight in weights.items() for grid in _possible_grids(name, weight, tokens)}
+    grids = [*sorted(candidates, key=lambda grid: (grid != model_grid, grid)), model_grid, (math.isqrt(tokens),) * 2]
     return next((grid for grid in grids if tokens and math.prod(grid) == tokens), None)
 
 
-def _told_grids(name: str, weight: Tensor, tokens: int) -> list[Grid]:
-    """What a weight tells of the grid: a gate the number of rows, a low-pass weight both sides, made even."""
+def _possible_grids(name: str, weight: Tensor, tokens: int) -> list[Grid]:
+    """The grids that a weight fits: a gate gives the number of rows, a low-pass weight both sides, made even."""
     if name.endswith("mixer.complex_weight") and weight.ndim == 4:
         return [(weight.shape[0], tokens // max(weight.shape[0], 1))]
     if name.endswith("mixer.low_pass") and weight.ndim == 3:

@@ -28,6 +28,7 @@ from .loading import WeightMismatch, load_weights
 
 # All names this package registers.
 ARCHITECTURES = tuple(name for family in (spectformer, svt) for name in family.default_cfgs)
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"  # of a run directory
 
 
@@ -234,10 +235,11 @@ def build_from_checkpoint(
         load_weights(model, weights)
     except (ModelError, WeightMismatch) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    told = {key: checkpoint.get(key) or getattr(cfg, key) for key in ("mean", "std", "crop_pct", "interpolation")}
-    told |= {key: tuple(told[key]) for key in ("mean", "std")}
+    preprocessing = {key: checkpoint.get(key) or getattr(cfg, key) for key in PREPROCESSING}
+    preprocessing |= {key: tuple(preprocessing[key]) for key in ("mean", "std")}
     averaged = ema is not False and any(checkpoint.get(key) for key in EMA_KEYS)
-    return LoadedModel(model.eval(), path, name, kwargs, classes, size, ema=averaged, checkpoint=checkpoint, **told)
+    more = {"ema": averaged, "checkpoint": checkpoint}
+    return LoadedModel(model.eval(), path, name, kwargs, classes, size, **preprocessing, **more)
 
 
 def _pair(size: Any) -> Grid:
@@ -245,17 +247,17 @@ def _pair(size: Any) -> Grid:
 
 
 def _model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> str:
-    told, asked = (
+    own, asked = (
         None if name is None else re.sub(r"^svt_(?=[sbl]$)", "svt_h_", resolve_arch(name))  # svt_s is short for svt_h_s
         for name in (checkpoint.get("arch"), arch)
     )
-    if told is None and asked is None:
+    if own is None and asked is None:
         raise CheckpointError(f"{path}: it contains weights only; name their model by --arch (in Python: arch=...)")
-    if told is not None and asked is not None and told != asked:
-        raise CheckpointError(f"{path}: it contains {told}, not {arch}")
-    if not timm.is_model(told or asked):
-        raise CheckpointError(f"{path}: {_unknown(told or asked)}")
-    return told or asked
+    if own is not None and asked is not None and own != asked:
+        raise CheckpointError(f"{path}: it contains {own}, not {arch}")
+    if not timm.is_model(own or asked):
+        raise CheckpointError(f"{path}: {_unknown(own or asked)}")
+    return own or asked
 
 
 def _class_names(
