@@ -1,0 +1,116 @@
+"""Copy a data set with its images shrunk, so that training on it reads and decodes less.
+
+    python -m tools.shrink_dataset IMAGENET IMAGENET-256 --short-side 256
+
+Names and layout stay. Images whose shorter side is longer than --short-side are resized to it and saved in their own
+format; all other files, unreadable images among them, are copied as they are. A second call resumes a first one.
+Exit codes: 0 every file has its copy, 1 some have none, 2 a mistake in the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from inputs.folders import walk_files
+from inputs.images import is_image_name
+from runtime.entry_point import run_cli
+from tools.command_line import ToolParser
+from training.arguments import COUNT, POSITIVE, number
+from utils import UserError, make_directory, tell
+
+SETTINGS = ".shrink_dataset.json"  # in the copy: what it was made with
+PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")
+
+
+class Shrinking(Dataset):
+    """Item i makes the copy of file i, and is the reason why an image was not shrunk, if there is one."""
+
+    def __init__(self, source: Path, target: Path, names: Sequence[str], short_side: int, quality: int):
+        self._source, self._target, self._names = source, target, names
+        self._short_side, self._quality = short_side, quality
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> str | None:
+        source, target = (root / self._names[index] for root in (self._source, self._target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.tmp")
+        problem = None
+        try:
+            shrunk = is_image_name(source.name) and self._shrink(source, unfinished)
+        except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+            shrunk, problem = False, f"{source}: copied as it is: {error}"
+        if not shrunk:
+            shutil.copyfile(source, unfinished)
+        os.replace(unfinished, target)
+        return problem
+
+    def _shrink(self, source: Path, target: Path) -> bool:
+        """Save a smaller image; False if it is small enough, or its format cannot be written."""
+        with Image.open(source) as image:
+            ratio = self._short_side / min(image.size)
+            if ratio >= 1 or image.format not in Image.SAVE or getattr(image, "is_animated", False):
+                return False
+            kept = {name: image.info[name] for name in ("exif", "icc_profile") if name in image.info}
+            size = [max(self._short_side, round(side * ratio)) for side in image.size]
+            if image.mode not in PLAIN_MODES:
+                image_mode = "RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"
+                smaller = image.convert(image_mode).resize(size, Image.Resampling.BICUBIC)
+            else:
+                smaller = image.resize(size, Image.Resampling.BICUBIC)
+            smaller.save(target, image.format, quality=self._quality, **kept)
+        return True
+
+
+def check_target(source: Path, target: Path, settings: dict[str, int]) -> None:
+    """Create the folder of the copy; raises UserError where it must not be made or was made otherwise."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target}: the copy cannot be inside {source}")
+    make_directory(target)
+    record = target / SETTINGS
+    if record.exists() and json.loads(record.read_text()) != settings:
+        raise UserError(f"{target}: was made with {record.read_text().strip()}; choose another folder")
+    record.write_text(json.dumps(settings) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ToolParser("shrink_dataset", __doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="the data set's folder")
+    add("target", type=Path, metavar="DST", help="the folder of the copy")
+    add("--short-side", type=POSITIVE, default=256, metavar="PIXELS", help="(default: %(default)s)")
+    add("--quality", type=number(int, 1, 100), default=90, metavar="Q", help="of JPEG and WebP (default: %(default)s)")
+    add("--num-workers", type=COUNT, default=os.cpu_count(), metavar="N", help="processes (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    check_target(args.source, args.target, {"short_side": args.short_side, "quality": args.quality})
+    names = [os.path.relpath(path, args.source) for path in walk_files(args.source)]
+    missing = [name for name in names if not (args.target / name).exists()]
+    copies = Shrinking(args.source, args.target, missing, args.short_side, args.quality)
+    with tqdm(
+        desc="shrinking", total=len(names), initial=len(names) - len(missing), unit=" files", disable=None
+    ) as bar:
+        for problems in DataLoader(copies, 16, num_workers=args.num_workers, collate_fn=list):
+            bar.update(len(problems))
+            for problem in filter(None, problems):
+                tqdm.write(problem, file=sys.stderr)
+    copied = sum((args.target / name).is_file() for name in names)
+    tell(f"{copied} of {len(names)} files are in {args.target}")
+    if copied != len(names):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_cli(main)
