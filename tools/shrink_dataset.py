@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from inputs.folders import walk_files
 from inputs.images import is_image_name
-from runtime.entry_point import run_cli
+from runtime.cli import run_cli
 from tools.command_line import ToolParser
 from training.arguments import COUNT, POSITIVE, number
 from utils import UserError, make_directory, tell
