@@ -77,13 +77,15 @@ class ImageModel(nn.Module):
         self.grad_checkpointing = enable
 
     def compile(self, *, mode: str | None = None, options: Mapping[str, Any] | None = None, **arguments: Any) -> None:
-        """`nn.Module.compile`, in place, telling TorchInductor not to lay grids out as if they were images.
+        """`nn.Module.compile`, in place, without TorchInductor's layout optimization.
 
         It takes every tensor of four axes for (B, C, H, W), and would transpose each (B, H, W, C) that is kept for the
-        backward pass, and back. `torch.compile(model, options={"layout_optimization": False})` is the same.
+        backward pass, and back. `torch.compile(model, options={"layout_optimization": False})` is the same. Unlike
+        there, `mode` and `options` go together: a mode is a set of options.
         """
-        if mode is None and arguments.get("backend", "inductor") == "inductor":
-            options = {"layout_optimization": False, **(options or {})}
+        if arguments.get("backend", "inductor") == "inductor":
+            of_mode = torch._inductor.list_mode_options(mode) if mode else {}
+            mode, options = None, {"layout_optimization": False, **of_mode, **(options or {})}
         super().compile(mode=mode, options=options, **arguments)
 
     def _check_input(self, x: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .cpu.attention import attend
 from .cpu.feed_forward import feed_forward
-from .precision import full_precision, to_autocast
+from .precision import autocast_off, full_precision, to_autocast
 from .resampling import Grid
 
 # torch.fx must not look into these. It finds wrapped functions by the module that calls them.
@@ -56,6 +56,25 @@ def set_spectral_precision(model: nn.Module, precision: str) -> None:
     for module in model.modules():
         if isinstance(module, GridMixer):
             module.spectral_precision = precision
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over channels, under autocast in its precision: sums are in float32 anyway.
+
+    PyTorch's autocast on CUDA would cast the input to float32 and the output back, which moves as much memory as the
+    norm itself (like `timm.layers.set_fast_norm`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@torch.fx.wrap
+def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See `LayerNorm`."""
+    x = to_autocast(x)
+    with autocast_off(x):
+        return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 class Attention(nn.Module):
@@ -150,9 +169,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -176,9 +195,9 @@ class ClassBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp: nn.Module):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = ClassAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = mlp
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -219,7 +238,7 @@ class Stem(nn.Module):
             layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(width, dim, 3, stride=stride // first_stride, padding=1)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         # In channels_last, written so that vmap takes it, the grid below is a view of the convolution's output.
@@ -233,7 +252,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
         self.proj = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(dim_out)
+        self.norm = LayerNorm(dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

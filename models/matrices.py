@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .cpu import may_run
+from .cpu import is_transformed, may_run
 
 Build = Callable[..., Tensor]
 _builders: dict[str, Build] = {}
@@ -53,10 +53,40 @@ def _(name, sizes, dtype, device):
     return _builders[name](*sizes).to(device, dtype)
 
 
-def multiply(matrix: Tensor, batch: Tensor) -> Tensor:
-    """(n, m) matrix times each (m, k) of a batch."""
-    if batch.dtype == torch.bfloat16 and matrix.numel() > batch[0].numel() and may_run(batch):
+def multiply(matrix: Tensor, batch: Tensor, add: Tensor | None = None) -> Tensor:
+    """(n, m) matrix times each (m, k) of a batch, plus `add` (batch, n, k). In float32 without TF32."""
+    if batch.dtype == torch.bfloat16 and matrix.numel() > batch[0].numel() and add is None and may_run(batch):
         # A CPU would copy the matrix for each of the batch. Its own part is smaller: all become columns of one product.
         product = matrix @ batch.transpose(0, 1).flatten(1)
         return product.unflatten(1, (batch.shape[0], -1)).transpose(0, 1).contiguous()
-    return torch.bmm(matrix.expand(batch.shape[0], -1, -1), batch)
+    matrix = matrix.expand(batch.shape[0], -1, -1)
+    if batch.is_cuda and batch.dtype == torch.float32 and not is_transformed(batch):
+        product = float32_product(matrix, batch)
+        return product if add is None else product + add
+    return torch.bmm(matrix, batch) if add is None else torch.baddbmm(add, matrix, batch)
+
+
+@torch.library.custom_op(f"{__name__.partition('.')[0]}::float32_product", mutates_args=())
+def float32_product(one: Tensor, other: Tensor) -> Tensor:
+    """`torch.bmm` without TF32, whatever the precision of float32 products is, and so are its gradients."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        return torch.bmm(one, other)
+    finally:
+        settings.fp32_precision = before
+
+
+@float32_product.register_fake
+def _(one, other):
+    return torch.bmm(one, other)
+
+
+def _gradients(ctx, gradient):
+    one, other = ctx.saved_tensors
+    of_one = float32_product(gradient, other.mT) if ctx.needs_input_grad[0] else None
+    return of_one, float32_product(one.mT, gradient) if ctx.needs_input_grad[1] else None
+
+
+float32_product.register_autograd(_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -20,6 +20,7 @@ from .layers import (
     ClassBlock,
     Downsample,
     FeedForward,
+    LayerNorm,
     Stem,
     format_grid,
     init_conv,
@@ -162,11 +163,11 @@ class Pyramid(ImageModel):
                 blocks.append(Block(dim, token_mixer, FeedForward(dim, int(dim * mlp_ratios[i]), depthwise=True), rate))
             downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
             last = i == len(depths) - 1  # its norm follows the class block
-            norm = nn.Identity() if last else nn.LayerNorm(dim, eps=1e-6)
+            norm = nn.Identity() if last else LayerNorm(dim, eps=1e-6)
             self.stages.append(Stage(downsample, blocks, norm))
         self.token_label_size = grids[-1]
         self.class_block = ClassBlock(dim, num_heads[-1], FeedForward(dim, int(dim * mlp_ratios[-1])))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.head = self._classifier()
         self.aux_head = self._classifier() if token_label else None
         self.feature_info = [
@@ -363,22 +364,26 @@ def given_or_sampled(box: Box | None, grid_size: Grid) -> Box:
     return sample_mix_box(grid_size) if box is None else box
 
 
-def sample_mix_box(grid_size: Grid) -> Box:
+def sample_mix_box(grid_size: Grid, device: torch.device | None = None) -> Box:
     """A random MixToken box (x1, y1, x2, y2) on a (rows, columns) grid, from torch's CPU generator.
 
-    lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid's, centre uniform, clipped to the grid.
+    lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid's, centre uniform, clipped to the grid. Four integers, or
+    with a device a tensor on it, for which a compiled model is compiled once; the copy waits for nothing.
     """
     height, width = grid_size
     lam, column, row = torch.rand(3).tolist()
     side = (1.0 - lam) ** 0.5
     half_width, half_height = int(width * side) // 2, int(height * side) // 2
     x, y = int(column * width), int(row * height)
-    return (
+    box = (
         max(x - half_width, 0),
         max(y - half_height, 0),
         min(x + half_width, width),
         min(y + half_height, height),
     )
+    if device is None:
+        return box
+    return torch.tensor(box, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @torch.fx.wrap

@@ -12,6 +12,7 @@ from .layers import (
     SPECTRAL_PRECISIONS,
     Block,
     FeedForward,
+    LayerNorm,
     PatchEmbed,
     SpectralBlock,
     format_grid,
@@ -19,6 +20,7 @@ from .layers import (
     set_spectral_precision,
 )
 from .mixers import Options, block_mixers, build_mixer, check_options
+from .precision import to_autocast
 from .resampling import Grid, resize_grid, to_grid
 
 HEAD_DIM = 64
@@ -94,7 +96,7 @@ class Vanilla(ImageModel):
             token_mixer = build_mixer(name, embed_dim, self.grid_size, num_heads, **options.get(name, {}))
             mlp = FeedForward(embed_dim, int(embed_dim * mlp_ratio))
             self.blocks.append((Block if name == "attention" else SpectralBlock)(embed_dim, token_mixer, mlp, rate))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = LayerNorm(embed_dim, eps=1e-6)
         self.head = self._classifier()
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
@@ -133,7 +135,8 @@ class Vanilla(ImageModel):
         self._check_input(x)
         x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2])
-        return x + resize_pos_embed(self.pos_embed, self.grid_size, grid).view(1, *grid, -1)
+        pos_embed = resize_pos_embed(self.pos_embed, self.grid_size, grid)
+        return x + to_autocast(pos_embed).view(1, *grid, -1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to normalised tokens (B, N, embed_dim)."""

@@ -167,8 +167,8 @@ def synthesise(low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
         low = multiply(matrix(_low_synthesis, width, like=low), low.flatten(0, 1))
         rows = rows.view(batch, -1, width * channels)
         image = multiply(matrix(_low_synthesis, height, like=low), low.view(batch, -1, width * channels))
-        filters = matrix(_rows_synthesis, height, like=low).expand(batch, -1, -1)
-        return torch.baddbmm(image, filters, rows).view(batch, height, width, channels)
+        image = multiply(matrix(_rows_synthesis, height, like=low), rows, add=image)
+        return image.view(batch, height, width, channels)
 
 
 class DTCWT(nn.Module):

@@ -7,6 +7,7 @@ from small_models import images
 from torch._subclasses import FakeTensorMode
 
 from models import ARCHITECTURES
+from models.matrices import float32_product
 from models.mixers import MIXERS, build_mixer
 from models.wavelet import DTCWT
 
@@ -44,6 +45,22 @@ def test_the_wavelet_reconstructs_as_exactly_as_its_precision_allows(dtype, boun
     back = wavelet.inverse(*wavelet(x), (28, 27))
     assert back.dtype == dtype
     assert (back.double() - x.double()).norm() < bound * x.double().norm()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_products_turn_tf32_off_for_all_derivatives_and_leave_the_setting_alone(precision, monkeypatch):
+    seen, bmm = [], torch.bmm
+    settings = torch.backends.cuda.matmul
+    monkeypatch.setattr(torch, "bmm", lambda *args: seen.append(settings.fp32_precision) or bmm(*args))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = settings.fp32_precision
+        pair = tuple(torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        assert torch.autograd.gradcheck(float32_product, pair) and torch.autograd.gradgradcheck(float32_product, pair)
+        assert torch.equal(float32_product(*pair), bmm(*pair))
+        assert set(seen) == {"ieee"} and settings.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 SPECTRAL = [name for name in MIXERS if name.startswith(("spectral", "scattering"))]

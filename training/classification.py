@@ -77,9 +77,9 @@ class Classification(Task):
             images, targets = self._mixup(images, targets)
         if not self.args.token_label:
             return images, targets, {}
-        corners = sample_mix_box(self.model.token_label_size)
+        box = sample_mix_box(self.model.token_label_size, images.device if self.args.compile else None)
         # A compiled model takes them as data; as numbers it would be compiled anew for every box.
-        return images, targets, {"box": torch.tensor(corners, device=images.device) if self.args.compile else corners}
+        return images, targets, {"box": box}
 
     def loss(self, model: nn.Module, prepared: tuple[Tensor, Any, dict[str, Any]]) -> Tensor:
         images, targets, box = prepared
