@@ -1,6 +1,6 @@
-"""Training. ``fit`` is a run from its first epoch to its last, to be read top to bottom.
+"""Training: ``fit`` is a run from its first epoch to its last, to be read top to bottom.
 
-What is trained is a task's (`training.task.Task`); here is what makes its run survive.
+A task (`training.task.Task`) says what is trained; the engine trains it and makes the run resumable.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -20,14 +20,14 @@ from timm.utils import distribute_bn
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from runtime.processes import Distributed, init_distributed
+from runtime.processes import init_distributed
 from runtime.run_directory import RunDirectory
-from training.log import Display, describe, log_row, print_summary, report, report_dry_run
+from training.log import Display, Profile, describe, log_row, print_summary, report, report_dry_run
 from training.options import with_finetuned_model
-from training.precision import choose_precision
+from training.precision import choose_precision, set_up_device
 from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
 from training.task import Task
-from training.trainer import Run, Trainer, build_trainer, set_mode
+from training.trainer import Progress, Run, Trainer, build_trainer, set_mode
 from utils import Interrupted, NonFiniteError, StopSignals, UserError, seed_step, seeded
 
 SMALLEST_SCALE = 2.0**-14  # of the fp16 loss; where even this overflows the gradient is not just large
@@ -35,9 +35,9 @@ NAMED_FILES = 32  # sample files that an error message lists
 
 
 def fit(kind: type[Task], args: argparse.Namespace) -> None:
-    """Train a task to the last epoch, going on from --resume's checkpoint.
+    """Train a task to the last epoch, from --resume's checkpoint if there is one.
 
-    With --eval, evaluate it and return; with --dry-run, try out a step of everything and return. Both write nothing.
+    With --eval, only evaluate it; with --dry-run, only try one step of everything. Both write nothing.
 
     Raises:
         Interrupted: a process got a stop signal; everything was saved.
@@ -60,7 +60,7 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
 
 @contextmanager
 def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
-    """Join the job's processes, hold the run directory, find the checkpoint to go on from.
+    """Join the job's processes, lock the run directory, find the checkpoint to resume from.
 
     Raises:
         UserError: a flag does not fit the machine, or the checkpoint the number of processes, or another run is
@@ -68,30 +68,20 @@ def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
     """
     dist = init_distributed(args.device)
     args = with_finetuned_model(kind.flags, args)
-    set_up_machine(args, dist)
-    with nullcontext() if args.eval or args.dry_run else open_directory(kind, args, dist) as directory:
+    if args.sync_bn and dist.device.type != "cuda":
+        raise UserError("--sync-bn needs CUDA; on a CPU, --freeze-bn trains alike on any number of processes")
+    set_up_device(dist.device, kind.fixed_sizes)
+    writes = not (args.eval or args.dry_run)
+    opened = RunDirectory(args.output_dir, dist, kind.ranked_by, kind.plots, args.wandb) if writes else nullcontext()
+    with opened as directory:
         checkpoint = find_checkpoint(args, dist)
         if checkpoint is not None and not args.eval:
             args = with_global_batch(args, checkpoint, dist, kind.batch_multiple(args))
         yield Run(args, dist, choose_precision(args, dist.device), directory, checkpoint)
 
 
-def open_directory(kind: type[Task], args: argparse.Namespace, dist: Distributed) -> RunDirectory:
-    """--output-dir, whose log goes to Weights & Biases too where --wandb asks for it."""
-    return RunDirectory(args.output_dir, dist, kind.ranked_by, kind.plots, args.wandb)
-
-
-def set_up_machine(args: argparse.Namespace, dist: Distributed) -> None:
-    """Refuse flags that the device cannot follow; on CUDA allow TF32 and cuDNN's search for algorithms."""
-    if args.sync_bn and dist.device.type != "cuda":
-        raise UserError("--sync-bn needs CUDA; on a CPU, --freeze-bn trains alike on any number of processes")
-    if dist.device.type == "cuda" and args.dtype == "float32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-
-
 def train(trainer: Trainer, run: Run) -> None:
-    """`fit`, when everything is built."""
+    """Train, evaluate and save, epoch by epoch."""
     args, progress = trainer.args, trainer.progress
     if run.checkpoint is not None:
         restore(trainer, run.checkpoint)
@@ -99,12 +89,13 @@ def train(trainer: Trainer, run: Run) -> None:
     run.directory.write_args(args, sys.argv)
     describe(trainer)
     if progress.epoch > 0 and progress.step == 0:
-        # A crash may have come between the files of an epoch's end: as they were, whatever this run's flags are.
+        # The run may have crashed between the files of an epoch's end.
         save_epoch(trainer, run.directory, run.checkpoint)
 
+    profile = Profile(trainer)
     while progress.epoch < trainer.epochs:
         try:
-            train_one_epoch(trainer, run.directory)
+            train_one_epoch(trainer, run.directory, profile)
             results = evaluate(trainer)
         except Interrupted:
             run.directory.save_checkpoints([LAST], checkpoint_state(trainer))
@@ -113,31 +104,32 @@ def train(trainer: Trainer, run: Run) -> None:
         row = log_row(trainer, results)
         progress.end_epoch(*best_of(trainer.task.ranked_by, results))
         trainer.scheduler.step(progress.epoch - 1)
-        # In this order a crash in between repeats the epoch and writes the same again: nothing comes twice.
+        # In this order a crash in between repeats the epoch and writes the same again.
         run.directory.log_row(row, progress.best_epoch)
         save_epoch(trainer, run.directory, checkpoint_state(trainer))
     print_summary(trainer)
 
 
 def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, Any]) -> None:
-    """Write `state`, of the end of an epoch, as its checkpoints; to do so twice is the same as once."""
+    """Write `state`, of the end of an epoch, as its checkpoints; doing it twice changes nothing."""
     args, progress = trainer.args, trainer.progress
     names = directory.names_for_best(state, args.keep_best)
     if args.checkpoint_epochs and progress.epoch % args.checkpoint_epochs == 0:
         names.append(f"checkpoint_{progress.epoch:04d}.pth")
     directory.save_checkpoints([*names, LAST], state)
     directory.remove_worse(progress.epoch, args.keep_best)
+    trainer.dist.barrier()  # or the others would wait in a collective of the next epoch, whose limit is shorter
 
 
-def train_one_epoch(trainer: Trainer, directory: RunDirectory) -> None:
+def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: Profile) -> None:
     """Train from `progress.step` to the end of `progress.epoch`; raises Interrupted between two updates."""
     args, progress, dist, task = trainer.args, trainer.progress, trainer.dist, trainer.task
     set_mode(task, trainer.model, args)
     loss, batches, began = 0.0, [], time.perf_counter()
-    micro_batches = enumerate(task.train.epoch(progress.epoch, progress.step), progress.step)
+    micro_batches = timed(task.train.epoch(progress.epoch, progress.step), progress)
 
-    with Display(trainer) as display:
-        for step, batch in micro_batches:
+    with Display(trainer) as display, profile:
+        for step, batch in enumerate(micro_batches, progress.step):
             loss = loss + add_gradient(trainer, batch, step)
             batches.append(batch)
             if not ends_update(trainer, step):
@@ -153,14 +145,27 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory) -> None:
             )
             loss, batches, began = 0.0, [], now
             display.show(mean_loss)
+            profile.step()
             if stopping:
                 raise Interrupted(dist.max(trainer.stop.signum or 0))
             if args.checkpoint_steps and progress.step // args.accum_iter % args.checkpoint_steps == 0:
                 directory.save_checkpoints([LAST], checkpoint_state(trainer))
 
 
+def timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
+    """The batches; the time that the loop waits for them is added to the meters."""
+    batches, done = iter(batches), object()
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, done)
+        progress.add(wait_seconds=time.perf_counter() - began)
+        if batch is done:
+            return
+        yield batch
+
+
 def dry_run(trainer: Trainer, run: Run) -> None:
-    """One update and one batch of evaluation, twice; tells the second's speed, and the memory that both took."""
+    """One update and one batch of evaluation, twice; prints the second's speed and the memory used."""
     args, task, progress = trainer.args, trainer.task, trainer.progress
     if run.checkpoint is not None:
         restore(trainer, run.checkpoint)

@@ -42,6 +42,7 @@ from training.arguments import (
     split_share,
     text,
 )
+from training.precision import set_up_device
 from utils import UserError
 
 FLAGS: FlagTable = {
@@ -150,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--image runs in one process")
     path = find_checkpoint(args.model_path)
     checkpoint = read_checkpoint(path)
+    set_up_device(dist.device, fixed_sizes=not checkpoint.get("detector"))
     if checkpoint.get("detector"):
         for name in OF_CLASSIFIERS:
             if getattr(args, name) not in (None, False, {}):

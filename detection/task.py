@@ -37,6 +37,7 @@ class Detection(Task):
     flags = FLAGS
     ranked_by = "AP"
     shown = ("AP", "AP50")
+    fixed_sizes = False
     plots = (
         Plot("loss_plot.png", (Panel("Loss", {"train_loss": "training"}),)),
         Plot(

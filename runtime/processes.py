@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from utils import UserError, one_line
 
@@ -87,6 +88,7 @@ class Distributed:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Gradients of depthwise weights differ from their bucket view only along axes of length 1.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.11 has no other name for it
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
@@ -149,8 +151,12 @@ def init_distributed(device: str = "auto") -> Distributed:
         step = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(os.environ.get("SLURM_STEP_ID", "0"))
         os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
         try:
+            found, _, _ = next(rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT))
+            # torchrun's store outlives a restart: without a prefix, the new ranks would find the dead ones' addresses.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             torch_dist.init_process_group(
                 "nccl" if chosen.type == "cuda" else "gloo",
+                store=torch_dist.PrefixStore(f"attempt {attempt} of {world_size}", found),
                 rank=rank,
                 world_size=world_size,
                 timeout=COLLECTIVE_TIMEOUT,

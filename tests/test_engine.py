@@ -14,6 +14,7 @@ from tiny_runs import assert_same
 from torch import nn
 
 import engine
+from detection.task import Detection
 from models.checkpoints import read_checkpoint
 from runtime import checkpoints
 from runtime.curves import Panel, Plot
@@ -21,6 +22,7 @@ from runtime.processes import Distributed
 from training.evaluation import evaluation_batches
 from training.log import Display
 from training.options import TaskFlags, parse_args
+from training.precision import choose_precision, set_up_device
 from training.task import Task
 from training.trainer import Progress
 from utils import Interrupted
@@ -128,7 +130,7 @@ def args_of(directory, *flags):
 
 def finished(directory):
     state = torch.load(directory / "checkpoint_last.pth", weights_only=True)
-    clocks = ("seconds", "images_per_second")
+    clocks = ("seconds", "images_per_second", "wait_seconds", "memory_gib")
     log = [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
     rows = [{name: value for name, value in row.items() if name not in clocks} for row in log]
     return {name: value for name, value in state.items() if name not in ("args", "version", "lineage")}, rows
@@ -154,7 +156,7 @@ def test_a_dry_run_tries_one_update_and_one_batch_of_evaluation_and_writes_nothi
     assert steps == [0, 1] * 2 and tasks[0].val.read == 2 * 2  # twice, the weights and their average
     assert not list(tmp_path.iterdir())
     told = capsys.readouterr().out
-    assert "images/s in training" in told and "GiB of memory at most; nothing was written" in told
+    assert "images/s in training" in told and "GiB of memory; nothing was written" in told
 
 
 def test_a_dry_run_goes_on_from_a_checkpoint_and_leaves_it(tmp_path, monkeypatch, capsys):
@@ -203,15 +205,47 @@ def test_the_gradient_is_clipped_at_the_norm_that_is_asked_for(tmp_path, monkeyp
     assert finished(tmp_path)[1][0]["grad_norm"] > 0.1
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "fast"), [("cpu", "float32", False), ("cuda", "float32", True), ("cuda", "float64", False)]
-)
-def test_only_float32_on_cuda_is_computed_less_exactly(tmp_path, monkeypatch, device, dtype, fast):
-    told = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+@pytest.mark.parametrize(("device", "fixed"), [("cpu", True), ("cuda", True), ("cuda", False)])
+def test_a_gpu_may_use_tf32_and_searches_for_algorithms_where_sizes_are_fixed(monkeypatch, device, fixed):
+    precisions = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    engine.set_up_machine(args_of(tmp_path, "--dtype", dtype), Distributed(device=torch.device(device)))
-    assert (told == ["high"], torch.backends.cudnn.benchmark) == (fast, fast)
+    set_up_device(torch.device(device), fixed)
+    assert (precisions == ["high"]) == (device == "cuda")
+    assert torch.backends.cudnn.benchmark == (device == "cuda" and fixed)
+    assert Regression.fixed_sizes and not Detection.fixed_sizes
+
+
+@pytest.mark.parametrize(("native", "amp"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_automatic_precision_is_bf16_only_where_the_gpu_has_it_natively(tmp_path, monkeypatch, native, amp):
+    def supported(including_emulation=True):
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert choose_precision(args_of(tmp_path), torch.device("cuda")).amp is amp
+    assert choose_precision(args_of(tmp_path), torch.device("cpu")).amp is None
+
+
+def test_an_epochs_row_has_the_time_spent_waiting_for_data(tmp_path, monkeypatch, capsys):
+    epoch = Points.epoch
+
+    def slow(self, *args):
+        for batch in epoch(self, *args):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(Points, "epoch", slow)
+    engine.fit(Regression, args_of(tmp_path, "--epochs", "1"))
+    row = json.loads((tmp_path / "log.txt").read_text())
+    assert 0.2 <= row["wait_seconds"] <= row["seconds"] and row["memory_gib"] > 0
+    assert "images/s per process" in capsys.readouterr().out
+
+
+def test_a_profile_of_some_updates_is_written(tmp_path, capsys):
+    engine.fit(Regression, args_of(tmp_path, "--epochs", "1", "--accum-iter", "1", "--profile", "1"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any("addmm" in event.get("name", "") for event in events)
+    assert f"wrote {tmp_path}/trace.json" in capsys.readouterr().out
 
 
 def test_an_average_without_decay_is_the_weights(tmp_path):
@@ -293,4 +327,4 @@ def test_a_schedule_that_stays_in_its_warm_up_is_told(tmp_path, monkeypatch, cap
     with pytest.raises(Interrupted):
         engine.fit(Regression, args_of(tmp_path, "--epochs", epochs, "--warmup-epochs", "5"))
     told = capsys.readouterr().out
-    assert ("warning: --epochs 3 with --warmup-epochs 5 gets to an lr of 0.01 at most, not 0.05" in told) is warned
+    assert ("warning: --epochs 3 with --warmup-epochs 5 reaches an lr of 0.01 at most, not 0.05" in told) is warned

@@ -40,7 +40,7 @@ TINY_SVT = [
     "num_heads=(1,1,1,1)",
     "mlp_ratios=(2,2,2,2)",
 ]
-CLOCK = ("seconds", "images_per_second")
+CLOCK = ("seconds", "images_per_second", "wait_seconds", "memory_gib")
 
 
 def train(directory, *flags, model=TINY, main=main_spectformer.main):

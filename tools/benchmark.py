@@ -49,11 +49,11 @@ from tools.contenders import (
     measure,
     seconds_of,
     set_cpu_kernels,
-    set_up_device,
     speed_ratio,
     take_turns,
 )
 from training.arguments import POSITIVE, WORKERS
+from training.precision import set_up_device
 from utils import UserError, atomic_write
 
 PARTS = ("training", "inference", "latency")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.suite:
         return run_suite(args.suite, args.json)
     torch.set_num_threads(args.threads)
-    set_up_device(args.device)
+    set_up_device(torch.device(args.device))
     settings = Settings(args.device, args.dtype, args.compile, args.channels_last, args.batch_size, args.img_size)
     if args.layers:
         result = compare_layers(args.grids, args.channels, settings, args.rounds)

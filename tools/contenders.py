@@ -23,6 +23,7 @@ from torch import nn
 
 from models import set_cpu_kernels
 from tools.export import in_onnxruntime
+from training.precision import set_up_device
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,7 +109,7 @@ class Runner:
 
     def __init__(self, contender: Contender):
         self.settings = settings = contender.settings
-        set_up_device(settings.device)
+        set_up_device(torch.device(settings.device))
         self.model = contender.build()
         self.forward = in_onnxruntime(self.model, settings.img_size) if contender.onnx else self.model
         if settings.compile:
@@ -201,13 +202,6 @@ def _resident_peak() -> float:
     """The most MiB that this process has had in memory, by Linux; nan elsewhere."""
     status = Path("/proc/self/status")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else float("nan")
-
-
-def set_up_device(device: str) -> None:
-    """TF32 and cuDNN's search for algorithms, as training sets them."""
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:

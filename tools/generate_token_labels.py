@@ -54,7 +54,7 @@ from runtime.cli import run_cli
 from runtime.processes import Distributed, init_distributed
 from tools.command_line import ToolParser, cores
 from training.arguments import POSITIVE, WORKERS, class_list, image_size
-from training.precision import Precision, choose_precision
+from training.precision import Precision, choose_precision, set_up_device
 from utils import UserError, atomic_write, make_directory, one_line
 
 NAMED = 20  # bad maps that --check lists of each kind
@@ -65,6 +65,7 @@ WRITERS = 16  # threads; writing a small file is mostly waiting for the disk
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     dist = init_distributed(args.device)
+    set_up_device(dist.device)
     dataset = build_dataset(
         args.data_set, args.data_path, "train", inat_category=args.inat_category, classes=args.classes
     )

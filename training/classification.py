@@ -77,8 +77,8 @@ class Classification(Task):
             images, targets = self._mixup(images, targets)
         if not self.args.token_label:
             return images, targets, {}
+        # As numbers, every box would compile the model again.
         box = sample_mix_box(self.model.token_label_size, images.device if self.args.compile else None)
-        # A compiled model takes them as data; as numbers it would be compiled anew for every box.
         return images, targets, {"box": box}
 
     def loss(self, model: nn.Module, prepared: tuple[Tensor, Any, dict[str, Any]]) -> Tensor:
@@ -236,9 +236,14 @@ def evaluate(
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
+    full = 0  # images of a batch
     for batch in evaluation_batches(loader, dist, stop):
+        images = as_input(batch.images, precision)
+        if model._compiled_call_impl is not None:  # for a smaller last batch it would be compiled again
+            full = max(full, len(images))
+            images = padded(images, full)
         with precision.autocast():
-            logits = model(as_input(batch.images, precision))
+            logits = model(images)[: len(batch.targets)]
         totals += count(logits.to(precision.dtype), batch.targets)
     totals = torch.cat([totals, totals.new_tensor([len(loader.skipped)])])
     loss, correct1, correct5, images, skipped = dist.sum(totals).tolist()
@@ -253,6 +258,12 @@ def evaluate(
         "images": int(images),
     }
     return results | ({"skipped": int(skipped)} if skipped else {})
+
+
+def padded(images: Tensor, batch_size: int) -> Tensor:
+    """(B, C, H, W) repeated to (batch_size, C, H, W); a model in evaluation mode treats each image by itself."""
+    missing = batch_size - len(images)
+    return torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing else images
 
 
 def count(logits: Tensor, targets: Tensor) -> Tensor:

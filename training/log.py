@@ -1,10 +1,12 @@
-"""What a run tells its user: what is trained, the progress of an epoch, its row of the log, how it ended."""
+"""Output of a run: what is trained, the progress and the log row of an epoch, a profile, the summary."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from training.evaluation import BAR
 from training.model import count_parameters
 from training.optimizer import highest_rate, images_per_update
 from training.trainer import Trainer
-from utils import say
+from utils import atomic_write, say
 
 
 def report(dist: Distributed, line: str) -> None:
@@ -26,7 +28,7 @@ def report(dist: Distributed, line: str) -> None:
 
 
 def describe(trainer: Trainer) -> None:
-    """What is about to be trained, in two lines, and a third if the schedule never gets to its peak."""
+    """Print what is about to be trained, with a warning if the schedule never reaches its peak."""
     args, dist, precision = trainer.args, trainer.dist, trainer.precision
     amp = f", autocast {precision.amp}" if precision.amp is not None else ""
     parameters = f"{count_parameters(trainer.model):,} parameters"
@@ -41,7 +43,7 @@ def describe(trainer: Trainer) -> None:
     if reached < 0.5 * peak:
         report(
             dist,
-            f"warning: --epochs {args.epochs} with --warmup-epochs {args.warmup_epochs} gets to an lr of "
+            f"warning: --epochs {args.epochs} with --warmup-epochs {args.warmup_epochs} reaches an lr of "
             f"{reached:.3g} at most, not {peak:.3g}: fewer warm-up epochs?",
         )
 
@@ -105,7 +107,11 @@ def duration(seconds: float) -> str:
 
 
 def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
-    """The epoch's line of log.txt; seconds of training alone."""
+    """The epoch's line of log.txt.
+
+    seconds: of training, without evaluation; wait_seconds: of these, waiting for the loader, on the main process;
+    memory_gib: the largest amount so far of the main process, on its GPU if it uses one.
+    """
     args, dist, progress, sums = trainer.args, trainer.dist, trainer.progress, trainer.progress.meters
     task = trainer.task
     images = len(task.train) * args.batch_size * dist.world_size
@@ -119,11 +125,14 @@ def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
         "samples_seen": (progress.epoch + 1) * images,
         "images_per_second": round(images / sums["seconds"], 1),
         "seconds": round(sums["seconds"], 2),
+        "wait_seconds": round(sums["wait_seconds"], 2),
+        "memory_gib": round(peak_memory(dist), 2),
     }
     if args.skip_bad_images:
         row["skipped_images"] = int(dist.sum(torch.tensor(len(task.train.skipped), device=dist.device)))
-    told = ("train_loss", *(f"test_{name}" for name in task.shown), "seconds")
-    report(dist, f"epoch {progress.epoch}: " + ", ".join(f"{name} {row[name]:.4g}" for name in told))
+    shown = ("train_loss", *(f"test_{name}" for name in task.shown), "seconds", "wait_seconds", "memory_gib")
+    speed = f"{row['images_per_second'] / dist.world_size:.0f} images/s per process"
+    report(dist, f"epoch {progress.epoch}: " + ", ".join([*(f"{name} {row[name]:.4g}" for name in shown), speed]))
     return row
 
 
@@ -135,16 +144,50 @@ def report_dry_run(trainer: Trainer, training: float, evaluation: float) -> None
     report(
         dist,
         f"dry run: {images_per_update(args, dist) / training:.1f} images/s in training, "
-        f"{models_evaluated * batch / evaluation:.1f} in evaluation, {peak_memory(dist)}; nothing was written",
+        f"{models_evaluated * batch / evaluation:.1f} in evaluation, {peak_memory(dist):.2f} GiB of "
+        f"{'GPU ' if dist.device.type == 'cuda' else ''}memory; nothing was written",
     )
 
 
-def peak_memory(dist: Distributed) -> str:
-    """The most memory that this process has had."""
+def peak_memory(dist: Distributed) -> float:
+    """The largest amount of memory that this process has used so far, on its GPU if it uses one, in GiB."""
     if dist.device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(dist.device) / 2**30:.2f} GiB of the GPU's memory at most"
-    unit = 1 if sys.platform == "darwin" else 2**10  # of what the system tells
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory at most"
+        return torch.cuda.max_memory_allocated(dist.device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # of what the system reports
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Profile:
+    """Traces --profile updates of the main process after three others; a context manager that ends an epoch."""
+
+    def __init__(self, trainer: Trainer):
+        args = trainer.args
+        self._path = Path(args.output_dir) / "trace.json"
+        self._profiler = None
+        if args.profile and trainer.dist.is_main:
+            steps = torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1)
+            self._profiler = torch.profiler.profile(schedule=steps, on_trace_ready=self._write)
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            profiler.export_chrome_trace(f"{directory}/trace.json")
+            atomic_write(self._path, Path(directory, "trace.json").read_bytes())
+        say(f"wrote {self._path}; open it at https://ui.perfetto.dev")
+
+    def step(self) -> None:
+        """After an update."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def __enter__(self) -> Profile:
+        if self._profiler is not None:
+            self._profiler.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
 
 
 def print_summary(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""In which precision a model computes."""
+"""The precision that a model computes in, and what the device may do for speed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Precision:
 
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """What --dtype and --amp say; `auto` is mixed precision on CUDA, in bf16 where the GPU has it."""
+    """What --dtype and --amp say; `auto` is mixed precision on CUDA, in bf16 where the GPU computes in it natively."""
     dtype = getattr(torch, args.dtype)
     amp = args.amp
     if amp == "auto":
         on_gpu = device.type == "cuda" and dtype is torch.float32
-        amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "none"
+        native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = ("bf16" if native else "fp16") if on_gpu else "none"
     return Precision(device, dtype, {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp])
 
 
@@ -35,3 +36,16 @@ def as_input(images: Tensor, precision: Precision, channels_last: bool = False) 
     """Images (B, C, H, W) in the model's dtype and memory format."""
     memory_format = torch.channels_last if channels_last else torch.preserve_format
     return images.to(dtype=precision.dtype, memory_format=memory_format)
+
+
+def set_up_device(device: torch.device, fixed_sizes: bool = True) -> None:
+    """What training, evaluation, prediction and benchmarks allow a GPU: TF32 in float32 products and convolutions.
+
+    Args:
+        device: a CPU needs nothing.
+        fixed_sizes: all images have one size, so cuDNN may search for the fastest algorithm of each convolution.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = fixed_sizes

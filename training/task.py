@@ -24,7 +24,8 @@ class Task(ABC):
         flags: the task's part of the command line.
         ranked_by: the result of `evaluate` by which checkpoints are ranked; the larger the better.
         shown: results of `evaluate` in an epoch's line on the console.
-        plots: the pictures of the log that the run directory holds.
+        plots: the plots of the log that the run directory contains.
+        fixed_sizes: whether all images of a run have one size.
         model: what is trained, with the weights it begins from.
         train: batches, by ``train.epoch(epoch, first micro-step)``; its length is the micro-steps of an epoch, its
             `skipped` the unreadable files met so far, path to reason.
@@ -35,6 +36,7 @@ class Task(ABC):
     ranked_by: ClassVar[str]
     shown: ClassVar[Sequence[str]]
     plots: ClassVar[Sequence[Plot]]
+    fixed_sizes: ClassVar[bool] = True
     model: nn.Module
     train: Any
     val: EvaluationLoader

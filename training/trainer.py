@@ -1,4 +1,4 @@
-"""The parts of a run: what is open, what trains, and where it stands."""
+"""The parts of a run: what is open, what trains, and how far it is."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ from utils import StopSignals
 if TYPE_CHECKING:
     from training.task import Task
 
-METERS = ("updates", "overflows", "loss", "norm", "seconds")  # sums over the steps of an epoch
-
 
 @dataclass(frozen=True)
 class Run:
     """What is open while a run lasts.
 
-    args: the command line, settled; dist: the job's processes; directory: where the run writes, None with
-    --eval; checkpoint: what it goes on from, None for a beginning.
+    args: the command line, completed; dist: the job's processes; directory: where the run writes, None with
+    --eval and --dry-run; checkpoint: what it resumes from, None for a new run.
     """
 
     args: argparse.Namespace
@@ -42,11 +40,11 @@ class Run:
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it goes through checkpoints.
+    """How far a run is; all of it is saved in checkpoints.
 
-    `step` micro-steps of `epoch` are done and `meters` hold the sums over them, of all processes. `updates`
-    counts those of the weights since the beginning. `score` is the last finished epoch's, and `averaged` says whether
-    the average of the weights reached it rather than the weights themselves.
+    `step` micro-steps of `epoch` are done, and `meters` contains sums over them: updates, overflows, loss, norm,
+    seconds, wait_seconds. `updates` counts those of the weights since the beginning. `score` is the last finished
+    epoch's; `averaged` says whether the average of the weights reached it rather than the weights themselves.
     """
 
     epoch: int = 0
@@ -71,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a step needs. `parallel` is `model` as wrapped for several processes."""
+    """What a step needs. `parallel` is `model` wrapped for several processes."""
 
     args: argparse.Namespace
     dist: Distributed
@@ -97,7 +95,7 @@ class Trainer:
 
     @property
     def position(self) -> int:
-        """The number of the next update, counted from the beginning, where those that overflowed count too."""
+        """The number of the next update, counted from the beginning, including those that overflowed."""
         return self.progress.epoch * self.updates_per_epoch + self.progress.step // self.args.accum_iter
 
     @property
@@ -118,7 +116,8 @@ def build_trainer(run: Run, task: Task, stop: StopSignals) -> Trainer:
         ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
     optimizer = build_optimizer(args, model, dist)
     if args.compile:
-        model.compile()
+        for compiled in (model, *(() if ema is None else (ema.module,))):
+            compiled.compile(mode=None if args.compile_mode == "default" else args.compile_mode)
     return Trainer(
         args=args,
         dist=dist,

@@ -12,7 +12,6 @@ import importlib
 import io
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -22,15 +21,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from harness import children_of, digest
+from harness import children_of
 from matplotlib.figure import Figure
-from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 
 import engine
-import utils
 from runtime import checkpoints, run_directory
 from runtime.cli import run_cli
+from training import classification
 
 
 def train(main: str, argv: Sequence[str], faults: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -65,42 +63,29 @@ def at(event: str, n: int, action: str, **how: Any) -> None:
 
 def on_update(call: Callable[[Any], Any]) -> None:
     """Before an update of the weights; the context is the optimiser."""
-    torch_optimizer.register_optimizer_step_pre_hook(
-        lambda optimizer, args, kwargs: call(optimizer) if is_the_models(optimizer) else None
-    )
+    torch_optimizer.register_optimizer_step_pre_hook(lambda optimizer, *_: call(optimizer) and None)
 
 
 def on_updated(call: Callable[[Any], Any]) -> None:
     """After an update of the weights; the context is the optimiser."""
-    torch_optimizer.register_optimizer_step_post_hook(
-        lambda optimizer, args, kwargs: call(optimizer) if is_the_models(optimizer) else None
-    )
+    torch_optimizer.register_optimizer_step_post_hook(lambda optimizer, *_: call(optimizer) and None)
 
 
-def is_the_models(optimizer: torch.optim.Optimizer) -> bool:
-    """Resuming tries out the optimiser on single weights."""
-    return sum(len(group["params"]) for group in optimizer.param_groups) > 1
+def after(module: Any, function: str) -> Callable[[Callable[[Any], Any]], None]:
+    """After a function of a module; the context is its result, which the action may replace.
 
-
-def on_forward(training: bool) -> Callable[[Callable[[Any], Any]], None]:
-    """After the outermost module's forward in training or evaluation; the context is its output, which the
-    action may replace."""
+    Hooks of all modules would make models take the slower way that hooks need, which has other last bits.
+    """
 
     def register(call: Callable[[Any], Any]) -> None:
-        depth = 0
+        real = getattr(module, function)
 
-        def enter(module: torch.nn.Module, args: Any) -> None:
-            nonlocal depth
-            depth += 1
+        def called(*args: Any) -> Any:
+            result = real(*args)
+            replaced = call(result)
+            return result if replaced is None else replaced
 
-        def leave(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            nonlocal depth
-            depth -= 1
-            is_model = depth == 0 and isinstance(output, torch.Tensor) and output.dim() == 2  # and not a loss
-            return call(output) if is_model and module.training == training else None
-
-        nn_module.register_module_forward_pre_hook(enter)
-        nn_module.register_module_forward_hook(leave)
+        setattr(module, function, called)
 
     return register
 
@@ -120,8 +105,8 @@ def on_sync(call: Callable[[Any], Any]) -> None:
 EVENTS = {
     "update": on_update,
     "updated": on_updated,
-    "training": on_forward(True),
-    "evaluation": on_forward(False),
+    "training": after(engine, "step_loss"),
+    "evaluation": after(classification, "count"),
     "save": on_sync,
 }
 
@@ -133,36 +118,31 @@ def send(context: Any, signum: int, times: int = 1) -> None:
         os.kill(os.getpid(), signum)
 
 
-def kill_worker(context: Any, report: str) -> None:
-    """SIGKILL a loader worker, and note when."""
-    worker = children_of(os.getpid())[0]
-    os.kill(worker, signal.SIGKILL)
-    Path(report).write_text(str(time.time()))
+def kill_worker(context: Any) -> None:
+    """SIGKILL a loader worker."""
+    os.kill(children_of(os.getpid())[0], signal.SIGKILL)
 
 
-def kill_self(context: Any, report: str) -> None:
-    """SIGKILL this process, and note when."""
-    Path(report).write_text(str(time.time()))
+def kill_self(context: Any) -> None:
+    """SIGKILL this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def pause(context: Any, report: str) -> None:
-    """Say that the point is reached and wait to be killed or signalled from outside."""
-    Path(report).write_text(str(os.getpid()))
+    """Say that the point is reached, and wait to be killed."""
+    Path(report).write_text("")
     while True:
         time.sleep(0.05)
 
 
-def poison_loss(output: torch.Tensor, value: float, report: str) -> torch.Tensor:
-    """Make the output, and so the loss, NaN or infinite."""
-    Path(report).write_text(str(time.time()))
-    return output * value
+def poison_loss(loss: torch.Tensor, value: float) -> torch.Tensor:
+    """Make the loss NaN or infinite."""
+    return loss * value
 
 
-def poison_gradient(output: torch.Tensor, value: float, report: str) -> None:
+def poison_gradient(loss: torch.Tensor, value: float) -> None:
     """Leave the loss as it is, and make its gradient NaN or infinite."""
-    Path(report).write_text(str(time.time()))
-    output.register_hook(lambda gradient: gradient * value)
+    loss.register_hook(lambda gradient: gradient * value)
 
 
 ACTIONS = {
@@ -221,51 +201,6 @@ class Trace:
         os.write(self.descriptor, (json.dumps(entry) + "\n").encode())
 
 
-def trace_updates(path: str) -> None:
-    """For every update: the step's key, the learning rates, weight decays, the state of the random generators
-    before it, the parameters and the average of them after it; the parameters when an update is refused."""
-    trace = Trace(path)
-    key: list[Any] = []
-    seed_step = utils.seed_step
-
-    def noted(*parts: Any) -> None:
-        key[:] = parts
-        seed_step(*parts)
-
-    utils.seed_step = engine.seed_step = noted
-
-    def before(optimizer: torch.optim.Optimizer) -> None:
-        groups = [[group["lr"], group["weight_decay"]] for group in optimizer.param_groups]
-        trace(kind="update", key=key, groups=groups, rng=digest(torch.get_rng_state()))
-
-    def after(optimizer: torch.optim.Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        trace(kind="updated", key=key, parameters=digest(parameters))
-        held[:] = parameters
-
-    held: list[torch.Tensor] = []
-    leaving = utils.NonFiniteError.__init__
-
-    def refused(self: utils.NonFiniteError, *args: Any) -> None:
-        leaving(self, *args)
-        trace(kind="refused", parameters=digest(held))
-
-    utils.NonFiniteError.__init__ = refused
-
-    on_update(before)
-    on_updated(after)
-
-    from timm.utils import ModelEmaV3
-
-    update = ModelEmaV3.update
-
-    def averaged(self: ModelEmaV3, *args: Any, **kwargs: Any) -> None:
-        update(self, *args, **kwargs)
-        trace(kind="averaged", key=key, average=digest(self.module.state_dict()))
-
-    ModelEmaV3.update = averaged
-
-
 def trace_reads(path: str) -> None:
     """For every sample: that it is read; for every step: the samples that were trained on."""
     from inputs.loader import KeyedSamples, TrainLoader
@@ -286,40 +221,6 @@ def trace_reads(path: str) -> None:
 
     KeyedSamples.__getitem__ = reading
     TrainLoader.epoch = stepping
-
-
-def trace_writes(path: str, below: str) -> None:
-    """The calls that decide whether a file below a folder is written safely, in order."""
-    trace = Trace(path)
-    fsync, replace, rename = os.fsync, os.replace, os.rename
-
-    def audit(event: str, args: tuple) -> None:
-        if event == "open" and isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(below):
-            flags = args[2] or 0
-            writes = (isinstance(args[1], str) and any(c in args[1] for c in "wax+")) or flags & (
-                os.O_WRONLY | os.O_RDWR | os.O_CREAT
-            )
-            if writes:
-                trace(call="open", path=str(args[0]))
-
-    def synced(descriptor: int) -> None:
-        fsync(descriptor)
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        size = os.fstat(descriptor).st_size
-        if name.startswith(below):
-            trace(call="fsync", path=name, size=size)
-
-    def moved(real: Callable) -> Callable:
-        def move(source: Any, target: Any, **how: Any) -> None:
-            size = os.stat(source).st_size
-            real(source, target, **how)
-            if str(target).startswith(below):
-                trace(call="replace", path=str(source), target=str(target), size=size)
-
-        return move
-
-    sys.addaudithook(audit)
-    os.fsync, os.replace, os.rename = synced, moved(replace), moved(rename)
 
 
 # ---------------------------------------------------------------------------------------------- disks
@@ -343,50 +244,17 @@ def full_disk(after: int, match: str = "") -> None:
     _replace_open(lambda name: match in name, FullDisk)
 
 
-def read_only(match: str) -> None:
-    """Refuse, with EROFS, to open files for writing whose path contains ``match``, as read-only mounts do."""
-
-    def refuse(name: Any, mode: str, **how: Any) -> io.FileIO:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
-
-    _replace_open(lambda name: match in name, refuse)
-
-
 def _replace_open(applies: Callable[[str], bool], opener: Callable[..., io.FileIO]) -> None:
-    """Make every Python-level way to open a file for writing go through ``opener(path, mode)``."""
-    real_open, real_os_open = builtins.open, os.open
+    """Let `open` write some files by `opener(path, mode)`."""
+    real_open = builtins.open
 
-    def opened(
-        file: Any,
-        mode: str = "r",
-        buffering: int = -1,
-        encoding: Any = None,
-        errors: Any = None,
-        newline: Any = None,
-        closefd: bool = True,
-        **other: Any,
-    ) -> Any:
-        if isinstance(file, int) or not set(mode) & set("wax+") or not applies(os.fspath(file)):
-            return real_open(file, mode, buffering, encoding, errors, newline, closefd, **other)
-        raw = opener(file, mode.replace("b", "").replace("t", ""))
-        if "b" in mode and buffering == 0:
-            return raw
-        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
-        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
-
-    def os_opened(path: Any, flags: int, *args: Any, **how: Any) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR) and opener is not FullDisk and applies(os.fspath(path)):
-            opener(path, "w")
-        return real_os_open(path, flags, *args, **how)
+    def opened(file: Any, mode: str = "r", *args: Any, **how: Any) -> Any:
+        if isinstance(file, int) or not set(mode) & set("wax+") or not applies(os.fsdecode(file)):
+            return real_open(file, mode, *args, **how)
+        buffered = io.BufferedWriter(opener(file, mode.replace("b", "").replace("t", "")))
+        return buffered if "b" in mode else io.TextIOWrapper(buffered)
 
     builtins.open = io.open = opened
-    os.open = os_opened
-
-
-def file_limit(size: int) -> None:
-    """Let the kernel itself refuse files longer than ``size`` bytes (EFBIG), whoever writes them."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 # -------------------------------------------------------------------------------------------- outputs
@@ -417,13 +285,9 @@ def lose_output(streams: Sequence[int], way: str) -> None:
 
 
 FAULTS = {
-    "lose_output": lose_output,
     "at": at,
     "kill_anywhere": kill_anywhere,
-    "trace_updates": trace_updates,
     "trace_reads": trace_reads,
-    "trace_writes": trace_writes,
     "full_disk": full_disk,
-    "read_only": read_only,
-    "file_limit": file_limit,
+    "lose_output": lose_output,
 }

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import select
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,95 +25,25 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 FULL = os.environ.get("RELIABILITY") == "full"
 HANG = 300  # seconds after which a run counts as hanging: a hundred times what one takes
-# A worker or rank that dies has to end the run in this time.
-DEATH_LIMIT = 10
 # Fields of a log row that tell how fast the machine was, and nothing about the training.
 TIMES = ("time", "seconds", "images_per_second", "throughput", "memory")
 
 # A run of three epochs of four updates in about a second, with everything on that keeps state.
-TINY = [
-    "--arch",
-    "spectformer_xs",
-    "--model-kwargs",
-    "embed_dim=16",
-    "depth=2",
-    "num_heads=2",
-    "alpha=1",
-    "mlp_ratio=2",
-    "--data-set",
-    "DIGITS",
-    "--input-size",
-    "32",
-    "--batch-size",
-    "8",
-    "--num-workers",
-    "0",
-    "--device",
-    "cpu",
-    "--epochs",
-    "3",
-    "--warmup-epochs",
-    "1",
-    "--drop-path",
-    "0.2",
-    "--model-ema",
-    "--model-ema-decay",
-    "0.9",
-    "--lr",
-    "5e-3",
-    "--unscale-lr",
-    "--reprob",
-    "0.25",
-    "--checkpoint-epochs",
-    "0",
-]
+TINY = shlex.split(
+    "--arch spectformer_xs --model-kwargs embed_dim=16 depth=2 num_heads=2 alpha=1 mlp_ratio=2 --input-size 32 "
+    "--batch-size 8 --device cpu --epochs 3 --warmup-epochs 1 --drop-path 0.2 --model-ema --model-ema-decay 0.9 "
+    "--lr 5e-3 --unscale-lr --reprob 0.25 --checkpoint-epochs 0"
+)
 
-# The same of a detector, on images of 64 pixels: two epochs of four updates. It finds something from the first on.
-TINY_DETECTION = [
-    "--arch",
-    "spectformer_h_s",
-    "--model-kwargs",
-    "stem_width=8",
-    "embed_dims=(8,16,16,16)",
-    "depths=(1,1,1,1)",
-    "spectral_depths=(1,1,0,0)",
-    "num_heads=(1,1,1,1)",
-    "mlp_ratios=(2,2,2,2)",
-    "--detector-kwargs",
-    "fpn_channels=32",
-    "anchor_sizes=(4,8,16,32,64)",
-    "detections=40",
-    "box_score_thresh=0.0",
-    "rpn_post_nms_top_n_train=50",
-    "rpn_post_nms_top_n_test=20",
-    "box_batch_size_per_image=32",
-    "--input-size",
-    "64",
-    "--min-size",
-    "48,64",
-    "--max-size",
-    "96",
-    "--batch-size",
-    "2",
-    "--device",
-    "cpu",
-    "--epochs",
-    "2",
-    "--warmup-updates",
-    "3",
-    "--decay-milestones",
-    "1",
-    "--drop-path",
-    "0.2",
-    "--no-freeze-bn",
-    "--model-ema",
-    "--model-ema-decay",
-    "0.9",
-    "--lr",
-    "1e-3",
-    "--checkpoint-epochs",
-    "0",
-]
+# The same of a detector, on images of 64 pixels: two epochs of four updates.
+TINY_DETECTION = shlex.split(
+    "--arch spectformer_h_s --model-kwargs stem_width=8 embed_dims=(8,16,16,16) depths=(1,1,1,1) "
+    "spectral_depths=(1,1,0,0) num_heads=(1,1,1,1) mlp_ratios=(2,2,2,2) --detector-kwargs fpn_channels=32 "
+    "anchor_sizes=(4,8,16,32,64) detections=40 box_score_thresh=0.0 rpn_post_nms_top_n_train=50 "
+    "rpn_post_nms_top_n_test=20 box_batch_size_per_image=32 --input-size 64 --min-size 48,64 --max-size 96 "
+    "--batch-size 2 --device cpu --epochs 2 --warmup-updates 3 --decay-milestones 1 --drop-path 0.2 --no-freeze-bn "
+    "--model-ema --model-ema-decay 0.9 --lr 1e-3 --checkpoint-epochs 0"
+)
 
 
 def count(reduced: int, full: int) -> int:
@@ -285,47 +215,15 @@ class Launcher:
         faulty_rank: int | None = None,
         base: Sequence[str] = TINY,
         main: str = "main_spectformer",
-        directory: Path | str | None = None,
-        second: Sequence[str] = (),
     ) -> list[Child]:
-        """Start a training in ``world`` processes; ``faults`` strike ``faulty_rank`` (None: every rank).
-
-        ``second``: flags that the second process alone is given.
-        """
-        each = [list(faults) if faulty_rank in (None, rank) else [] for rank in range(world)]
-        how = {"workers": workers, "base": base, "main": main, "directory": directory, "second": second}
-        return self.train_each(run_dir, each, *flags, **how)
-
-    def train_each(
-        self,
-        run_dir: Path,
-        faults: Sequence[Sequence],
-        *flags: str,
-        workers: int = 0,
-        base: Sequence[str] = TINY,
-        main: str = "main_spectformer",
-        directory: Path | str | None = None,
-        second: Sequence[str] = (),
-    ) -> list[Child]:
-        """Start a training of as many processes as there are entries in ``faults``, each with its own."""
+        """Start a training in ``world`` processes; ``faults`` strike ``faulty_rank`` (None: every rank)."""
         argv = [*base, "--output-dir", str(run_dir), "--num-workers", str(workers), *flags]
-        world, port = len(faults), str(free_port())
-        children = []
-        for rank, own in enumerate(faults):
-            launched = (
-                {}
-                if world == 1
-                else {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world),
-                    "LOCAL_WORLD_SIZE": str(world),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                }
-            )
-            own_argv = [*argv, *second] if rank == 1 else argv
-            children.append(self.start("faults:train", directory, launched, main=main, argv=own_argv, faults=own))
+        port, children = str(free_port()), []
+        for rank in range(world):
+            job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+            launched = {} if world == 1 else {name: str(value) for name, value in job.items()} | {"MASTER_PORT": port}
+            own = list(faults) if faulty_rank in (None, rank) else []
+            children.append(self.start("faults:train", None, launched, main=main, argv=argv, faults=own))
         return children
 
     def complete(self, run_dir: Path, *flags: str, **how: Any) -> list[Child]:
@@ -375,7 +273,7 @@ def outcome(run_dir: Path) -> dict[str, str]:
     from models.checkpoints import read_checkpoint
 
     state = read_checkpoint(run_dir / "checkpoint_last.pth")
-    parts = {key: digest(value) for key, value in state.items() if key not in ("args", "version", "lineage")}
+    parts = {key: digest(value) for key, value in state.items() if key not in ("args", "version")}
     return parts | {"log": digest(rows(run_dir))}
 
 
@@ -416,9 +314,3 @@ def one_line(text: str) -> bool:
 
 def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def copy_run(source: Path, target: Path) -> Path:
-    """A copy of a run directory to spoil; the lock, if any, is not copied."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*lock*"))
-    return target

@@ -1,0 +1,119 @@
+"""Promises 2, 8 and 9: the order of samples, unreadable images, evaluation on any number of processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from coco_example import write_example
+from harness import TINY, TINY_DETECTION, count, differences, farthest, free_port, one_line, outcome, rows, traced
+from PIL import Image
+
+EXACT = ["--dtype", "float64", "--mixup", "0", "--cutmix", "0", "--drop-path", "0"]
+DETECTION = {"base": TINY_DETECTION, "main": "main_detection"}
+
+
+@pytest.mark.promise(2)
+@pytest.mark.parametrize("repeated", [(), ("--repeated-aug",)], ids=["each once", "repeated"])
+def test_order_and_augmentation_do_not_depend_on_workers_or_processes(launcher, tmp_path, flags, repeated):
+    report = tmp_path / "traces.json"
+    argv = [*TINY, *flags, "--mixup", "0", "--cutmix", "0", *repeated]
+    child = launcher.start("children:order_traces", argv=argv, images=12, epochs=[0, 1], report=str(report))
+    assert child.wait() == 0, child.err
+    traces = json.loads(report.read_text())
+    expected = traces["0 1"]
+    assert len({image for _, image in expected}) > 0.9 * len(expected), "the augmentation does not vary"
+    assert len(traces) == 16 and all(trace == expected for trace in traces.values())
+
+
+@pytest.mark.promise(2)
+def test_weights_do_not_depend_on_the_number_of_processes(launcher, tmp_path, flags):
+    exact = [*flags, *EXACT, "--resume", "auto"]
+    launcher.complete(tmp_path / "alone", *exact)
+    for world, last in ((1, 3), (2, 4)):
+        stop = ("at", {"event": "updated", "n": last, "action": "send", "signum": signal.SIGTERM})
+        for child in launcher.train(tmp_path / "changing", *exact, world=world, faults=[stop], faulty_rank=0):
+            assert child.wait() == 128 + signal.SIGTERM, child.err
+    launcher.complete(tmp_path / "changing", *exact)
+    assert farthest(tmp_path / "alone", tmp_path / "changing") <= 1e-10
+
+
+@pytest.mark.promise(2)
+def test_a_detector_trains_and_evaluates_alike_on_one_and_two_processes(launcher, tmp_path):
+    """Losses are means over the parts of all processes. The jitter makes all images of one size."""
+    cells = write_example(tmp_path / "cells", scale=4)
+    exact = ["--freeze-bn", "--drop-path", "0", "--dtype", "float64", "--large-scale-jitter", "64", "--epochs", "1"]
+    flags = ["--data-path", str(cells), *exact]
+    launcher.complete(tmp_path / "one", *flags, "--batch-size", "2", **DETECTION)
+    launcher.complete(tmp_path / "two", *flags, "--batch-size", "1", world=2, **DETECTION)
+    assert farthest(tmp_path / "two", tmp_path / "one") < 1e-5
+    (row,) = rows(tmp_path / "one")
+    evaluating = ["--data-path", str(cells), "--eval", "--resume", str(tmp_path / "one" / "checkpoint_last.pth")]
+    for world in (1, 3):
+        children = launcher.complete(tmp_path / "unused", *evaluating, "--dtype", "float64", world=world, **DETECTION)
+        found = json.loads(children[0].out.splitlines()[-1])
+        assert {f"test_{name}": value for name, value in found.items()}.items() <= row.items()
+
+
+def spoiled(images: Path, target: Path, split: str, number: int) -> list[Path]:
+    """A copy of the data set with some unreadable images in a split; their paths."""
+    shutil.copytree(images, target)
+    paths = sorted((target / split).rglob("*.png"))[::2][:number]
+    good = io.BytesIO()
+    Image.open(paths[0]).convert("RGB").resize((64, 64)).save(good, "JPEG")
+    contents = (b"", b"not an image", good.getvalue()[:400], bytes(500))
+    for path, content in zip(paths, contents, strict=False):
+        path.write_bytes(content)
+    return paths
+
+
+@pytest.mark.promise(8)
+@pytest.mark.parametrize(("split", "workers"), [("train", 2), ("val", 0)])
+def test_an_unreadable_image_stops_training_and_evaluation_by_name(launcher, tmp_path, images, split, workers):
+    (path,) = spoiled(images, tmp_path / "data", split, 1)
+    flags = ["--data-set", "FOLDER", "--data-path", str(tmp_path / "data"), "--epochs", "1"]
+    (child,) = launcher.train(tmp_path / "run", *flags, workers=workers)
+    assert child.wait() == 2 and one_line(child.err) and str(path) in child.err, child.err
+
+
+@pytest.mark.promise(8)
+def test_unreadable_images_are_skipped_and_counted_alike_for_any_number_of_workers(launcher, tmp_path, images):
+    bad = spoiled(images, tmp_path / "data", "train", 4)
+    flags = ["--data-set", "FOLDER", "--data-path", str(tmp_path / "data"), "--skip-bad-images", "--epochs", "1"]
+    files = sorted((tmp_path / "data" / "train").rglob("*.png"))
+    for workers in (0, 2):
+        tracing = ("trace_reads", {"path": str(tmp_path / f"{workers}.trace")})
+        (child,) = launcher.complete(tmp_path / f"{workers}", *flags, workers=workers, faults=[tracing])
+        assert f"{len(bad)} unreadable images were skipped" in child.out
+        assert all(str(path) in child.err for path in bad)
+        batches = [entry["indices"] for entry in traced(tmp_path / f"{workers}.trace") if entry["kind"] == "batch"]
+        assert not {files[index] for batch in batches for index in batch} & set(bad)
+        assert rows(tmp_path / f"{workers}")[0]["skipped_images"] == len(bad)
+    assert not differences(outcome(tmp_path / "0"), outcome(tmp_path / "2"))
+
+
+@pytest.mark.promise(9)
+def test_evaluation_counts_every_image_once(launcher, tmp_path):
+    sizes, batches = list(range(1, 68, count(13, 1))), [1, 8, 16] if count(0, 1) == 0 else [1, 3, 8, 16]
+    counts = {}
+    for world in range(1, count(3, 4) + 1):
+        report, port, children = tmp_path / f"{world}.json", str(free_port()), []
+        for rank in range(world):
+            job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+            environment = {name: str(value) for name, value in job.items()} | {"MASTER_PORT": port}
+            arguments = {"sizes": sizes, "batches": batches, "report": str(report), "environment": environment}
+            children.append(launcher.start("children:evaluate_sizes", **arguments))
+        for child in children:
+            assert child.wait(600) == 0, child.err
+        counts[world] = json.loads(report.read_text())
+    for size in sizes:
+        expected = [*counts[1][f"{size} 1"][:2], size]
+        for world, found in counts.items():
+            assert [found[f"{size} {batch}"] for batch in batches] == [expected] * len(batches), (size, world)
+    assert len({tuple(value) for value in counts[1].values()}) > len(sizes) / 2, "the counts say nothing"
+    assert torch.get_num_threads() == 1
