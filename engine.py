@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -86,8 +87,10 @@ def train(trainer: Trainer, run: Run) -> None:
     if run.checkpoint is not None:
         restore(trainer, run.checkpoint)
     run.directory.truncate_log(progress.epoch)
-    run.directory.write_args(args, sys.argv)
+    run.directory.write_args(args, sys.argv, resuming=run.checkpoint is not None)
     describe(trainer)
+    if progress.epoch >= trainer.epochs:
+        report(trainer.dist, f"nothing left to train: {progress.epoch} epochs are done; --epochs N goes further")
     if progress.epoch > 0 and progress.step == 0:
         # The run may have crashed between the files of an epoch's end.
         save_epoch(trainer, run.directory, run.checkpoint)
@@ -99,11 +102,12 @@ def train(trainer: Trainer, run: Run) -> None:
             results = evaluate(trainer)
         except Interrupted:
             run.directory.save_checkpoints([LAST], checkpoint_state(trainer))
-            report(trainer.dist, f"saved {args.output_dir}/{LAST}")
+            command = shlex.join(["python", sys.argv[0], "--resume", args.output_dir])
+            report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
             raise
         row = log_row(trainer, results)
         progress.end_epoch(*best_of(trainer.task.ranked_by, results))
-        trainer.scheduler.step(progress.epoch - 1)
+        trainer.scheduler.step(progress.epoch - 1, progress.score)  # plateau looks at the score
         # In this order a crash in between repeats the epoch and writes the same again.
         run.directory.log_row(row, progress.best_epoch)
         save_epoch(trainer, run.directory, checkpoint_state(trainer))

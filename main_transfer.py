@@ -7,11 +7,12 @@ from runtime.cli import run_cli
 from training.classification import Classification
 from training.options import parse_args
 
-RECIPE = "configs/transfer/transfer.yaml"
+RECIPE = "configs/transfer/transfer.yaml"  # published, for eight GPUs and hundreds of epochs
+ONE_MACHINE = "configs/one_machine_finetune.yaml"  # where the command line gives no --lr
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    engine.fit(Classification, parse_args(Classification.flags, argv, RECIPE, __doc__))
+    engine.fit(Classification, parse_args(Classification.flags, argv, RECIPE, __doc__, ONE_MACHINE))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def class_folders(options: DatasetOptions) -> ImageDataset:
         return _split(options)
     folder = split_folder(options.root, options.split_names)
     if folder is None:
-        raise options.missing(f"a folder {' or '.join(options.split_names)} with a folder of images for each class")
+        way_out = "; --val-split 0.1 keeps a part of each class for validation" if options.split != "test" else ""
+        wanted = f"a folder {' or '.join(options.split_names)} with a folder of images for each class"
+        raise options.missing(wanted + way_out)
     # Evaluation maps classes by name, and may lack some.
     return _image_folder(folder, split_folder(options.root, SPLIT_NAMES["val"]) if options.train else None)
 

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,15 +120,35 @@ class RunDirectory:
                     place.rmdir()
 
     # --------------------------------------------------------------------------------------------- arguments
-    def write_args(self, args: argparse.Namespace | Mapping[str, Any], argv: Sequence[str]) -> None:
-        """Write args.yaml: the command (`argv`, like sys.argv), versions, the code's state, all arguments."""
+    def write_args(
+        self, args: argparse.Namespace | Mapping[str, Any], argv: Sequence[str], resuming: bool = False
+    ) -> None:
+        """Write args.yaml: the command (`argv`, like sys.argv), versions, the code's state, all arguments.
+
+        A run that resumes keeps what its first command wrote, and adds its own command with the arguments it changes.
+        """
         if not self._active:
             return
         values = args if isinstance(args, Mapping) else vars(args)
         record = describe_run(values, argv, self._processes)
         if self._project is not None and self._wandb is None:
             self._wandb = WeightsAndBiases(self._project, self.path, record["args"])
+        first = self._first_record() if resuming else None
+        if first is not None:
+            later = first.setdefault("resumed", [])
+            before = dict(ChainMap(*(entry["changed"] for entry in reversed(later)), first["args"]))
+            changed = {name: value for name, value in record.pop("args").items() if before.get(name) != value}
+            later.append(record | {"changed": changed})
+            record = first
         atomic_write(self.path / ARGS, yaml.safe_dump(record, sort_keys=False, width=100, allow_unicode=True))
+
+    def _first_record(self) -> dict[str, Any] | None:
+        """What args.yaml contains; None if the file is missing or unusable."""
+        try:
+            record = yaml.safe_load((self.path / ARGS).read_text(encoding="utf-8"))
+            return record if isinstance(record["args"], dict) else None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+            return None
 
     # --------------------------------------------------------------------------------------------------- log
     def truncate_log(self, epoch: int) -> None:

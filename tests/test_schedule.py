@@ -11,7 +11,7 @@ import torch
 import models  # noqa: F401 (registers them)
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS
-from training.optimizer import build_optimizer, build_scheduler, highest_rate
+from training.optimizer import build_optimizer, build_scheduler, highest_and_last_rate
 from training.options import parse_args
 from utils import UserError
 
@@ -63,18 +63,18 @@ def test_cooldown_runs_at_the_smallest_rate():
     for epoch in range(args.epochs + args.cooldown_epochs):
         scheduler.step(epoch)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[3:] == [args.min_lr] * 2 and rates[2] > args.min_lr
+    assert rates[3:] == [1e-5] * 2 and rates[2] > 1e-5
 
 
 @pytest.mark.parametrize(("warmup", "expected"), [(5, 1.0), (40, 0.5)], ids=["ends", "never ends"])
 def test_the_highest_rate_of_a_schedule_of_any_length_is_found_at_once(warmup, expected):
     args = parse("--epochs", "20", "--warmup-epochs", str(warmup), "--warmup-lr", "0", "--sched-on-updates")
-    assert highest_rate(args, 1.0, updates_per_epoch=10**8) == pytest.approx(expected, rel=0.01)
+    assert highest_and_last_rate(args, 1.0, updates_per_epoch=10**8)[0] == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("stepped", ["--sched-on-updates", "--no-sched-on-updates"])
 @pytest.mark.parametrize("warmup", ["0", "2", "9"])
-def test_the_highest_rate_is_the_highest_of_the_run(warmup, stepped):
+def test_the_announced_rates_are_the_highest_and_the_last_of_the_run(warmup, stepped):
     args = parse("--epochs", "4", "--warmup-epochs", warmup, stepped)
     optimizer = torch.optim.SGD(tiny().parameters(), lr=1.0)
     scheduler = build_scheduler(args, optimizer, updates_per_epoch=3)
@@ -82,7 +82,54 @@ def test_the_highest_rate_is_the_highest_of_the_run(warmup, stepped):
     for number in range(11 if args.sched_on_updates else 3):
         (scheduler.step_update if args.sched_on_updates else scheduler.step)(number)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert highest_rate(args, 1.0, updates_per_epoch=3) == max(rates)
+    assert highest_and_last_rate(args, 1.0, updates_per_epoch=3) == (max(rates), rates[-1])
+
+
+@pytest.mark.parametrize("given", [(), ("--min-lr", "1e-5", "--warmup-lr", "1e-6")], ids=["not given", "given"])
+@pytest.mark.parametrize("images", [2, 8, 128])
+def test_a_schedule_that_is_not_given_its_ends_never_rises_towards_the_last_epoch(images, given):
+    args = parse("--epochs", "4", "--warmup-epochs", "1", "--batch-size", str(images), *given)
+    optimizer = build_optimizer(args, tiny(), Distributed())
+    scheduler = build_scheduler(args, optimizer, updates_per_epoch=3)
+    rates = [scheduler._get_lr(epoch)[0] for epoch in range(5)]
+    peak = 5e-4 * images / 512
+    ends = (1e-6, 1e-5) if given else (min(1e-6, peak / 10), min(1e-5, peak / 10))
+    assert (rates[0], rates[-1]) == pytest.approx(ends)
+    assert given or rates[1:] == sorted(rates[1:], reverse=True)
+
+
+@pytest.mark.parametrize("updates_per_epoch", [2, 700])
+def test_a_warm_up_can_be_a_part_of_the_run_whatever_its_length(updates_per_epoch):
+    args = parse("--epochs", "10", "--warmup-part", "0.2", "--sched-on-updates", "--lr", "1", "--unscale-lr")
+    scheduler = build_scheduler(args, build_optimizer(args, tiny(), Distributed()), updates_per_epoch)
+    rates = [scheduler._get_lr(update)[0] for update in range(10 * updates_per_epoch)]
+    assert rates.index(max(rates)) == pytest.approx(2 * updates_per_epoch, abs=1)
+    assert rates[updates_per_epoch] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sched", "expected"),
+    [
+        ("constant", [1.0] * 10),
+        ("wsd", [1.0] * 8 + [1.0, 0.293]),
+        ("plateau", [1.0] * 4 + [0.1] * 3 + [0.01] * 3),
+    ],
+)
+def test_other_schedules_of_timm_are_at_hand(sched, expected):
+    args = parse("--epochs", "10", "--sched", sched, "--warmup-epochs", "0", "--patience-epochs", "2", "--min-lr", "0")
+    optimizer = torch.optim.SGD(tiny().parameters(), lr=1.0)
+    scheduler = build_scheduler(args, optimizer, updates_per_epoch=3)
+    rates = []
+    for epoch in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch + 1, 50.0)
+    assert rates == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_schedule_that_does_not_fit_is_an_error_of_one_line():
+    args = parse("--sched", "plateau", "--sched-on-updates")
+    with pytest.raises(UserError, match="--sched plateau: Plateau LR only supports step per epoch"):
+        build_scheduler(args, build_optimizer(args, tiny(), Distributed()), 3)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +138,7 @@ def test_the_highest_rate_is_the_highest_of_the_run(warmup, stepped):
         (1, [], 5e-4 * 128 / 512),
         (3, ["--accum-iter", "4"], 5e-4 * 128 * 3 * 4 / 512),
         (8, ["--unscale-lr"], 5e-4),
+        (2, ["--lr-scale", "sqrt", "--batch-size", "64"], 5e-4 / 2),
     ],
 )
 def test_the_rate_counts_processes_and_accumulation(processes, words, expected):

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -212,7 +213,8 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
     content = read_yaml(path, where)
     if isinstance(content.get("args"), dict) and "command" in content:
         ignored = ("config", "output_dir", "resume", "eval")
-        content = {key: value for key, value in content["args"].items() if value is not None and key not in ignored}
+        content = dict(ChainMap(*(later["changed"] for later in reversed(content.get("resumed", []))), content["args"]))
+        content = {key: value for key, value in content.items() if value is not None and key not in ignored}
     return parser.given(words_of(content, parser, where))
 
 
@@ -225,7 +227,8 @@ def read_yaml(path: str | Path, where: str) -> dict:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
+        found = [near for suffix in (".yaml", ".yml") if (near := Path(path).with_suffix(suffix)).is_file()]
+        raise UserError(f"{where}: {error.strerror}" + (f"; did you mean {found[0]}?" if found else "")) from error
     except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(content, dict):

@@ -21,6 +21,7 @@ from training.evaluation import evaluation_batches
 from training.log import report
 from training.losses import balanced_class_weights, build_loss
 from training.model import create_model, labels_tokens, load, load_finetuned
+from training.options import data_name
 from training.precision import Precision, as_input
 from training.resume import check_same
 from training.task import Task
@@ -124,7 +125,8 @@ class Classification(Task):
     def describe(self) -> str:
         height, width = self.args.input_size
         return (
-            f"{self.args.data_set} at {height}x{width} (evaluation crop {self.data.crop_pct:g}), "
+            f"{data_name(self.args.data_set, self.args.data_path)} at {height}x{width} "
+            f"(evaluation crop {self.data.crop_pct:g}), "
             f"{self.data.num_classes} classes, {len(self.train.dataset)} training and {len(self.val.dataset)} "
             "validation images"
         )

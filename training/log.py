@@ -16,7 +16,7 @@ import models
 from runtime.processes import Distributed
 from training.evaluation import BAR
 from training.model import count_parameters
-from training.optimizer import highest_rate, images_per_update
+from training.optimizer import highest_and_last_rate, images_per_update
 from training.trainer import Trainer
 from utils import atomic_write, say
 
@@ -28,23 +28,28 @@ def report(dist: Distributed, line: str) -> None:
 
 
 def describe(trainer: Trainer) -> None:
-    """Print what is about to be trained, with a warning if the schedule never reaches its peak."""
+    """Print what is about to be trained and how, with a warning if the schedule never reaches its peak."""
     args, dist, precision = trainer.args, trainer.dist, trainer.precision
+    if args.config is not None:
+        report(dist, f"recipe: {args.config}")
     amp = f", autocast {precision.amp}" if precision.amp is not None else ""
-    parameters = f"{count_parameters(trainer.model):,} parameters"
+    total, trained = count_parameters(trainer.model), count_parameters(trainer.model, trained=True)
+    parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
     report(dist, f"{models.resolve_arch(args.arch)}: {parameters}, {trainer.task.describe()}, {dist.device}{amp}")
     peak = max(trainer.scheduler.base_values)
+    highest, last = highest_and_last_rate(args, peak, trainer.updates_per_epoch)
     report(
         dist,
-        f"{len(trainer.task.train)} steps an epoch, {images_per_update(args, dist)} images an update, "
-        f"lr up to {peak:.3g}; files go to {args.output_dir}",
+        f"{len(trainer.task.train)} steps an epoch, {images_per_update(args, dist)} images an update, {args.opt}, "
+        f"lr up to {highest:.3g}, {last:.3g} at the end; files go to {args.output_dir}",
     )
-    reached = highest_rate(args, peak, trainer.updates_per_epoch)
-    if reached < 0.5 * peak:
+    if highest < 0.5 * peak:
+        warmup = "updates" if args.warmup_updates else "part" if args.warmup_part is not None else "epochs"
+        length = getattr(args, f"warmup_{warmup}")
         report(
             dist,
-            f"warning: --epochs {args.epochs} with --warmup-epochs {args.warmup_epochs} reaches an lr of "
-            f"{reached:.3g} at most, not {peak:.3g}: fewer warm-up epochs?",
+            f"warning: --epochs {args.epochs} with --warmup-{warmup} {length} never reaches the peak lr of "
+            f"{peak:.3g}; choose a shorter warm-up",
         )
 
 

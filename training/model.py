@@ -85,5 +85,6 @@ def enable_grad_checkpointing(model: nn.Module) -> None:
         raise UserError(f"--grad-checkpointing: this model has none ({one_line(error)})") from error
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """The number of weights, or of those that are trained."""
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained)

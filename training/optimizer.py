@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from training.model import layers_of
 from utils import UserError, one_line
 
 LR_BATCH = 512  # --lr is for this many images an update (DeiT)
+MIN_LR, WARMUP_LR, DECAY_EPOCHS = 1e-5, 1e-6, 30  # DeiT's
 SAMPLED_STEPS = 1000  # of a schedule that is looked at beforehand
 APEX = "build NVIDIA apex from its source, https://github.com/NVIDIA/apex (PyPI's package apex is unrelated)"
 
@@ -24,12 +26,21 @@ def images_per_update(args: argparse.Namespace, dist: Distributed) -> int:
     return args.batch_size * args.accum_iter * dist.world_size
 
 
+def peak_rate(args: argparse.Namespace, dist: Distributed) -> float:
+    """--lr for this number of images per update.
+
+    It grows linearly with them (Goyal et al. 2017), or by --lr-scale with their square root (Malladi et al. 2022).
+    """
+    ratio = images_per_update(args, dist) / LR_BATCH
+    return args.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}["none" if args.unscale_lr else args.lr_scale]
+
+
 def build_optimizer(
     args: argparse.Namespace, model: nn.Module | list[dict[str, Any]], dist: Distributed
 ) -> torch.optim.Optimizer:
     """Timm's optimiser of that name for a model or some groups of weights.
 
-    The rate is scaled linearly with the images an update (Goyal et al. 2017).
+    `peak_rate` is its learning rate.
 
     Raises:
         UserError: there is no such optimiser here, or it does not take an option that was given.
@@ -44,12 +55,11 @@ def build_optimizer(
     check_optimizer(args)
     if "muon" in args.opt.lower() and isinstance(model, nn.Module):
         options["fallback_list"] = no_matrices(model)
-    scale = 1.0 if args.unscale_lr else images_per_update(args, dist) / LR_BATCH
     try:
         return create_optimizer_v2(
             model,
             opt=args.opt,
-            lr=args.lr * scale,
+            lr=peak_rate(args, dist),
             weight_decay=args.weight_decay,
             momentum=args.momentum,
             layer_decay=args.layer_decay,
@@ -100,32 +110,48 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
 
     It heeds one of the two, by --sched-on-updates. So epochs (updates) 0 and 1 run at --warmup-lr, as published.
     """
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        min_lr=args.min_lr,
-        warmup_epochs=args.warmup_updates / updates_per_epoch if args.warmup_updates else args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        decay_epochs=args.decay_epochs,
-        decay_milestones=args.decay_milestones,
-        decay_rate=args.decay_rate,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=updates_per_epoch,
-    )
+    peak = max(group["lr"] for group in optimizer.param_groups)
+    warmup_epochs = args.warmup_epochs
+    if args.warmup_updates:
+        warmup_epochs = args.warmup_updates / updates_per_epoch
+    elif args.warmup_part is not None:
+        warmup_epochs = args.warmup_part * args.epochs
+    try:
+        with warnings.catch_warnings(action="ignore"):  # plateau is deprecated in timm
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=args.sched,
+                num_epochs=args.epochs,
+                min_lr=at_most_a_tenth(args.min_lr, MIN_LR, peak),
+                warmup_epochs=warmup_epochs,
+                warmup_lr=at_most_a_tenth(args.warmup_lr, WARMUP_LR, peak),
+                decay_epochs=args.decay_epochs or (None if args.sched == "wsd" else DECAY_EPOCHS),
+                decay_milestones=args.decay_milestones,
+                decay_rate=args.decay_rate,
+                patience_epochs=args.patience_epochs,
+                step_on_epochs=not args.sched_on_updates,
+                updates_per_epoch=updates_per_epoch,
+            )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--sched {args.sched}: {one_line(error)}") from error
     return scheduler
 
 
-def highest_rate(args: argparse.Namespace, peak: float, updates_per_epoch: int) -> float:
-    """The largest learning rate of a run whose schedule's peak is `peak`, among some thousand of its steps.
+def at_most_a_tenth(given: float | None, default: float, peak: float) -> float:
+    """--min-lr or --warmup-lr: as given, else the published one where it is small beside the peak."""
+    return min(default, peak / 10) if given is None else given
 
-    The last is one of them: where a warm-up never ends, it has the largest.
+
+def highest_and_last_rate(args: argparse.Namespace, peak: float, updates_per_epoch: int) -> tuple[float, float]:
+    """The largest and the last learning rate of a run whose schedule's peak is `peak`.
+
+    It looks at some thousand steps, among them the last: where a warm-up never ends, that one has the largest.
     """
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     scheduler = build_scheduler(args, optimizer, updates_per_epoch)
     rates = [optimizer.param_groups[0]["lr"]]
-    steps = args.epochs * updates_per_epoch if args.sched_on_updates else args.epochs
+    steps = (args.epochs + args.cooldown_epochs) * (updates_per_epoch if args.sched_on_updates else 1)
     for number in reversed(range(steps - 2, -1, -(1 + steps // SAMPLED_STEPS))):
         (scheduler.step_update if args.sched_on_updates else scheduler.step)(number)
         rates.append(optimizer.param_groups[0]["lr"])
-    return max(rates)
+    return max(rates), rates[-1]

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 import models
-from models.checkpoints import READING_ARGUMENTS, check_model_kwargs, peek
+from models.checkpoints import READING_ARGUMENTS, CheckpointError, check_model_kwargs, peek
+from models.pretrained import find_checkpoint
 from runtime.processes import local_world_size
 from runtime.provenance import plain
 from training.arguments import (
@@ -41,8 +42,10 @@ from training.arguments import (
 from utils import UserError, say
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCH = "spectformer_xs"
+ARCH, INPUT_SIZE = "spectformer_xs", (224, 224)
 MOST_WORKERS = 16
+OWN_FOLDERS = ("IMNET", "FOLDER", "COCO")  # data sets that are a layout of folders
+SCHEDULES = ["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "plateau"]
 ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
 MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # arguments of models for the same choice
 Settings = dict[str, Any]
@@ -77,7 +80,7 @@ def default_workers() -> int:
 RUN = {
     "the run": [
         ("--config", text, None, "YAML", "file of flags; the command line overrides it"),
-        ("--output-dir", text, None, "DIR", "run directory (default: runs/<arch>-<data set>)"),
+        ("--output-dir", text, None, "DIR", "run directory (default: runs/<arch>-<data>)"),
         (
             "--resume",
             text,
@@ -106,7 +109,7 @@ RUN = {
             "LIST",
             "token mixer of each block: spectral*4,attention*8; slashes separate the stages of a pyramid",
         ),
-        ("--input-size", image_size, (224, 224), "PIXELS", "side, or HEIGHTxWIDTH (default: 224)"),
+        ("--input-size", image_size, None, "PIXELS", "side, or HEIGHTxWIDTH (default: --finetune's, or 224)"),
         ("--drop", FRACTION, 0.0, "P", "dropout before the classifier"),
         ("--drop-path", FRACTION, None, "P", "stochastic depth (default: the variant's own)"),
         ("--model-ema", bool, False, None, "also keep, evaluate and save a moving average of the weights"),
@@ -134,19 +137,34 @@ TRAINING = {
         ("--epochs", number(int, 1, 10**6), 300, "N", "passes over the data"),
         ("--lr", AMOUNT, 5e-4, "LR", "peak learning rate, for 512 images per update"),
         ("--unscale-lr", bool, False, None, "use --lr as it is, not scaled by images per update / 512"),
-        ("--sched", ["cosine", "tanh", "poly", "step", "multistep"], "cosine", None, "shape of the schedule"),
+        ("--lr-scale", ["linear", "sqrt"], "linear", None, "how --lr grows with images per update / 512"),
+        ("--sched", SCHEDULES, "cosine", None, "shape of the schedule, one of timm's"),
         ("--sched-on-updates", bool, False, None, "step the schedule after each update, not after each epoch"),
         ("--warmup-epochs", COUNT, 5, "N", "linear warm-up, part of --epochs"),
         ("--warmup-updates", COUNT, 0, "N", "length of the warm-up in updates, with --sched-on-updates"),
-        ("--warmup-lr", AMOUNT, 1e-6, "LR", "learning rate at the start of the warm-up"),
-        ("--min-lr", AMOUNT, 1e-5, "LR", "learning rate at the end of the schedule"),
+        ("--warmup-part", FRACTION, None, "P", "length of the warm-up as a part of --epochs"),
+        ("--warmup-lr", AMOUNT, None, "LR", "initial learning rate (default: 1e-6, at most a tenth of the peak)"),
+        ("--min-lr", AMOUNT, None, "LR", "final learning rate (default: 1e-5, at most a tenth of the peak)"),
         ("--cooldown-epochs", COUNT, 0, "N", "epochs at --min-lr after --epochs"),
-        ("--decay-epochs", POSITIVE, 30, "N", "step: epochs between two decays"),
+        (
+            "--decay-epochs",
+            POSITIVE,
+            None,
+            "N",
+            "step: epochs between two decays (default: 30); wsd: length of the decay (default: a fifth of --epochs)",
+        ),
         ("--decay-milestones", integers, (30, 60), "N,N,...", "multistep: epochs of the decays (default: 30,60)"),
-        ("--decay-rate", AMOUNT, 0.1, "R", "step, multistep: factor; poly: power"),
+        ("--decay-rate", AMOUNT, 0.1, "R", "step, multistep, plateau: factor; poly: power"),
+        ("--patience-epochs", COUNT, 10, "N", "plateau: epochs without improvement before a decay"),
     ],
     "fine-tuning": [
-        ("--finetune", text, None, "PATH", "initial weights, resized to --input-size"),
+        (
+            "--finetune",
+            text,
+            None,
+            "PATH",
+            "initial weights: a file, a run directory, or a model whose weights are here",
+        ),
         ("--finetune-mode", ["eval", "train"], "eval", None, "eval: no dropout, drop path or batch statistics"),
         ("--classifier", ["auto", "new"], "auto", None, "auto: keep the file's classifier if the classes agree"),
         ("--layer-decay", number(float, 0, 1, above=True), None, "D", "lr factor for each layer towards the stem"),
@@ -211,7 +229,11 @@ def build_parser(flags: TaskFlags, recipe: str | None = None, description: str |
 
 
 def parse_args(
-    flags: TaskFlags, argv: Sequence[str] | None, recipe: str | None = None, description: str | None = None
+    flags: TaskFlags,
+    argv: Sequence[str] | None,
+    recipe: str | None = None,
+    description: str | None = None,
+    recipe_without_lr: str | None = None,
 ) -> argparse.Namespace:
     """Parse and check a main's command line; reads no checkpoint.
 
@@ -222,6 +244,7 @@ def parse_args(
         argv: the command line; None for the process's own.
         recipe: the YAML file, from the root of the project, of a command line without --config.
         description: what --help begins with.
+        recipe_without_lr: the same, for a command line without --lr.
 
     Raises:
         UserError: in one line, for anything unknown, malformed or contradictory.
@@ -236,11 +259,14 @@ def parse_args(
     if config is None and run_directory and (run_directory / "args.yaml").exists():
         config = run_directory / "args.yaml"
     if config is None and recipe:
-        config = ROOT / recipe
-    in_config = {} if config is None else with_mixers(read_config(config, parser))
+        config = recipe if "lr" in on_line else recipe_without_lr or recipe
+        in_config = with_mixers(read_config(ROOT / config, parser))
+    else:
+        in_config = {} if config is None else with_mixers(read_config(config, parser))
 
     args = {name: action.default for name, action in parser.settings().items()}
     args |= flags.implied(in_config) | in_config | flags.implied(on_line) | on_line
+    args["config"] = None if config is None else str(config)
     args["model_kwargs"] = merged(in_config.get("model_kwargs", {}), on_line.get("model_kwargs", {}))
     if args["output_dir"] is None and run_directory:
         args["output_dir"] = str(run_directory)
@@ -259,10 +285,15 @@ def parse_args(
 
 def completed(flags: TaskFlags, args: Settings) -> Settings:
     """The settings with the defaults that depend on the model."""
-    args = args | {"arch": args["arch"] or ARCH}
+    args = args | {"arch": args["arch"] or ARCH, "input_size": args["input_size"] or INPUT_SIZE}
     args |= {name: value for name, value in flags.derived(args).items() if args.get(name) is None}
-    run = f"{args['arch']}-{args['data_set']}".lower().replace("/", "-")
+    run = f"{args['arch']}-{data_name(args['data_set'], args.get('data_path'))}".lower().replace("/", "-")
     return args | {"output_dir": args["output_dir"] or f"runs/{run}"}
+
+
+def data_name(data_set: str, data_path: str | None) -> str:
+    """The name of the data: a folder's own for the kinds of folders that anybody can have, else the data set's."""
+    return (data_path and data_set in OWN_FOLDERS and Path(data_path).resolve().name) or data_set
 
 
 def with_finetuned_model(flags: TaskFlags, args: argparse.Namespace) -> argparse.Namespace:
@@ -275,8 +306,18 @@ def with_finetuned_model(flags: TaskFlags, args: argparse.Namespace) -> argparse
     """
     if args.finetune is None:
         return args
-    state = {} if args.resume and not os.path.exists(args.finetune) else peek(args.finetune)
-    settings = vars(args) | {"arch": args.arch or state.get("arch")}
+    try:
+        path = str(find_checkpoint(args.finetune))
+        state = peek(path)
+    except CheckpointError:
+        if not args.resume:
+            raise
+        path, state = args.finetune, {}
+    settings = vars(args) | {
+        "finetune": path,
+        "arch": args.arch or state.get("arch"),
+        "input_size": args.input_size or state.get("input_size"),
+    }
     if state.get("arch") and models.resolve_arch(settings["arch"]) == models.resolve_arch(state["arch"]):
         # Whether there is a head for token labels depends on the run, not on the weights.
         kwargs = {name: value for name, value in (state.get("model_kwargs") or {}).items() if name != "token_label"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.scheduler.plateau_lr import PlateauLRScheduler
 
 from models.checkpoints import read_checkpoint, weights_of
 from runtime.checkpoints import later_checkpoint, newest_intact
@@ -25,6 +26,7 @@ from utils import UserError, one_line, quote
 LAST = "checkpoint_last.pth"
 # Options of torch's optimisers that depend on the machine: a run saved on a CPU resumes on CUDA.
 MACHINE_OPTIONS = ("fused", "foreach", "capturable")
+PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the state of that schedule
 
 
 # ---------------------------------------------------------------------------------------------- which checkpoint
@@ -38,7 +40,7 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
     """
     if args.resume is None:
         for name in ("log.txt", LAST):
-            if not args.eval and (Path(args.output_dir) / name).exists():
+            if not (args.eval or args.dry_run) and (Path(args.output_dir) / name).exists():
                 raise UserError(
                     f"--output-dir {args.output_dir}: it has another run's {name}; continue that run with "
                     "--resume auto, or choose another directory"
@@ -52,12 +54,13 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
             if args.resume == "auto":
                 return None
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
-        report(dist, f"resuming from {path}")
         state = found[1] if found is not None else read_checkpoint(path)
+        announce(args, dist, path, state)
         if directory == Path(args.output_dir):  # what is further in training there is damaged
             return state
     else:
         state = read_checkpoint(args.resume)
+        announce(args, dist, args.resume, state)
     later = None if args.eval or args.dry_run else later_checkpoint(args.output_dir, state)
     if later is not None:
         raise UserError(
@@ -65,6 +68,11 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
             "--output-dir, or continue from there with --resume auto"
         )
     return state
+
+
+def announce(args: argparse.Namespace, dist: Distributed, path: str, state: Mapping[str, Any]) -> None:
+    where = f", epoch {state['epoch']}, step {state.get('step', 0)}" if "epoch" in state else ""
+    report(dist, f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
 
 
 def with_global_batch(
@@ -95,7 +103,11 @@ def with_global_batch(
     smaller = [size for size in sizes if size <= args.batch_size]
     if not smaller or dist.world_size == processes:
         fitting = "; ".join(f"--batch-size {size} --accum-iter {share // size}" for size in sizes[:-5:-1])
-        raise UserError(f"{before}; {dist.world_size} processes continue with: {fitting or 'none'}")
+        source = args.output_dir if args.resume == "auto" else args.resume
+        raise UserError(
+            f"{before}; {dist.world_size} processes continue with: {fitting or 'none'}; for another number of images "
+            f"start a new run from its weights: --finetune {source}"
+        )
     flags = {"batch_size": smaller[-1], "accum_iter": share // smaller[-1]}
     report(
         dist,
@@ -124,6 +136,9 @@ def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
     state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     if trainer.ema is not None:
         state["model_ema"] = trainer.ema.module.state_dict()
+    if isinstance(trainer.scheduler, PlateauLRScheduler):
+        plateau = trainer.scheduler.lr_scheduler
+        state["plateau"] = {name: getattr(plateau, name) for name in PLATEAU}
     if trainer.scaler.is_enabled():
         state["scaler"] = trainer.scaler.state_dict()
     state |= task.identity()
@@ -181,6 +196,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         )
     if progress.epoch > 0:
         trainer.scheduler.step(progress.epoch - 1)
+    if isinstance(trainer.scheduler, PlateauLRScheduler):
+        vars(trainer.scheduler.lr_scheduler).update(state.get("plateau", {}))
 
 
 def load_average(trainer: Trainer, state: dict[str, Any]) -> None:
