@@ -26,13 +26,13 @@ class Backbone(nn.Module):
     """Images (B, 3, H, W) to an OrderedDict of maps (B, out_channels, h, w), the finest first.
 
     Lin et al., "Feature Pyramid Networks for Object Detection" (https://arxiv.org/abs/1612.03144), over features
-    that come with the model's own norms.
+    after the model's own norms.
 
     Args:
-        body: gives a list of maps, and says their widths.
-        out_channels: of every map.
+        body: returns a list of maps; its `feature_info` has their widths.
+        out_channels: width of every map.
         extra: makes coarser maps.
-        norm: of the FPN's convolutions; None for none.
+        norm: the norm after each of the FPN's convolutions, if any.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Backbone(nn.Module):
 
 
 def in_full_precision(values: Tensor) -> Tensor:
-    """At least float32, for what boxes are made of.
+    """The values in at least float32, for everything that box coordinates are computed from.
 
-    Anchors, proposals and boxes get the dtype of the maps and of the heads' offsets. In bf16, under autocast, a place
-    beyond 256 pixels would be rounded to a multiple of 2, beyond 1024 to one of 8.
+    Anchors, proposals and boxes get the dtype of the maps and of the heads' offsets. In bf16, coordinates
+    above 256 pixels would be rounded to multiples of 2, above 1024 to multiples of 8.
     """
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -61,7 +61,7 @@ def in_full_precision(values: Tensor) -> Tensor:
 def create_classifier(
     arch: str, input_size: tuple[int, int], model_kwargs: dict[str, Any], drop_path: float | None
 ) -> nn.Module:
-    """A model of ours or timm's, with its own classifier, that takes images of any size.
+    """A model of this project or of timm, with its classifier, for images of any size.
 
     Raises:
         UserError: there is no such model, or it does not take these arguments.
@@ -74,7 +74,7 @@ def create_classifier(
 
 
 def pyramid_features(model: nn.Module, arch: str, strides: Sequence[int]) -> FeatureGetterNet:
-    """The model as a source of normalised features at these strides, without what comes after the last of them.
+    """The model as an extractor of normalised features at these strides, without the layers after the last of them.
 
     Raises:
         UserError: it has no features at one of the strides.
@@ -90,7 +90,7 @@ def pyramid_features(model: nn.Module, arch: str, strides: Sequence[int]) -> Fea
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Take the affine weights of batch norms out of training."""
+    """Freeze the affine weights of batch norms."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.requires_grad_(False)

@@ -21,7 +21,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What COCO's evaluation says of one kind, box or mask; `NOTHING` where there are no such objects.
+    """The result of COCO's evaluation of boxes or masks; `NOTHING` where there are no such objects.
 
     precision: (IoU thresholds 0.5 to 0.95, recalls 0 to 1 in 101 steps, categories, `AREAS`, most detections);
     recall: the same without the second axis.
@@ -31,7 +31,7 @@ class Evaluated:
     recall: np.ndarray
 
     def numbers(self) -> dict[str, float]:
-        """COCO's twelve in per cent, but for those of a size that no object has."""
+        """COCO's twelve numbers in per cent, without those of sizes that no object has."""
         precision, recall = self.precision[..., -1], self.recall[..., -1]
         found = {
             "AP": _mean(precision[..., 0]),
@@ -74,7 +74,7 @@ def _text(counts: bytes | str) -> str:
 
 
 def results_of(results: Sequence[Result], kind: str) -> list[Result]:
-    """Of "box" or "mask" alone: with both, COCO's tools would take a mask for as large as its box."""
+    """Results of "box" or "mask" alone: with both, COCO's tools would use the box's area for the mask."""
     dropped = "segmentation" if kind == "box" else "bbox"
     return [{name: value for name, value in result.items() if name != dropped} for result in results]
 
@@ -83,7 +83,7 @@ def evaluate_results(ground_truth: dict[str, Any], results: Sequence[Result], ki
     """COCO's evaluation of "box" or "mask" results against the content of an annotation file.
 
     Args:
-        detections: how many an image count, the best first; COCO's own number is 100.
+        detections: how many of the best per image count; COCO uses 100.
     """
     truth = COCO(ground_truth, use_deepcopy=True)
     evaluation = COCOeval_faster(truth, _loaded(truth, results_of(results, kind)), KINDS[kind])

@@ -1,4 +1,4 @@
-"""torchvision's detectors over any pyramid of features, in their better form or the classic one."""
+"""torchvision's detectors on any feature pyramid, with the heads of their v2 builders or the classic ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COUNTED = {
 
 
 def wrong_argument(arguments: Mapping[str, Any]) -> str:
-    """What is wrong with --detector-kwargs, or ""; torchvision says it less clearly, and later."""
+    """What is wrong with --detector-kwargs, or ""; torchvision's own errors are less clear and come later."""
     for name, value in arguments.items():
         numbers = value if name == "anchor_sizes" else [value]
         kinds = (int,) if name in COUNTS else (int, float)
@@ -60,12 +60,12 @@ def kinds_of(detector: str) -> tuple[str, ...]:
 
 
 class Detector(nn.Module):
-    """A detector of torchvision's whose random choices and losses do not depend on how a batch is spread.
+    """One of torchvision's detectors, whose random choices and losses do not depend on how a batch is distributed.
 
-    Images are a list of (3, H, W), values 0 to 1, of any sizes. In evaluation `forward` gives for each image a dict
-    of "boxes" (N, 4) in its own pixels (x1, y1, x2, y2), "labels" (N,) from 1, "scores" (N,), and with masks "masks"
-    (N, 1, H, W), probabilities. In training it takes targets like these, "masks" (N, H, W), and each with a "seed";
-    it gives for each loss its value and how many of its parts that is the mean of.
+    Images are a list of (3, H, W), values 0 to 1, of any sizes. In evaluation `forward` returns a dict for each image:
+    "boxes" (N, 4) in its own pixels (x1, y1, x2, y2), "labels" (N,) from 1, "scores" (N,) and, with masks, "masks"
+    (N, 1, H, W), probabilities. In training it takes such targets, with "masks" (N, H, W) and a "seed" for each image.
+    It returns, for each loss, its value and the number of terms that it is the mean of.
     """
 
     def __init__(self, network: FasterRCNN | RetinaNet):
@@ -86,13 +86,13 @@ class Detector(nn.Module):
 
     @property
     def detections(self) -> int:
-        """How many of an image it keeps at most."""
+        """The upper limit of detections per image."""
         heads = getattr(self.network, "roi_heads", self.network)
         return heads.detections_per_img
 
     @property
     def pretrained_cfg(self) -> dict[str, tuple[str, ...]]:
-        """Where timm's models name their classifiers: the layers that another set of classes replaces."""
+        """The names of the layers to replace for other classes, under the key that timm's models use."""
         names = ("roi_heads.box_predictor", "roi_heads.mask_predictor", "head.classification_head.cls_logits")
         owned = dict(self.named_modules())
         return {"classifier": tuple(name for name in (f"network.{name}" for name in names) if name in owned)}
@@ -108,7 +108,7 @@ class Detector(nn.Module):
         return {name: (loss, self._parts(name, len(images))) for name, loss in losses.items()}
 
     def _parts(self, loss: str, images: int) -> int:
-        """What a loss is a mean over: RetinaNet's over images, the others' over what was drawn of all of them."""
+        """The number of terms of a loss: images for RetinaNet, sampled anchors or proposals otherwise."""
         if loss not in COUNTED:
             return images
         owner, counter = COUNTED[loss]
@@ -144,9 +144,9 @@ def _in_full_precision(_layer: nn.Module, _inputs: tuple, offsets: Tensor) -> Te
 
 
 class ScaledImages(GeneralizedRCNNTransform):
-    """Normalises and pads images; in evaluation it scales them, in training the augmentation has done so.
+    """Normalises and pads images, and maps detections back to the pixels of the original image.
 
-    What was found in them it brings back into their own pixels.
+    In evaluation it also scales images; in training the augmentation has done so.
     """
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
@@ -170,7 +170,10 @@ class ScaledImages(GeneralizedRCNNTransform):
 
 
 def scaled_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """The size whose short side is `short`, unless its long one exceeded `long`, as in `v2.RandomShortestSize`."""
+    """(height, width) with the short side `short`, or less so that the long side is at most `long`.
+
+    The rule of `v2.RandomShortestSize`.
+    """
     ratio = min(short / min(height, width), long / max(height, width))
     return int(height * ratio), int(width * ratio)
 
@@ -197,8 +200,8 @@ def build_detector(
         heads: "v2" or "classic".
         min_size, max_size: of an image's short and long side in evaluation, in pixels.
         fpn_channels: width of the FPN and the heads.
-        anchor_sizes: side of a square anchor in pixels, one a level.
-        detections: at most so many an image.
+        anchor_sizes: side of a square anchor in pixels, one per level.
+        detections: upper limit per image.
         settings: numbers that torchvision's constructor takes, such as ``box_batch_size_per_image=128``.
 
     Raises:
@@ -209,9 +212,11 @@ def build_detector(
     _check_settings(network, settings)
     levels = len(STRIDES[kind]) + (2 if kind == "retinanet" else 1)
     if len(anchor_sizes) != levels:
-        raise UserError(f"--detector-kwargs: anchor_sizes are {levels}, one a level of {kind}, not {len(anchor_sizes)}")
+        raise UserError(
+            f"--detector-kwargs: {kind} needs {levels} anchor_sizes, one per level, not {len(anchor_sizes)}"
+        )
     if heads == "v2" and fpn_channels % GROUPS:
-        raise UserError(f"--detector-kwargs: fpn_channels is a multiple of {GROUPS}, not {fpn_channels}")
+        raise UserError(f"--detector-kwargs: fpn_channels must be a multiple of {GROUPS}, not {fpn_channels}")
     norm = partial(nn.GroupNorm, GROUPS) if heads == "v2" else None
     detector = build(body, num_classes, fpn_channels, anchor_sizes, detections, norm, settings)
     like = detector.transform
@@ -220,7 +225,7 @@ def build_detector(
 
 
 def _check_settings(network: type[nn.Module], settings: dict[str, float]) -> None:
-    """Torchvision passes unknown names over in silence."""
+    """Refuse unknown names, which torchvision ignores."""
     known = {name: p.default for name, p in inspect.signature(network).parameters.items()}
     known = {name: default for name, default in known.items() if isinstance(default, int | float)}
     taken = [name for name in known if name not in ("min_size", "max_size")]

@@ -1,4 +1,4 @@
-"""A detector's masks, each on the grid of its box, in the pixels of the image."""
+"""From masks on the grids of their boxes to masks of the whole image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.nn.functional import grid_sample, pad
 
 
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (N, 1, M, M) of boxes (N, 4), as (N, 1, H, W): a box's pixels have what its mask has there, others 0.
+    """Masks (N, 1, M, M) of boxes (N, 4), as (N, 1, H, W), 0 outside the boxes.
 
-    It undoes how the targets are made: torchvision cuts them out by `roi_align`, for which pixel i is at i, not at
-    i + 1/2. Its own `paste_masks_in_image` rounds boxes to whole pixels: masks cut out of the embedded cells come back
-    with an IoU of 0.86 with what they were, here with 0.95.
+    It inverts how training targets are made: torchvision cuts them out by `roi_align`, where pixel i is at i, not at
+    i + 1/2. Its own `paste_masks_in_image` rounds boxes to whole pixels: masks of the embedded cells then come back
+    with an IoU of 0.86, here with 0.95.
     """
     height, width = size
     pasted = [masks.new_zeros(0, 1, height, width)]
@@ -28,7 +28,7 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _pixels(begin: float, end: float, length: int, device: torch.device) -> tuple[int, Tensor]:
-    """The first of an axis's pixels from `begin` to `end`, and where all of them are, with these ends at -1 and 1."""
+    """The first pixel of an axis within [begin, end], and the positions of all of them on a scale from -1 to 1."""
     first, behind = max(math.ceil(begin), 0), min(math.floor(end) + 1, length)
     pixels = torch.arange(first, max(behind, first), device=device)
     return first, 2 * (pixels - begin) / max(end - begin, 1e-6) - 1

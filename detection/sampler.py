@@ -1,4 +1,4 @@
-"""The order of the training images, in updates of images that are all wide or all high, by arithmetic alone."""
+"""The order of the training images: each update has only wide or only tall ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from inputs.sampler import KeyedSampler
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSampler(KeyedSampler):
-    """`KeyedSampler` whose updates are each of images of one group, so that little of a padded batch is padding.
+    """A `KeyedSampler` whose updates contain images of one group each, which keeps padding small.
 
-    In the epoch's random order each group's images fill updates of their own, which come in the order in which they
-    are full; what is left of all groups is mixed at the end.
+    Each group's images fill updates in the epoch's random order. Updates come in the order in which they are complete;
+    the rest of all groups is mixed at the end.
 
     Args:
         groups: the group of each sample.

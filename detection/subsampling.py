@@ -1,4 +1,4 @@
-"""Which anchors and proposals a training step looks at, drawn for each image by itself."""
+"""The anchors and proposals that a training step uses, sampled for each image on its own."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 
 class KeyedSubsampler:
-    """What torchvision draws from the global generator for a batch, drawn for each image by the image's own seed.
+    """torchvision's sampler of anchors or proposals, with a seed for each image instead of the global generator.
 
-    So an image's part of a step is the same in any batch, on any process.
+    An image's contribution to a step is then the same in any batch and on any process.
 
     Attributes:
-        seeds: of the images of the next batch, to be set before each.
-        drawn: how many the last batch had, of them `positives` on objects.
+        seeds: those of the next batch's images, to be set before each batch.
+        drawn, positives: the number of samples of the last batch, and of those on objects.
     """
 
     def __init__(self, like: BalancedPositiveNegativeSampler):
-        """like: torchvision's, which says how many to draw an image, and what part of them on objects."""
+        """like: torchvision's sampler, for the number of samples per image and the fraction on objects."""
         self._number = like.batch_size_per_image
         self._most_positives = int(like.batch_size_per_image * like.positive_fraction)
         self.seeds: Sequence[int] = ()
         self.drawn = self.positives = 0
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Masks of the positives and the negatives drawn, for labels above 0 and equal to 0 of each image."""
+        """Masks of the sampled positives (labels above 0) and negatives (labels equal to 0) of each image."""
         self.drawn = self.positives = 0
         positive_masks, negative_masks = [], []
         for own, seed in zip(labels, self.seeds, strict=True):
@@ -42,7 +42,7 @@ class KeyedSubsampler:
 
 
 def _draw(candidates: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """At most so many indices at which `candidates` is true."""
+    """Up to `most` random indices at which `candidates` is true."""
     indices = candidates.nonzero()[:, 0]
     chosen = torch.randperm(len(indices), generator=generator)[:most]  # on the CPU: the same on every device
     return indices[chosen.to(indices.device)]

@@ -32,7 +32,7 @@ from utils import StopSignals
 
 
 class Detection(Task):
-    """A `Detector` of boxes, and of masks where it is Mask R-CNN; by these it is then ranked."""
+    """Training a `Detector`. Mask R-CNN is ranked by its masks, the others by their boxes."""
 
     flags = FLAGS
     ranked_by = "AP"
@@ -73,7 +73,7 @@ class Detection(Task):
         return (torch.stack([loss for loss, _ in losses]) * self._weights(parts for _, parts in losses)).sum()
 
     def _weights(self, parts: Iterable[int]) -> Tensor:
-        """What makes the mean over processes of their means one over all the parts that all of them have."""
+        """Factors that turn the mean over processes of their means into the mean over all terms."""
         dist = self._run.dist
         own = torch.tensor(list(parts), dtype=self._run.precision.dtype, device=dist.device)
         return own * dist.world_size / dist.sum(own).clamp(min=1)
@@ -124,12 +124,12 @@ class Detection(Task):
 
 
 def as_inputs(images: list[Tensor], precision: Precision) -> list[Tensor]:
-    """Images of bytes as a detector takes them, values 0 to 1."""
+    """uint8 images as a detector takes them, values 0 to 1."""
     return [image.to(precision.dtype) / 255 for image in images]
 
 
 def build_model(run: Run, data: CocoImages) -> Detector:
-    """The detector that the command line asks for, with the weights it begins with, or with --eval --resume's."""
+    """The detector of the command line, with its initial weights or those of --eval --resume."""
     args = run.args
     torch.manual_seed(args.seed)
     body = create_classifier(args.arch, args.input_size, args.model_kwargs, args.drop_path)
@@ -150,7 +150,7 @@ def build_model(run: Run, data: CocoImages) -> Detector:
 
 
 def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -> Detector:
-    """The detector of some settings over a classification model."""
+    """The detector on a classification model, as the flags describe it."""
     return build_detector(
         args.detector,
         pyramid_features(body, args.arch, STRIDES[args.detector]),
@@ -163,7 +163,7 @@ def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -
 
 
 def load_finetuned(run: Run, model: Detector, class_names: tuple[str, ...]) -> None:
-    """Load --finetune's detector, whose class layers are kept if it is for these very classes."""
+    """Load --finetune's detector; its class layers are kept if its classes are the same."""
     path = run.args.finetune
     state = read_checkpoint(path)
     same = tuple(state.get("class_names") or ()) == class_names
@@ -181,7 +181,7 @@ def predict(
     precision: Precision,
     stop: StopSignals | None = None,
 ) -> list[Result]:
-    """All processes' predictions for the images of a data set, in the order of the images, on every process.
+    """The predictions of all processes for a data set, in the order of its images, on every process.
 
     Raises:
         Interrupted: between two images, on every process, when one of them was signalled.
@@ -201,9 +201,9 @@ def predict(
 def evaluate(
     results: list[Result], dataset: CocoImages, kinds: Iterable[str], dist: Distributed, detections: int
 ) -> dict[str, float]:
-    """COCO's numbers, called ``box_AP50`` and the like, computed once and the same on every process.
+    """COCO's numbers, named like ``box_AP50``, the same on every process.
 
-    AP and AP50 of the last of the kinds are there under these names too.
+    The last kind's AP and AP50 are repeated under these names.
     """
     numbers: dict[str, float] = {}
     if dist.is_main:

@@ -1,4 +1,4 @@
-"""How images and their objects are augmented, by `torchvision.transforms.v2`."""
+"""Augmentation of images with their objects, by `torchvision.transforms.v2`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ JITTER = (0.1, 2.0)  # Ghiasi et al. 2021, "Simple Copy-Paste"
 
 
 class TrainTransform:
-    """An image and its objects to what a detector trains on: the image, uint8 (3, H, W), and its target.
+    """From an image and its objects to a detector's training input: the image, uint8 (3, H, W), and its target.
 
     The target contains "boxes" float32 (N, 4), "labels" int64 (N,), "masks" uint8 (N, H, W) where there are some, and
-    "seed", the key of what the detector draws for this image. All randomness is the global generators'.
+    "seed", for the detector's sampling in this image. All randomness comes from the global generators.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -52,7 +52,7 @@ class TrainTransform:
 
 
 def fit_boxes(target: dict[str, Any]) -> dict[str, Any]:
-    """The boxes around what a crop has left of the masks, without the objects of which it has left nothing."""
+    """The target with boxes fitted to the cropped masks, without objects that are cropped away."""
     left = target["masks"].bool().flatten(1).any(1)
     target = {name: value[left] for name, value in target.items()}
     boxes = masks_to_boxes(target["masks"])

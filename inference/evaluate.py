@@ -100,9 +100,9 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     if missing:
         results["acc1_present"] = 100 * float((true == among_present).mean())
         results["missing_classes"] = [loaded.class_names[i] for i in missing]
+        shown = ", ".join(map(loaded.label, missing[:5])) + (", ..." if len(missing) > 5 else "")
         line += (
-            f"\n    {len(missing)} of the model's {loaded.num_classes} classes are not in the data "
-            f"({', '.join(results['missing_classes'][:5])}{', ...' if len(missing) > 5 else ''}); "
+            f"\n    {len(missing)} of the model's {loaded.num_classes} classes are not in the data ({shown}); "
             f"among the {len(present)} present, acc@1 {results['acc1_present']:.2f} %"
         )
     say(line)

@@ -1,4 +1,4 @@
-"""What in an image spoke for a class."""
+"""Which parts of an image spoke for a class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -456,8 +456,8 @@ def test_an_image_is_seen_alike_at_any_place_of_a_batch_of_its_size():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"anchor_sizes": (8, 16)}, "anchor_sizes are 5"),
-        ({"fpn_channels": 40}, "a multiple of 32"),
+        ({"anchor_sizes": (8, 16)}, "needs 5 anchor_sizes"),
+        ({"fpn_channels": 40}, "must be a multiple of 32"),
         ({"box_batch_size": 3}, "box_batch_size is unknown"),
         ({"box_nms_thresh": "much"}, "not a number like 0.5"),
         ({"rpn_post_nms_top_n_train": 0.5}, "not a number like 2000"),
