@@ -175,17 +175,11 @@ class KeyedImages(KeyedSamples):
         erased = None if self._erasing is None else self._erasing.draw(*image.shape[-2:])
         return Batch(image, target, index, erased)
 
-    def collate(self, samples: Sequence[Batch]) -> Batch:
-        # Decoded pixels lie channels last; to copy them in another order would take ten times as long.
-        batch = super().collate([sample._replace(images=sample.images.permute(1, 2, 0)) for sample in samples])
-        return batch._replace(images=batch.images.permute(0, 3, 1, 2))
-
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """The batch on the device, its images float32, normalised and erased."""
         batch = super().to_device(batch, device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
-        images = batch.images.to(torch.float32, memory_format=torch.contiguous_format)
-        images = images.sub_(self._mean).div_(self._std)
+        images = batch.images.float().sub_(self._mean).div_(self._std)
         if batch.erased is not None:
             images = self._erasing.erase(images, batch.erased)
         return batch._replace(images=images, erased=None)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from inputs.label_maps import MAP_SIZE
+from inputs.transforms import ImageToTensor
 from utils import UserError
 
 Record = dict[str, Tensor]  # see `TokenLabelTransform.__call__`
@@ -52,6 +53,7 @@ STATIONARY = (
     transforms.Resize,
     transforms.PILToTensor,
     MaybePILToTensor,
+    ImageToTensor,
 )
 
 

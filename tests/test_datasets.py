@@ -19,10 +19,11 @@ from timm.data import auto_augment, create_transform, random_erasing
 from torchvision import datasets as vision
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 
 from inputs.catalogue import build_dataset
 from inputs.data import build_data, build_eval
-from inputs.transforms import RandomErasing, eval_transform, image_size, train_transform
+from inputs.transforms import ImageToTensor, RandomErasing, eval_transform, image_size, train_transform
 from runtime.processes import Distributed
 from utils import UserError, seeded
 
@@ -641,6 +642,12 @@ def test_any_input_size_comes_out(size):
     for transform in (train_transform(size, aa="rand-m9-mstd0.5-inc1"), eval_transform(size)):
         image = transform(photo())
         assert (image.shape, image.dtype) == ((3, *image_size(size)), torch.uint8)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_pixels_become_the_tensor_that_torchvision_makes(mode):
+    image = photo().convert(mode)
+    assert torch.equal(ImageToTensor()(image), pil_to_tensor(image))
 
 
 def test_the_strongest_posterize_of_randaugment_works():
