@@ -1,0 +1,141 @@
+"""Estimate the training step of models on a GPU, without one: what they read, write and multiply on fake tensors.
+
+    python -m tools.estimate_gpu spectformer_h_s svt_h_s pvt_v2_b2 swin_tiny_patch4_window7_224
+
+In eager mode and bf16 autocast each operation counts the larger of its bytes over the memory's bandwidth, its
+arithmetic over the rate of products, and a kernel launch. The constants are those of an H100. The same counts apply to
+all models, so the figures compare models; they do not predict a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import models
+from runtime.cli import run_cli
+from tools.command_line import ToolParser
+from training.arguments import POSITIVE
+from utils import UserError
+
+BANDWIDTH, PRODUCTS, LAUNCH = 3.35e12, 400e12, 4e-6  # bytes and bf16 operations a second, seconds
+# Operations that run no kernel.
+FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"),
+    *("detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "_local_scalar_dense", "sym_size"),
+}
+FFT_KERNELS, FFT_PASSES = 4, 6  # copy to contiguous, a transform for each axis, scaling
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes and kernels of each operation, and the seconds of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+        self.seconds = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        namespace, name = func._schema.name.split("::")
+        if namespace not in ("aten", "prim", "prims"):
+            raise UserError(f"{func} is a custom operation: what it reads and writes cannot be counted")
+        read, written = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), results))
+        if name in FREE or func.is_view or not written:
+            return results
+        moved, kernels = sum(map(stored_bytes, read + written)), 1
+        if name.startswith("_fft"):
+            moved, kernels = FFT_PASSES * max(map(stored_bytes, read + written)), FFT_KERNELS
+        self.bytes[name] += moved
+        self.kernels[name] += kernels
+        self.seconds += max(moved / BANDWIDTH, operations(name, read, written) / PRODUCTS, kernels * LAUNCH)
+        return results
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor in memory; an expanded axis is stored once."""
+    entries = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return entries * tensor.element_size()
+
+
+def operations(name: str, read: list[Tensor], written: list[Tensor]) -> float:
+    """Multiplications and additions of products, convolutions and attention; 0 for anything else."""
+    if name in ("mm", "addmm", "bmm", "baddbmm"):
+        return 2 * written[0].numel() * read[-1].shape[-2]
+    if name == "convolution":
+        return 2 * written[0].numel() * math.prod(read[1].shape[1:])
+    if name == "convolution_backward":
+        return 4 * read[0].numel() * math.prod(read[2].shape[1:])
+    if "attention" in name:
+        # The backward pass multiplies five times where the forward pass does twice. Its first argument is the gradient.
+        backward = "backward" in name
+        query, key = read[backward : backward + 2]
+        return 4 * query.numel() * key.shape[-2] * (2.5 if backward else 1)
+    return 0
+
+
+class AutocastOfCuda(TorchFunctionMode):
+    """Layer norms in float32 under autocast, as on CUDA: the CPU's autocast leaves them in bf16."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
+            args = tuple(arg.float() if isinstance(arg, Tensor) else arg for arg in args)
+            kwargs = {key: arg.float() if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def training_step(name: str, batch_size: int = 128, img_size: int = 224) -> Traffic:
+    """Forward pass, cross-entropy and backward pass of a timm model in bf16 autocast, without stochastic depth."""
+    fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+    with torch.device("meta"):
+        model = timm.create_model(name, **({"img_size": img_size} if fixed else {})).train()
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    # Fake tensors on a CPU: a backward pass on fake CUDA tensors needs a driver. No CPU kernel runs on them.
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model._apply(lambda tensor: torch.empty_like(fake.from_tensor(tensor), device="cpu"))
+        images = torch.empty(batch_size, 3, img_size, img_size)
+        labels = torch.empty(batch_size, dtype=torch.long)
+        with Traffic() as traffic:
+            with torch.autocast("cpu", torch.bfloat16), AutocastOfCuda():
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
+    return traffic
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ToolParser("estimate_gpu", __doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="names in timm's registry")
+    parser.add_argument("--batch-size", type=POSITIVE, default=128, metavar="N")
+    parser.add_argument("--img-size", type=POSITIVE, default=224, metavar="N")
+    parser.add_argument("--operations", type=POSITIVE, metavar="N", help="also list the N operations that move most")
+    args = parser.parse_args(argv)
+    names = [models.resolve_arch(name) for name in args.models]
+    for name in names:
+        if not timm.is_model(name):
+            raise UserError(f"{name}: timm has no such model")
+    print(f"{'model':36}{'GB':>8}{'kernels':>9}{'ms':>8}   a training step of {args.batch_size} images")
+    for name in names:
+        traffic = training_step(name, args.batch_size, args.img_size)
+        gigabytes, kernels = traffic.bytes.total() / 1e9, traffic.kernels.total()
+        print(f"{name:36}{gigabytes:8.1f}{kernels:9}{traffic.seconds * 1e3:8.1f}", flush=True)
+        for operation, moved in traffic.bytes.most_common(args.operations) if args.operations else ():
+            print(f"    {operation:32}{moved / 1e9:8.2f}{traffic.kernels[operation]:9}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
