@@ -59,8 +59,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
     if train_set.class_names != data.class_names:
         difference = ", ".join(sorted(set(train_set.class_names) ^ set(data.class_names))[:10])
         raise UserError(f"--data-set {args.data_set}: classes of training or validation alone: {difference}")
-    if dist.is_main:
-        report_left_out(train_set, data.val.dataset)
+    report_left_out(train_set, dist)
     if args.train_part is not None:
         share, seed = args.train_part
         train_set, _ = divide_classes(train_set, share, seed, "train-part")
@@ -120,6 +119,7 @@ def build_eval(
         split: "val", what training validates on, or "test".
     """
     dataset = _open(args, split)
+    report_left_out(dataset, dist)
     size = image_size(args.input_size)
     crop_pct = evaluation_crop(dataset_spec(args.data_set).glyphs, size, args.eval_crop_pct)
     transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)
@@ -147,11 +147,11 @@ def balanced_probabilities(dataset: ImageDataset) -> np.ndarray:
     return 1 / (counts[dataset.labels] * np.count_nonzero(counts))
 
 
-def report_left_out(*datasets: ImageDataset) -> None:
+def report_left_out(dataset: ImageDataset, dist: Distributed) -> None:
     """Say how many files beside the images are not used, and name the first."""
-    left_out = [reason for dataset in datasets for reason in dataset.left_out]
-    if left_out:
-        tell(f"{len(left_out)} file{'s' * (len(left_out) > 1)} left out, the first {left_out[0]}")
+    if dataset.left_out and dist.is_main:
+        count = len(dataset.left_out)
+        tell(f"{count} file{'s' * (count > 1)} left out, the first {dataset.left_out[0]}")
 
 
 def _open(args: argparse.Namespace, split: str, download: bool = False) -> ImageDataset:

@@ -50,7 +50,7 @@ class KeyedSampler:
     Args:
         size: samples in the data set.
         batch_size: samples a rank and micro-step.
-        accum_iter: micro-steps an optimiser step; an epoch holds whole optimiser steps.
+        accum_iter: micro-steps an optimiser step; an epoch has whole optimiser steps.
         probabilities: draw samples with replacement, each with its probability, instead of permuting them.
         resumed: the checkpoint that decided how many samples an optimiser step has, to be named in the error.
 

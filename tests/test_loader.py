@@ -77,6 +77,7 @@ def scene_loader(workers: int, bad: int | None = None) -> TrainLoader:
     return TrainLoader(KeyedScenes(scenes, 1, skip_bad_images=True), GroupedSampler(scenes, 4), Distributed(), workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_images_of_many_sizes_in_an_order_of_their_own(workers):
     loader = scene_loader(workers)
@@ -89,6 +90,7 @@ def test_batches_of_images_of_many_sizes_in_an_order_of_their_own(workers):
     assert [content(batch) for batch in scene_loader(0).epoch(0, 2)] == [content(batch) for batch in batches[2:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_scene_that_cannot_be_read_is_skipped_and_counted(workers):
     loader, whole = scene_loader(workers, bad=5), scene_loader(0)

@@ -129,7 +129,7 @@ def check(args: argparse.Namespace, paths: Sequence[Path], num_classes: int) -> 
         if problem is not None:
             complain("damaged or mismatched" if path.exists() else "missing", problem)
     expected = set(map(str, paths))
-    for file in sorted(args.output_dir.rglob("*.pt")):
+    for file in sorted(args.output_dir.rglob("[!.]*.pt")):
         if str(file) not in expected:
             complain("without an image", f"{file}: there is no image for this label map")
     if bad:
