@@ -173,6 +173,7 @@ def loaders(folder, **changes):
     return build_data(arguments(data_set="FOLDER", data_path=folder, batch_size=6, **changes), Distributed())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_stops_with_the_files_name_on_one_line(damaged, workers):
     with pytest.raises(UserError, match=r"train/(cat/3|dog/5).png: cannot be read") as caught:
@@ -190,6 +191,7 @@ def trace(data, epochs=3):
     ]
 
 
+@pytest.mark.slow
 def test_skipping_is_deterministic_counted_and_never_gives_a_label_of_another_image(damaged, capsys):
     data = loaders(damaged, skip_bad_images=True)
     expected = trace(data)
@@ -293,6 +295,7 @@ def runs(pid: int) -> bool:
 # ------------------------------------------------------------------------------------------ verify_dataset.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_tool_finds_every_unreadable_image(damaged, tmp_path, capsys, workers):
     report = tmp_path / "report.json"

@@ -73,6 +73,7 @@ def images(tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.slow
 def test_errors_of_half_precision_are_measured(tmp_path, images):
     words = ["--exactness", images, "svt_h_n", "spectformer_ti", "--dtype", "bfloat16", "--steps", "2"]
     rows = report(tmp_path / "out.json", *words)["runs"][0]["exactness"]

@@ -101,6 +101,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_reader_beside_a_writer_gets_whole_checkpoints(tmp_path):
     save(tmp_path / "c.pth", checkpoint(0))
     done, epochs = threading.Event(), []

@@ -309,6 +309,7 @@ def test_help_fits_eighty_columns(main):
     assert first.endswith(" [flags]") and max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_every_setting_that_is_read_is_a_flag():
     trees = [
         ast.parse(path.read_text())

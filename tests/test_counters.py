@@ -14,6 +14,7 @@ from models.flops import FORMULAS, count_flops, flops_by_kind
 FOURIER = {operation for operation in FORMULAS if "_fft" in str(operation)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_torchs_counter_misses_fourier_transforms_alone(name):
     model = create(name).eval().to("meta")
@@ -25,6 +26,7 @@ def test_torchs_counter_misses_fourier_transforms_alone(name):
     assert (plain.get_total_flops() + fourier) // 2 == pytest.approx(count_flops(model, 64), abs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_fvcore_counts_the_same_layers(name, caplog):
     caplog.set_level(logging.ERROR)

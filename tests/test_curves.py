@@ -60,6 +60,7 @@ def test_a_runs_pictures_are_titled_by_its_directory(tmp_path, monkeypatch):
     assert drawn == ["mine"]
 
 
+@pytest.mark.slow
 def test_what_a_run_logs_is_what_its_pictures_draw(tmp_path):
     """The names of the columns stand in one table: a run with averaged weights has them all, twins included."""
     train(tmp_path, "--epochs", "1", "--model-ema")

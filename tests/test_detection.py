@@ -93,6 +93,7 @@ def shifted_results(dataset, seed):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_twelve_numbers_are_those_of_pycocotools(cells, tmp_path, kind):
     """With crowds, gaps in the category ids, a category and an image without objects."""
@@ -386,6 +387,7 @@ def test_every_parameter_of_every_detector_is_trained(kind, arch, heads):
         assert prediction["masks"].shape == (len(prediction["labels"]), 1, 64, 80)
 
 
+@pytest.mark.slow
 def test_an_image_without_objects_can_be_trained_on():
     detector = small_detector().train()
     image, target = example(1, objects=0)
@@ -617,6 +619,7 @@ def test_backbone_weights_come_from_a_classifier(cells, tmp_path, capsys):
     assert len(shared) > 50 and all(torch.equal(weights[prefix + name], expected[name]) for name in shared)
 
 
+@pytest.mark.slow
 def test_the_embedded_cells_are_whole():
     for split, images in (("train", 114), ("val", 32)):
         cells = open_split(NUCLEI, split, masks=True)
@@ -656,6 +659,7 @@ def test_the_segmentation_example_of_the_docs_runs_on_wide_images():
     assert len(grads) == 7 and all(grad.abs().max() > 0 for grad in grads)
 
 
+@pytest.mark.slow
 def test_masks_of_cells_come_back_from_their_boxes_to_where_they_were():
     """Cut out as training cuts out its targets, by boxes up to a pixel off, and found in an image twice as large."""
     cells = open_split(NUCLEI, "val", masks=True)

@@ -51,6 +51,7 @@ def launch(module, processes, *flags):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [TINY, [*TINY_SVT, "--freeze-bn", "--accum-iter", "2"]], ids=["vanilla", "pyramid"])
 def test_two_processes_train_the_weights_of_one_with_twice_the_batch(tmp_path, model):
     (single,) = train(tmp_path / "one", *EXACT, "--batch-size", "56", "--accum-iter", "1", model=model)
@@ -74,6 +75,7 @@ def test_two_processes_train_the_weights_of_one_with_twice_the_batch(tmp_path, m
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_digits_as_one_does_within_two_images(tmp_path):
     """The demonstration with the batch split; unlike above, every process has its own batch statistics."""
     right = []
@@ -93,6 +95,7 @@ def test_two_processes_learn_the_digits_as_one_does_within_two_images(tmp_path):
     assert min(right) >= 350 and abs(right[0] - right[1]) <= 2, right
 
 
+@pytest.mark.slow
 def test_three_processes_of_the_older_launcher_evaluate_every_image_once(tmp_path):
     (row,) = train(tmp_path, *EXACT)
     printed = launch(

@@ -21,6 +21,7 @@ from transformers import TimmWrapperForImageClassification
 from models.layers import Attention, ClassAttention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_transformers_wrapper_gives_the_same_logits(name, tmp_path):
     model = create(name).eval()
@@ -32,6 +33,7 @@ def test_transformers_wrapper_gives_the_same_logits(name, tmp_path):
     assert torch.equal(wrapper(pixel_values=images()).logits, model(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in KINDS if not is_vanilla(name)])
 def test_a_segmentation_model_over_a_pyramid_takes_images_of_any_size_by_default(name):
     unet = smp.Unet(f"tu-{name}", encoder_weights=None, classes=3, **PYRAMID).eval()
@@ -61,6 +63,7 @@ def test_timm_extracts_attention_maps_of_models_built_without_fused_attention(na
     assert all(torch.allclose(attention.sum(-1), torch.ones(1), atol=1e-5) for attention in maps.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_dense_prediction_transformer_reads_grids_and_class_tokens(name):
     readout = {"decoder_readout": "ignore"} if is_vanilla(name) else {}  # by default it wants a class token

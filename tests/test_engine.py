@@ -136,6 +136,7 @@ def finished(directory):
     return {name: value for name, value in state.items() if name not in ("args", "version", "lineage")}, rows
 
 
+@pytest.mark.slow
 def test_a_task_without_classes_trains_and_is_ranked_by_its_own_score(tmp_path, capsys):
     engine.fit(Regression, args_of(tmp_path))
     state, rows = finished(tmp_path)
@@ -159,6 +160,7 @@ def test_a_dry_run_tries_one_update_and_one_batch_of_evaluation_and_writes_nothi
     assert "images/s in training" in told and "GiB of memory; nothing was written" in told
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_on_from_a_checkpoint_and_leaves_it(tmp_path, monkeypatch, capsys):
     engine.fit(Regression, args_of(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -170,6 +172,7 @@ def test_a_dry_run_goes_on_from_a_checkpoint_and_leaves_it(tmp_path, monkeypatch
     assert "dry run: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_task_without_classes_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     engine.fit(Regression, args_of(tmp_path / "whole"))
     original, calls = engine.step_loss, []
@@ -189,6 +192,7 @@ def test_a_task_without_classes_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert whole[1] == stopped[1]
 
 
+@pytest.mark.slow
 def test_the_gradient_is_clipped_at_the_norm_that_is_asked_for(tmp_path, monkeypatch):
     """Before the optimiser sees it; the log has the norm as it was."""
     steps = []
@@ -248,12 +252,14 @@ def test_a_profile_of_some_updates_is_written(tmp_path, capsys):
     assert f"wrote {tmp_path}/trace.json" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_average_without_decay_is_the_weights(tmp_path):
     engine.fit(Regression, args_of(tmp_path, "--model-ema-decay", "0", "--epochs", "1"))
     state = finished(tmp_path)[0]
     assert_same(state["model_ema"], state["model"])
 
 
+@pytest.mark.slow
 def test_the_scale_of_fp16_losses_goes_on_where_it_was(tmp_path):
     path = tmp_path / "checkpoint_last.pth"
     engine.fit(Regression, args_of(tmp_path, "--amp", "fp16", "--epochs", "1"))
@@ -304,6 +310,7 @@ def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_now_and_then(monke
     assert ("epoch 1: " in told.err) is terminal
 
 
+@pytest.mark.slow
 def test_the_first_signal_is_answered_at_once(tmp_path, monkeypatch, capfd):
     original = engine.step_loss
 
@@ -318,6 +325,7 @@ def test_the_first_signal_is_answered_at_once(tmp_path, monkeypatch, capfd):
     assert caught.value.exit_code == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "warned"), [("3", True), ("40", False)])
 def test_a_schedule_that_stays_in_its_warm_up_is_told(tmp_path, monkeypatch, capsys, epochs, warned):
     def stop(*_):

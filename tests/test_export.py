@@ -86,6 +86,7 @@ def test_the_authors_names_come_back_the_same(checkpoint, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub
+@pytest.mark.slow
 def test_timm_reads_the_hubs_layout_bit_for_bit_and_transformers_gives_the_same_logits(checkpoint, tmp_path):
     path, model = checkpoint
     folder = write(path, "hub", tmp_path / "folder")
@@ -159,6 +160,7 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch, capsys):
 
 
 # -------------------------------------------------------------------------------------------------------------- graphs
+@pytest.mark.slow
 def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path, capsys):
     path, model = checkpoint
     options = onnxruntime.SessionOptions()
@@ -189,6 +191,7 @@ def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path,
     assert not copies & {name for node in nodes if node.op_type == "MatMul" for name in node.input}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["spectformer_ti", "svt_h_s"])
 def test_onnx_of_any_size_resamples_as_torch_does(arch, tmp_path):
     kwargs = untrained.VANILLA if arch == "spectformer_ti" else untrained.PYRAMID

@@ -48,12 +48,14 @@ def changed(a, b):
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
+@pytest.mark.slow
 def test_the_classifier_stays_where_the_classes_agree(tmp_path, pretrained, capsys):
     train(tmp_path, *STILL, "--finetune", str(pretrained))
     assert not changed(weights(pretrained), last(tmp_path)["model"])
     assert "not from it: nothing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_classes_get_a_new_classifier_and_it_is_said(tmp_path, pretrained, capsys):
     """As many, but others: the numbers alone would not tell."""
     train(tmp_path, *STILL, "--finetune", str(pretrained), "--classes", "2,3")
@@ -61,6 +63,7 @@ def test_other_classes_get_a_new_classifier_and_it_is_said(tmp_path, pretrained,
     assert "not from it: head.weight, head.bias" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_no_classifier_in_the_file_is_replaced_by_one(tmp_path, pretrained):
     damaged = tmp_path / "damaged.pth"
     torch.save({"model": weights(pretrained) | {"head.weight": torch.tensor(1.0)}}, damaged)
@@ -68,11 +71,13 @@ def test_what_is_no_classifier_in_the_file_is_replaced_by_one(tmp_path, pretrain
     assert changed(weights(pretrained), last(tmp_path / "run")["model"]) == {"head.weight", "head.bias"}
 
 
+@pytest.mark.slow
 def test_transfer_always_begins_with_a_new_classifier(tmp_path, pretrained):
     transfer(tmp_path, *STILL, "--finetune", str(pretrained))
     assert "head.weight" in changed(weights(pretrained), last(tmp_path)["model"])
 
 
+@pytest.mark.slow
 def test_transfer_from_a_token_label_model_drops_both_heads(tmp_path):
     args = parse_args(FLAGS, TINY_SVT)
     labelled = create_model(args.arch, 5, args.input_size, args.model_kwargs | {"token_label": True})
@@ -98,6 +103,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, pretrained, flags
     assert str(pretrained) in str(caught.value) and not (tmp_path / "log.txt").exists()
 
 
+@pytest.mark.slow
 def test_another_input_size_is_resized_to(tmp_path, pretrained):
     train(tmp_path, *STILL, "--finetune", str(pretrained), "--input-size", "64")
     resized = last(tmp_path)["model"]
@@ -148,6 +154,7 @@ def test_frozen_batch_norms_use_their_stored_statistics():
     assert training(modes(["--freeze-bn"]), "DropPath") == {True}
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_and_the_others_learn(tmp_path, pretrained):
     transfer(tmp_path, *EPOCH, "--finetune", str(pretrained), "--freeze-at", "2")
     moved = changed(weights(pretrained), last(tmp_path)["model"])
@@ -181,6 +188,7 @@ def test_the_rate_falls_by_a_factor_a_layer_from_the_head_to_the_stem(model):
         assert [rates[name] for name in members] == pytest.approx([expected] * len(members))
 
 
+@pytest.mark.slow
 def test_resuming_a_fine_tuning_does_not_need_its_first_weights(tmp_path, pretrained):
     copy = tmp_path / "first.pth"
     copy.write_bytes(pretrained.read_bytes())
@@ -190,6 +198,7 @@ def test_resuming_a_fine_tuning_does_not_need_its_first_weights(tmp_path, pretra
     assert len(transfer(tmp_path / "run", "--epochs", "2", *flags, "--resume", "auto")) == 2
 
 
+@pytest.mark.slow
 def test_the_checkpoint_says_which_model_is_fine_tuned(tmp_path, pretrained):
     """Name and arguments; what the command line says of them goes before."""
     transfer(tmp_path / "all", *STILL, "--finetune", str(pretrained), model=DIGITS)

@@ -197,6 +197,7 @@ def test_a_second_call_writes_only_what_is_missing_or_damaged(folder, run):
     assert not [file for file in (folder / "maps").rglob("*") if file.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(folder, run):
     run()
     before = {file: file.read_bytes() for file in map_files(folder)}
@@ -261,6 +262,7 @@ def test_a_teacher_of_other_classes_is_refused(folder, run):
     assert not (folder / "maps").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_named(folder, run):
     bad = folder / "data" / "train" / "cat" / "cat_1.png"
     bad.write_bytes(bad.read_bytes()[:200])

@@ -32,6 +32,7 @@ def error_under_autocast(name, **arguments):
     return ((half.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments"), OURS, ids=["-".join([n, *a.values()]) for n, a in OURS])
 def test_logits_under_autocast_are_as_exact_as_the_peers(name, arguments):
     peers = max(error_under_autocast(peer, **size) for peer, size in PEERS)
@@ -79,6 +80,7 @@ def test_sums_over_a_large_grid_stay_in_the_range_of_float16(name):
     assert all(parameter.grad.isfinite().all() for parameter in mixer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(224, 224), (200, 312)], ids=str)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_nothing_of_a_forward_pass_stays_behind_on_the_cpu(name, size):

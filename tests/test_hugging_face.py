@@ -92,6 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_data_set_saved_to_disk_is_read_where_it_lies(saved, tmp_path):
     folder, before = saved / "pets", contents(saved)
     train, val = (build_dataset(f"hfds/{folder}", None, split) for split in ("train", "val"))
@@ -101,6 +102,7 @@ def test_a_data_set_saved_to_disk_is_read_where_it_lies(saved, tmp_path):
     assert contents(saved) == before and contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_prepared_elsewhere_even_if_the_cache_is_said_to_be_there(tmp_path, own_cache):
     folder = make_tree(tmp_path / "photos")
     (tmp_path / "cache").mkdir()
@@ -112,6 +114,7 @@ def test_a_folder_of_images_is_prepared_elsewhere_even_if_the_cache_is_said_to_b
     assert contents(tmp_path / "cache") and contents(own_cache)
 
 
+@pytest.mark.slow
 def test_this_process_keeps_its_own_module_of_that_name(saved):
     build_dataset(f"hfds/{saved / 'pets'}", None, "train")
     assert sys.modules["datasets"] is datasets and datasets.__file__ == str(ROOT / "datasets.py")
@@ -119,21 +122,25 @@ def test_this_process_keeps_its_own_module_of_that_name(saved):
     assert str(ROOT) in map(os.path.abspath, sys.path)
 
 
+@pytest.mark.slow
 def test_columns_of_other_names_are_found_by_their_kind(saved):
     assert samples(build_dataset(f"hfds/{saved / 'other columns'}", None, "train"))[:2] == [(0, 0), (1, 1)]
 
 
+@pytest.mark.slow
 def test_classes_without_names_are_named_by_their_numbers(saved):
     train, test = (build_dataset(f"hfds/{saved / 'numbers'}", None, split) for split in ("train", "val"))
     assert train.class_names == ("0", "1", "2") and samples(test) == [(2, 1)]
 
 
+@pytest.mark.slow
 def test_a_single_split_is_the_training_set(saved):
     assert len(build_dataset(f"hfds/{saved / 'alone'}", None, "train")) == 5
     with pytest.raises(UserError, match="no split val or validation or valid or test; it has train"):
         build_dataset(f"hfds/{saved / 'alone'}", None, "val")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "message"), list(enumerate(UNUSABLE)), ids=UNUSABLE)
 def test_what_cannot_be_classified_is_told_in_one_line(saved, number, message):
     name = f"hfds/{saved}/unusable {number}"
@@ -142,12 +149,14 @@ def test_what_cannot_be_classified_is_told_in_one_line(saved, number, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_nowhere_is_told_in_one_line():
     with pytest.raises(UserError, match="--data-set hfds/nobody/nothing: ") as caught:
         build_dataset("hfds/nobody/nothing", None, "train")
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_image_that_is_gone_is_named_by_its_row(tmp_path):
     folder = make_tree(tmp_path / "photos", splits=("train",))
     dataset = build_dataset(f"hfds/{folder}", None, "train")

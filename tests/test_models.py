@@ -49,6 +49,7 @@ def test_vanilla_models_have_the_published_parameters(name, count):
     assert parameters(name) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "with_head", "without"),
     [
@@ -65,17 +66,20 @@ def test_pyramids_have_the_published_parameters_with_both_heads(name, with_head,
     assert parameters(name) == without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("svt_h_s", 22_015_728), ("svt_h_b", 32_841_680)])
 def test_channel_token_mixing_has_the_published_parameters(name, count):
     assert parameters(name, token_label=True, mixing="channel_token") == count
 
 
+@pytest.mark.slow
 def test_aliases_are_the_same_models():
     shallow = {"depths": (1, 1, 1, 1)}
     for size in "sbl":
         assert parameters(f"svt_{size}", **shallow) == parameters(f"svt_h_{size}", **shallow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "published", "kinds"),
     [
@@ -98,6 +102,7 @@ def test_arithmetic_is_the_published_one(name, published, kinds):
     assert count_flops(model, 224) == sum(counted.values())
 
 
+@pytest.mark.slow
 def test_published_arithmetic_of_svt_is_that_of_its_layers_for_alpha_2():
     with torch.device("meta"):
         model = timm.create_model("svt_h_s", spectral_depths=(3, 4, 0, 0))

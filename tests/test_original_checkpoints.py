@@ -62,6 +62,7 @@ def assert_blocks_agree(statistics, facts):
         assert statistics[name] == pytest.approx((mean, std), rel=1e-4, abs=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_original_checkpoints_give_the_original_results_and_go_back_bit_for_bit(variant):
     name, arguments = VARIANTS[variant]
@@ -89,6 +90,7 @@ def test_original_checkpoints_give_the_original_results_and_go_back_bit_for_bit(
     assert all(torch.equal(back[key], value) for key, value in weights.items())
 
 
+@pytest.mark.slow
 def test_weights_of_224_pixels_at_384_follow_the_authors_rule():
     facts, arrays = expected("spectformer_xs_384")
     weights = original_weights("spectformer_xs_384")
@@ -256,6 +258,7 @@ def create_pretrained(family, path, **arguments):
     return small(family, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_timm_loads_the_authors_files(family, layout, tmp_path):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 LINUX_ONLY = {
     "os": "sched_getaffinity sched_setaffinity posix_fadvise posix_fallocate eventfd eventfd_read eventfd_write "
@@ -57,6 +59,7 @@ run_cli(main)
 """
 
 
+@pytest.mark.slow
 def test_a_run_needs_nothing_that_only_linux_has(tmp_path):
     script = HIDE.format(names=LINUX_ONLY, root=str(ROOT)) + RUN
     done = subprocess.run(

@@ -55,6 +55,7 @@ def run(python, code, *, cwd, flags=()):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_source_file_the_type_marker_and_the_weights(wheel):
     folder = ROOT / "models"
     files = [*folder.rglob("*.py"), *folder.rglob("*.safetensors")]
@@ -76,6 +77,7 @@ def test_the_wheel_says_what_it_is_and_needs_torch_and_timm_alone(wheel):
     assert needed == ["timm", "torch"]
 
 
+@pytest.mark.slow
 def test_installed_it_registers_the_models_beside_another_projects_models(environment, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("mine = True\n")
@@ -93,6 +95,7 @@ assert not [name for name in ours if name in sys.modules], sys.modules
     run(environment, code, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_script_of_another_project_is_run_with_the_models_registered(environment, tmp_path):
     (tmp_path / "neighbour.py").write_text("greeting = 'hello'\n")
     script = "import sys, timm, neighbour\nprint(__name__, sys.argv[1:], timm.is_model('spectformer_xs'))\n"

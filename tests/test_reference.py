@@ -30,6 +30,7 @@ def images(batch, size):
     return torch.from_numpy(recipe.images(batch, size, size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "name", "options"),
     [
@@ -50,6 +51,7 @@ def test_plain_formulation_computes_what_the_released_code_does(variant, name, o
     assert np.abs(difference).max() <= 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "plain_options", "options"),
     [

@@ -99,6 +99,7 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
         assert names(tmp_path) == {".lock"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_log_and_curves(tmp_path):
     with opened(tmp_path) as run:
         run.log_row(row(0))
@@ -117,6 +118,7 @@ def test_a_full_disk_keeps_log_and_curves(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- the log
+@pytest.mark.slow
 def test_a_row_of_an_epoch_appears_once_whatever_was_logged_before(tmp_path):
     with opened(tmp_path) as run:
         for epoch in range(4):
@@ -157,6 +159,7 @@ def test_a_file_that_is_not_a_log_is_named(tmp_path, line):
     opened(tmp_path).close()  # the refusal has unlocked the directory
 
 
+@pytest.mark.slow
 def test_a_log_with_what_numbers_can_be_is_read_and_drawn(tmp_path):
     """As a run writes it: an evaluation in fp16 may overflow."""
     with opened(tmp_path) as run:
@@ -167,6 +170,7 @@ def test_a_log_with_what_numbers_can_be_is_read_and_drawn(tmp_path):
     assert [r["test_loss"] for r in logged(tmp_path)] == [math.inf, 1.2]
 
 
+@pytest.mark.slow
 def test_tensorboard_goes_on_where_the_log_does(tmp_path):
     for start in (0, 2):  # the first run is killed after epoch 3, the second goes on from epoch 2
         with opened(tmp_path) as run:
@@ -181,6 +185,7 @@ def test_tensorboard_goes_on_where_the_log_does(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the curves
+@pytest.mark.slow
 def test_curves_of_a_run_are_images_and_keep_no_figure_open(tmp_path):
     import matplotlib.pyplot
 
@@ -284,6 +289,7 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ arguments, other ranks
+@pytest.mark.slow
 def test_args_yaml_tells_how_to_run_it_again(tmp_path):
     args = argparse.Namespace(lr=1e-3, path=pathlib.Path("a b"), aa=None, betas=(0.9, 0.99), kw={"d": 4})
     with opened(tmp_path) as run:
@@ -335,6 +341,7 @@ class FakeWandb:
         self.ended += 1
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_the_same_one(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -349,6 +356,7 @@ def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_th
     assert fake.rows == [row(epoch) | plots for epoch in (0, 1)]
 
 
+@pytest.mark.slow
 def test_without_weights_and_biases_the_flag_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory, pytest.raises(UserError) as told:

@@ -69,6 +69,7 @@ def trace(workers: int, world: int, **options) -> list[tuple]:
     return [sample for step in steps for together in zip(*step, strict=True) for sample in together]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_samples_and_augmentation_do_not_depend_on_workers_or_world_size():
     expected = trace(0, 1)
@@ -77,6 +78,7 @@ def test_samples_and_augmentation_do_not_depend_on_workers_or_world_size():
         assert trace(workers, world) == expected, (workers, world)
 
 
+@pytest.mark.slow
 def test_nor_do_erasing_and_repeated_augmentation():
     expected = trace(0, 1, reprob=0.5, repeats=3)
     for workers, world in ((0, 2), (0, 3), (2, 1), (1, 4)):
@@ -101,6 +103,7 @@ def test_epochs_and_seeds_differ_in_order_and_augmentation():
     assert len(set(images)) == len(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_mid_epoch_gives_the_rest_of_it(workers):
     loader = make_loader(workers)
@@ -118,6 +121,7 @@ def test_going_on_mid_epoch_reads_nothing_that_was_used():
     assert dataset.reads.sum() == (len(loader) - 2) * GLOBAL_BATCH
 
 
+@pytest.mark.slow
 def test_an_abandoned_epoch_leaves_nothing_behind():
     loader = make_loader(workers=2)
     expected = rank_trace(loader, 4)

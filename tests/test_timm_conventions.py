@@ -204,6 +204,7 @@ def test_other_channels_and_dropout(name):
     assert model(images(channels=5)).shape == (2, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_models_can_be_copied_and_pickled(name):
     model = create(name).eval()
@@ -221,6 +222,7 @@ def test_channels_last_and_double_change_no_result(name):
     assert torch.allclose(model.double()(images().double()).float(), logits, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_models_compile_without_a_graph_break(name):
     shallow = {"depth": 2, "alpha": 1} if is_vanilla(name) else {"depths": (1, 1, 1, 1)}
@@ -247,6 +249,7 @@ def test_compile_keeps_grids_from_being_laid_out_as_images(monkeypatch):
     assert given["options"] is None and given["backend"] == "eager"
 
 
+@pytest.mark.slow
 def test_token_labelling_compiles_once_for_all_boxes_in_a_tensor():
     model = create("svt_s", token_label=True, depths=(1, 1, 1, 1), drop_path_rate=0.0).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")

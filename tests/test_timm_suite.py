@@ -26,6 +26,7 @@ def test_backward(name):
     assert sum(x.grad is not None for x in model.parameters()) == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_default_cfgs(name):
     model = create(name).eval()
@@ -49,6 +50,7 @@ def test_default_cfgs(name):
     assert all(f"{name}.weight" in weights for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("arguments", [{"features_only": True}, {"features_only": True, "feature_cls": "fx"}], ids=str)
 def test_forward_features(name, arguments):

@@ -171,6 +171,7 @@ def test_the_map_stays_aligned_under_crops_and_flips():
         assert_aligned(augmentation(flips=0.5), seed, size=[(200, 150), (120, 260)][seed % 2])
 
 
+@pytest.mark.slow
 def test_the_map_stays_aligned_under_compositions():
     ops = [operation(name, 6) for name in GEOMETRIC_OPS]
     for seed in range(12):

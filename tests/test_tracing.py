@@ -28,6 +28,7 @@ def extractor(model, **tracer):
     return create_feature_extractor(model, **nodes, tracer_kwargs=tracer).train(model.training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_torch_fx_traces_the_forward_pass_by_timms_tracer_and_by_torchvisions(name):
     model = create(name).eval()
@@ -38,6 +39,7 @@ def test_torch_fx_traces_the_forward_pass_by_timms_tracer_and_by_torchvisions(na
             assert torch.allclose(logits, model(images(batch=batch)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_torch_fx_traces_what_training_needs(name):
     model = create(name, drop_path_rate=0.1).train()
@@ -46,6 +48,7 @@ def test_torch_fx_traces_what_training_needs(name):
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_torch_fx_traces_every_mixing_on_an_odd_grid(mixing):
     model = create("svt_h_s", mixing=mixing, img_size=(52, 44)).eval()
@@ -61,6 +64,7 @@ def test_torch_fx_traces_token_labelling_with_a_box_and_without():
     assert len(traced(images())[2]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_torchvision_extracts_what_a_block_and_its_parts_give(name):
     model = create(name).eval()
@@ -83,6 +87,7 @@ def of_any_batch(model, example):
     yield torch.export.export(model, (example,), dynamic_shapes=({0: batch},)).module()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", KINDS)
 def test_traced_and_exported_models_take_any_number_of_images(name):
@@ -93,6 +98,7 @@ def test_traced_and_exported_models_take_any_number_of_images(name):
             assert torch.allclose(graph(images(batch=size)), model(images(batch=size)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", MIXERS)
 def test_traced_and_exported_mixers_take_any_number_of_images(name):
@@ -103,6 +109,7 @@ def test_traced_and_exported_mixers_take_any_number_of_images(name):
         assert torch.allclose(graph(grids), mixer(grids), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(
     strict=True,
     raises=RuntimeError,

@@ -55,6 +55,7 @@ def signal_at(monkeypatch, function, call, signum=signal.SIGTERM):
     return calls
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_its_files(tmp_path):
     log = train(tmp_path, "--epochs", "3", "--mixup", "0", "--cutmix", "0", "--checkpoint-epochs", "2")
     assert log[-1]["train_loss"] < log[0]["train_loss"] - 0.1
@@ -69,6 +70,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     assert state["model_kwargs"]["embed_dim"] == 32 and state["input_size"] == [32, 32]
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_the_same_bits_for_any_number_of_workers(tmp_path):
     flags = ["--epochs", "1", "--drop-path", "0.3", "--aa", "rand-m5", "--reprob", "0.25"]
     logs = [train(tmp_path / workers, *flags, "--num-workers", workers) for workers in ("0", "2")]
@@ -98,6 +100,7 @@ def uninterrupted(tmp_path_factory):
     return train(directory, *RESUMED), trained_state(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "call"), [("step_loss", 13), ("count", 2), ("count", 5), ("log_row", 1)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, uninterrupted, function, call):
     """Within an accumulation, in evaluation (the model's, the average's), between two epochs."""
@@ -111,6 +114,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, unin
     assert_same(trained_state(tmp_path), uninterrupted[1])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_evaluation_resumes_with_the_evaluation(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at(patch, "count", 1, signal.SIGINT)
@@ -122,6 +126,7 @@ def test_a_run_stopped_in_evaluation_resumes_with_the_evaluation(tmp_path, monke
     assert not steps
 
 
+@pytest.mark.slow
 def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
     """Killed between log and checkpoint: the epoch is trained again, from the checkpoint within it."""
 
@@ -140,6 +145,7 @@ def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
     assert timeless(train(tmp_path / "killed", "--epochs", "2", "--resume", "auto")) == timeless(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_loss_or_gradient_changes_nothing_and_names_the_samples(tmp_path, monkeypatch, where):
     train(tmp_path, "--epochs", "1")
@@ -162,6 +168,7 @@ def test_a_non_finite_loss_or_gradient_changes_nothing_and_names_the_samples(tmp
     assert_same(last(tmp_path)["model"], before)
 
 
+@pytest.mark.slow
 def test_an_image_that_makes_its_own_logits_nan_is_the_one_named(tmp_path, monkeypatch):
     original = classification.as_input
 
@@ -177,6 +184,7 @@ def test_an_image_that_makes_its_own_logits_nan_is_the_one_named(tmp_path, monke
     assert str(caught.value).count("DIGITS/train[") == 1
 
 
+@pytest.mark.slow
 def test_an_fp16_overflow_skips_the_update_and_nothing_else_moves(tmp_path, monkeypatch):
     original, seen = engine.update, []
 
@@ -197,6 +205,7 @@ def test_an_fp16_overflow_skips_the_update_and_nothing_else_moves(tmp_path, monk
     assert row["overflows"] == 1 and last(tmp_path)["updates"] == 3 and math.isfinite(row["grad_norm"])
 
 
+@pytest.mark.slow
 def test_an_fp16_gradient_that_overflows_at_the_smallest_scale_ends_the_run(tmp_path, monkeypatch):
     original, scales = engine.update, []
 
@@ -211,6 +220,7 @@ def test_an_fp16_gradient_that_overflows_at_the_smallest_scale_ends_the_run(tmp_
     assert scales == [2.0**power for power in range(16, -15, -1)]
 
 
+@pytest.mark.slow
 def test_bf16_trains(tmp_path):
     (row,) = train(tmp_path, "--epochs", "1", "--amp", "bf16")
     assert math.isfinite(row["train_loss"])
@@ -224,6 +234,7 @@ def largest_difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a if a[name].is_floating_point())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [TINY, [*TINY_SVT, "--freeze-bn"]], ids=["vanilla", "pyramid"])
 def test_accumulation_checkpointing_and_layout_leave_the_weights_the_same(tmp_path, model):
     ways = {
@@ -238,6 +249,7 @@ def test_accumulation_checkpointing_and_layout_leave_the_weights_the_same(tmp_pa
         assert largest_difference(plain, last(tmp_path / name)["model"]) <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("decay", "averaged"), [("0", True), ("0.99996", False)])
 def test_the_best_goes_by_the_weights_or_their_average_whichever_is_better(tmp_path, decay, averaged):
     """Without decay they are the same; with the default one a short run's average is hardly trained."""
@@ -249,6 +261,7 @@ def test_the_best_goes_by_the_weights_or_their_average_whichever_is_better(tmp_p
     assert better > 70  # that the average of a short run has not
 
 
+@pytest.mark.slow
 def test_evaluation_tells_the_weights_and_their_average_apart(tmp_path, capsys):
     flags = ["--mixup", "0", "--cutmix", "0", "--model-ema"]
     (row,) = train(tmp_path, "--epochs", "1", *flags)
@@ -260,6 +273,7 @@ def test_evaluation_tells_the_weights_and_their_average_apart(tmp_path, capsys):
         assert found[name] == pytest.approx(row[f"test_{name}"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_alone_prints_and_writes_nothing(tmp_path, capsys):
     (row,) = train(tmp_path, "--epochs", "1")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -271,6 +285,7 @@ def test_evaluation_alone_prints_and_writes_nothing(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_second_run_does_not_overwrite_the_first(one_epoch):
     with pytest.raises(UserError, match="--resume auto"):
         train(one_epoch, "--epochs", "1")
@@ -283,6 +298,7 @@ def one_epoch(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -327,6 +343,7 @@ def test_a_run_saved_on_one_kind_of_device_resumes_on_another(tmp_path, monkeypa
         assert last(directory)["updates"] == 8 and last(directory)["optimizer"]["param_groups"][0]["fused"] is second
 
 
+@pytest.mark.slow
 def test_resume_takes_a_run_directory_with_the_flags_it_was_started_with(tmp_path, one_epoch, monkeypatch):
     shutil.copytree(one_epoch, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
     main_svt.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])
@@ -347,6 +364,7 @@ def test_resuming_where_later_checkpoints_would_be_lost_is_refused(tmp_path):
     main_spectformer.main([*TINY, "--output-dir", str(tmp_path / "run"), "--eval", "--resume", first])
 
 
+@pytest.mark.slow
 def test_a_runs_own_arguments_are_a_config(tmp_path, one_epoch):
     log = train(tmp_path, "--config", str(one_epoch / "args.yaml"), model=[])
     assert timeless(log) == timeless(rows(one_epoch))
@@ -365,6 +383,7 @@ def test_other_samples_are_not_trained_on_after_a_stop(tmp_path, one_epoch, flag
         train(tmp_path, "--epochs", "2", *flags, "--resume", "auto")
 
 
+@pytest.mark.slow
 def test_another_seed_is_refused_in_the_middle_of_an_epoch_alone(tmp_path, one_epoch, monkeypatch):
     shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -408,6 +427,7 @@ def test_batches_are_even_where_images_are_mixed_in_pairs(flags, multiple):
     assert classification.Classification.batch_multiple(args) == multiple
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
 def test_any_timm_model_trains(tmp_path, arch):
     (row,) = train(tmp_path, "--epochs", "1", model=[*DIGITS, "--arch", arch])
@@ -429,6 +449,7 @@ def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_teacher_of_timm_distils_from_a_file(tmp_path, kind):
     teacher = create_model("test_vit", 2, (32, 32), {})
@@ -448,6 +469,7 @@ def test_a_teacher_of_timm_distils_from_a_file(tmp_path, kind):
     assert not any("teacher" in name for name in last(tmp_path / "run")["model"])
 
 
+@pytest.mark.slow
 def test_svt_trains_from_its_main_with_repeated_augmentation(tmp_path):
     (row,) = train(tmp_path, "--epochs", "1", model=TINY_SVT, main=main_svt.main)
     assert math.isfinite(row["train_loss"]) and row["samples_seen"] == 256

@@ -26,6 +26,7 @@ def test_there_is_a_block_for_every_use():
     assert [name for name in named if not any(name in title for title in BLOCKS)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of the other libraries
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_the_lines_run(block, tmp_path, monkeypatch):
@@ -39,6 +40,7 @@ def test_the_formats_that_are_shown_are_those_that_there_are():
     assert {words[words.index("--to") + 1] for words in shown} | {"original"} == set(FORMATS)
 
 
+@pytest.mark.slow
 def test_a_script_in_a_folder_of_its_own_finds_hugging_faces_package(tmp_path):
     script = tmp_path / "mine" / "script.py"
     script.parent.mkdir()

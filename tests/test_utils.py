@@ -162,6 +162,7 @@ def test_an_error_of_the_writer_leaves_the_old_file(tmp_path):
     assert (tmp_path / "file").read_text() == "old" and files(tmp_path) == ["file"]
 
 
+@pytest.mark.slow
 def test_a_concurrent_reader_sees_whole_files_only(tmp_path):
     path, seen, done = tmp_path / "file", set(), threading.Event()
     contents = [bytes([i]) * 50_000 for i in range(200)]

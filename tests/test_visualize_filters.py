@@ -67,6 +67,7 @@ def test_a_grating_has_its_energy_in_its_own_orientation():
         assert int(before.sum((1, 2)).argmax()) in bands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "kwargs", "expected"),
     [
@@ -90,6 +91,7 @@ def test_every_kind_of_model_gets_its_figures(tmp_path, arch, kwargs, expected):
             assert len(np.unique(np.asarray(picture.convert("L")))) > 30
 
 
+@pytest.mark.slow
 def test_oriented_bands_stand_beside_the_one_image_that_they_are_of():
     image = np.random.default_rng(0).random((16, 24, 3))
     energies = {f"block {i}": (torch.rand(6, 4, 6), 1e-10 * torch.rand(6, 4, 6)) for i in range(2)}

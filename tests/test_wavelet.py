@@ -15,6 +15,7 @@ def grid_of(height, width, channels=2, batch=1, dtype=torch.float32):
     return torch.randn(batch, height, width, channels, generator=generator, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_transform_is_that_of_pytorch_wavelets_for_every_even_size():
     for height in range(8, 66, 2):
         grid = (height, 74 - height)
@@ -45,6 +46,7 @@ def test_float64_stays_exact_whatever_the_modules_precision():
     assert (transform.inverse(low, high, (14, 9)) - x).abs().max() <= 1e-12
 
 
+@pytest.mark.slow
 def test_transform_and_inverse_have_the_right_gradients():
     transform = DTCWT()
     x = grid_of(5, 6, channels=1, dtype=torch.float64).requires_grad_()
@@ -68,6 +70,7 @@ def test_half_precision_input_comes_back_in_half_precision():
     assert (low.float() - exact).norm() < 1e-2 * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [9, 14, 130])
 def test_transform_compiles_without_a_graph_break(size):
     class RoundTrip(nn.Module):
@@ -92,6 +95,7 @@ def test_library_is_needed_only_by_its_backend(monkeypatch):
         ScatteringMixer(8, (4, 4), backend="pytorch_wavelets")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["channel", "channel_token", "token"])
 def test_backends_agree(mixing):
     torch.manual_seed(0)

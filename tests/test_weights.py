@@ -48,6 +48,7 @@ def test_timm_loads_the_weights_of_the_file_with_names_for_their_classes(name):
     assert not torch.equal(timm.create_model(name).head.weight, model.head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_pretrained_weights_are_fitted_to_other_classes_channels_and_sizes(name):
     whole = timm.create_model(name, pretrained=True).eval()
@@ -79,6 +80,7 @@ def tiles():
     return torch.stack([transform(photograph.crop(box)) for photograph in photographs for box in boxes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_the_weights_have_learned_is_sure_of_photographs_and_their_mirror_images(name):
     torch.manual_seed(0)
@@ -104,6 +106,7 @@ def test_all_weights_are_at_most_five_megabytes_and_each_has_its_card_log_and_cu
         assert len(top1) == 2 and abs(top1[0] - top1[1]) < 0.3  # float16 costs no accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--arch", "--model-path"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_infer_answers_by_the_name_of_a_model_alone(name, flag, tmp_path, capsys, monkeypatch):
