@@ -3,18 +3,16 @@
 This module imports nothing of the project. Every file on the disk is written by `atomic_write`.
 """
 
-import argparse
 import contextlib
 import errno
 import hashlib
 import operator
 import os
 import random
-import reprlib
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, TextIO
@@ -68,30 +66,9 @@ def one_line(error: BaseException | str) -> str:
 
 
 def quote(value: object) -> str:
-    """`value` as Python writes it, for a message; short, and made at once, however large or nested it is."""
-    text = _Short().repr(value)
+    """`repr(value)` for a message, cut where it gets long."""
+    text = repr(value)
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
-
-
-class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, QUOTED, QUOTED
-
-    def repr_int(self, number: int, level: int) -> str:
-        bits = number.bit_length()
-        return repr(number) if bits < 4 * QUOTED else f"a number of {bits} bits"  # longer ones Python refuses to write
-
-    def repr_instance(self, value: object, level: int) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"a tensor of shape {tuple(value.shape)}"
-        if isinstance(value, argparse.Namespace):
-            value = vars(value)
-        if isinstance(value, Mapping):
-            return self.repr_dict(value, level)
-        if isinstance(value, tuple):
-            return self.repr_tuple(value, level)
-        return super().repr_instance(value, level)
 
 
 def printable(text: str) -> str:

@@ -1,1 +1,1 @@
-"""The room behind `utils`: what lets a run on one or many processes survive, and what it leaves on disk."""
+"""A run's processes, checkpoints and directory, and how a script ends."""

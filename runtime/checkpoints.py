@@ -79,7 +79,7 @@ def newest_intact(directory: str | os.PathLike) -> tuple[Path, dict[str, Any]] |
         except CheckpointError as error:
             tell(f"passing over {error}")
     if paths:
-        raise UserError(f"{directory}: none of its {len(paths)} checkpoints is intact; move them away to start anew")
+        raise UserError(f"{directory}: none of its {len(paths)} checkpoints is intact; move them away to start again")
     return None
 
 

@@ -67,8 +67,8 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, Any]], bes
         for key, legend, style in ((column, name, "-"), (column + EMA, f"{name}, EMA", "--")):
             points = [(row["epoch"], row[key]) for row in rows if _is_drawable(row.get(key))]
             if points:
-                face = "white" if style == "--" else None  # one epoch has no line to be dashed
-                look = {"color": f"C{number}", "marker": marker, "markersize": 3.5, "markerfacecolor": face}
+                fill = "white" if style == "--" else None  # one epoch has no line to be dashed
+                look = {"color": f"C{number}", "marker": marker, "markersize": 3.5, "markerfacecolor": fill}
                 axes.plot(*zip(*points, strict=True), style, label=legend, **look)
     if best_epoch is not None:
         axes.axvline(best_epoch, color="0.5", linestyle=":", label=f"best: epoch {best_epoch}")

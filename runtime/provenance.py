@@ -13,7 +13,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -> dict[str, Any]:
-    """What args.yaml holds: the command (`argv`, like sys.argv), versions, the code's state, all arguments."""
+    """What args.yaml contains: the command (`argv`, like sys.argv), versions, the code's state, all arguments."""
     return {
         "command": shlex.join(["python", *argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),

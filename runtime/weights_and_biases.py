@@ -6,7 +6,7 @@ from typing import Any
 
 from utils import UserError, atomic_write, one_line
 
-RUN_ID = "wandb_id.txt"  # by which a run that goes on finds itself
+RUN_ID = "wandb_id.txt"  # by which a resumed run finds itself
 
 
 class WeightsAndBiases:

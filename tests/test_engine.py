@@ -15,14 +15,16 @@ from torch import nn
 
 import engine
 from detection.task import Detection
+from inputs.loader import Batch
 from models.checkpoints import read_checkpoint
 from runtime import checkpoints
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
+from training.classification import evaluate
 from training.evaluation import evaluation_batches
 from training.log import Display
 from training.options import TaskFlags, parse_args
-from training.precision import choose_precision, set_up_device
+from training.precision import Precision, choose_precision, set_up_device
 from training.task import Task
 from training.trainer import Progress
 from utils import Interrupted
@@ -336,3 +338,32 @@ def test_a_schedule_that_stays_in_its_warm_up_is_told(tmp_path, monkeypatch, cap
         engine.fit(Regression, args_of(tmp_path, "--epochs", epochs, "--warmup-epochs", "5"))
     told = capsys.readouterr().out
     assert ("warning: --epochs 3 with --warmup-epochs 5 never reaches the peak lr of 0.05" in told) is warned
+
+
+@pytest.mark.slow
+def test_the_smaller_last_batch_of_an_evaluation_compiles_nothing_again():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    images = torch.randn(11, 3, 2, 2)
+    batches = [Batch(part, torch.zeros(len(part), dtype=torch.long), None) for part in images.split(4)]
+    results = []
+    for _ in range(2):
+        loader = LoaderOf(batches)
+        results.append(evaluate(model, loader, Distributed(), Precision(torch.device("cpu"), torch.float32, None)))
+        model.compile(backend=backend)
+    assert results[0] == pytest.approx(results[1]) and results[1]["images"] == 11 and len(compiled) == 1
+
+
+class LoaderOf(list):
+    """An evaluation loader of given batches."""
+
+    skipped = {}
+
+    @property
+    def rounds(self):
+        return len(self)

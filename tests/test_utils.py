@@ -1,6 +1,5 @@
-"""What is told, keyed randomness, durable writes, signals."""
+"""Messages, keyed randomness, atomic writes, signals."""
 
-import argparse
 import io
 import os
 import random
@@ -8,7 +7,6 @@ import resource
 import signal
 import threading
 import time
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -63,31 +61,10 @@ def test_seed_step_repeats_a_models_draws():
     assert torch.equal(torch.rand(3), first)
 
 
-# ---------------------------------------------------------------------------------------------- what is told
-def nested(value, times):
-    for _ in range(times):
-        value = [value] * 9
-    return value
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        ("text", "'text'"),
-        ([1, 2.5, None], "[1, 2.5, None]"),
-        ({"a": (1,)}, "{'a': (1,)}"),
-        ("x" * 10**7, "'xxxxx"),
-        (b"x" * 10**7, "b'xxxxx"),
-        (10**10000, "a number of 33220 bits"),
-        (nested("laugh", 80), "[[[["),
-        ({"a": argparse.Namespace(b=nested("laugh", 80))}, "{'a': {'b': [["),
-        (OrderedDict(a=nested("laugh", 80)), "{'a': [[["),
-        (torch.zeros(1).expand(2**62), "a tensor of shape (46116"),
-    ],
-    ids=str.split("text list dict long bytes digits nested namespace ordered tensor"),
-)
-def test_a_message_shows_a_little_of_any_value(value, shown):
-    assert quote(value).startswith(shown) and len(quote(value)) <= 90
+# -------------------------------------------------------------------------------------------------- messages
+def test_a_message_shows_the_beginning_of_a_long_value():
+    assert quote([1, 2.5, None]) == "[1, 2.5, None]"
+    assert quote("x" * 10**6).startswith("'xxx") and len(quote("x" * 10**6)) < 90
 
 
 def test_what_a_terminal_would_obey_is_shown_as_an_escape(capsys):

@@ -1,1 +1,1 @@
-"""The room behind `engine.py`: options, building a run, resuming, what is told, losses and tasks."""
+"""What `engine.py` consists of: flags, building and resuming a run, its output, losses and tasks."""

@@ -70,10 +70,10 @@ def build_optimizer(
 
 
 def no_matrices(model: nn.Module) -> list[str]:
-    """The names of the weights that are no matrix of a linear map, which Muon would take for one and orthogonalise.
+    """The names of weights that look like matrices without being those of a linear map: Muon must leave them alone.
 
-    These are spectral filters, low-pass weights, blendings, position embeddings, depthwise kernels. Muon leaves those
-    that it is told of to its AdamW.
+    These are spectral filters, low-pass weights, blendings, position embeddings and depthwise kernels. Muon's AdamW
+    trains them.
     """
     matrices = {
         id(layer.weight)
@@ -106,9 +106,10 @@ def check_optimizer(args: argparse.Namespace) -> None:
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
-    """To be stepped after each epoch, and before each update but the first, with the number of the one before.
+    """The schedule, to be stepped after each epoch and before each update but the first, with the previous number.
 
-    It heeds one of the two, by --sched-on-updates. So epochs (updates) 0 and 1 run at --warmup-lr, as published.
+    --sched-on-updates decides which of the two has an effect. Epochs (updates) 0 and 1 run at --warmup-lr, as
+    published.
     """
     peak = max(group["lr"] for group in optimizer.param_groups)
     warmup_epochs = args.warmup_epochs

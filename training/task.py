@@ -81,15 +81,15 @@ class Task(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that goes on from it have to share; part of every checkpoint."""
+        """What a checkpoint and the run that resumes from it must have in common; part of every checkpoint."""
 
     @abstractmethod
     def sample_settings(self) -> dict[str, Any]:
-        """Flags that decide, beside the seed, which samples a run has; the run that goes on has to share them."""
+        """Flags that decide, beside the seed, which samples a run has; a run that resumes must have the same."""
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What else of the task a checkpoint has to hold, for prediction."""
+        """What else prediction needs from a checkpoint."""
 
     @abstractmethod
     def describe(self) -> str:
