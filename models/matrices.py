@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .cpu import is_transformed, may_run
+from .cpu import is_exporting, is_transformed, may_run
 
 Build = Callable[..., Tensor]
 _builders: dict[str, Build] = {}
@@ -25,9 +25,9 @@ def matrix(build: Build, *sizes: int, like: Tensor) -> Tensor:
     No buffer of a module: DDP would broadcast it on every step, and a cast to half precision would round it. Where an
     export leaves sizes open, the graph computes it.
     """
-    if torch.compiler.is_exporting() and not all(isinstance(size, int) for size in sizes):
+    if is_exporting() and not all(isinstance(size, int) for size in sizes):
         return build(*sizes).to(like)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         return _in_graph(build.__name__, sizes, like.dtype, like.device)
     if type(like) in (Tensor, nn.Parameter):
         return _computed(build, sizes, like.dtype, like.device)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .cpu import may_run
+from .cpu import is_exporting, may_run
 from .layers import GridMixer
 from .matrices import builder, matrix, multiply
 from .precision import autocast_off, full_precision
@@ -52,7 +52,7 @@ def gate(x: Tensor, complex_weight: Tensor) -> Tensor:
     """
     with autocast_off(x):
         half = x.dtype in (torch.float16, torch.bfloat16)
-        if torch.compiler.is_exporting() or (half and max(x.shape[1:3]) <= LARGEST_SIDE):
+        if is_exporting() or (half and max(x.shape[1:3]) <= LARGEST_SIDE):
             return gate_by_products(x, complex_weight)
         signal = full_precision(x)
         spectrum = torch.fft.rfft2(signal, dim=(1, 2), norm="ortho")
@@ -65,7 +65,7 @@ def gate_by_products(x: Tensor, complex_weight: Tensor) -> Tensor:
     """`gate` by real matrices: the backward pass needs the spectrum (B, 2, H, F, C) alone, where F = W // 2 + 1."""
     batch, height, width, channels = x.shape
     # On a CPU arithmetic costs more than memory. Exported sizes may be open.
-    dense = not torch.compiler.is_exporting() and max(height, width) <= LARGEST_DENSE and not may_run(x)
+    dense = not is_exporting() and max(height, width) <= LARGEST_DENSE and not may_run(x)
     if dense:
         spectrum = multiply(matrix(dense_transform, height, width, like=x), x.flatten(1, 2))
     else:

@@ -93,7 +93,7 @@ def gates(device: str, small: bool, output: Path, report: Callable) -> None:
     set_up_device(device)
     batch, warm_up, rounds = (1, 1, 1) if small else (128, 5, 20)
     for mixer, grids in GRIDS.items():
-        for side, channels in grids:
+        for side, channels in grids[:1] if small else grids:
             half = build_mixer(mixer, channels, (side, side), 1).to(device)
             exact = copy.deepcopy(half)
             models.set_spectral_precision(exact, "float32")
@@ -125,10 +125,16 @@ def reported_errors(report: Callable, name: str, **figures: Any) -> Iterator[Non
 def eager(device: str, small: bool, output: Path, report: Callable, compile: bool = False) -> None:
     """Our models beside their peers: a training step and inference in bf16."""
     batch, side, warm_up, rounds = (2, 32, 1, 1) if small else (128, 224, 5, 15)
-    for name in ("spectformer_h_n",) if small else MODELS:
+    settings = Settings(device, "bfloat16", compile, False, batch, side)
+    contenders = [Contender.parse(name, settings) for name in MODELS]
+    if small:
+        tiny = {"img_size": side, "embed_dim": 32, "depth": 2, "alpha": 1, "num_heads": 2}
+        contenders = [Contender("spectformer_ti", "spectformer_ti", settings, tiny)]
+    for contender in contenders:
+        name = contender.label
         with reported_errors(report, name, compiled=compile):
             torch.compiler.reset()
-            runner = Runner(Contender.parse(name, Settings(device, "bfloat16", compile, False, batch, side)))
+            runner = Runner(contender)
             figures = {}
             for part in ("training", "inference"):
                 times = [runner.seconds(part) for _ in range(warm_up + rounds)]

@@ -5,6 +5,6 @@ than the arithmetic on them. A kernel takes a few images through all steps of a 
 an operation that a compiled graph keeps, and returns None where it may not run, for the layer to go its general way.
 """
 
-from .kernels import is_transformed, may_run, set_cpu_kernels
+from .kernels import is_exporting, is_transformed, may_run, set_cpu_kernels
 
-__all__ = ["is_transformed", "may_run", "set_cpu_kernels"]
+__all__ = ["is_exporting", "is_transformed", "may_run", "set_cpu_kernels"]

@@ -40,7 +40,7 @@ def may_run(
         _enabled
         and not isinstance(x, torch.fx.Proxy)
         and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and x.device.type == "cpu"
         and all(tensor is None or _is_plain(tensor) for tensor in (x, *weights))
         and _fits(autocast_dtype(x) if half else full_dtype(x), weights)
@@ -52,6 +52,11 @@ def may_run(
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is of no subclass, as quantised and fake ones are, and wrapped by no transform."""
     return type(tensor) in (Tensor, nn.Parameter) and (torch.compiler.is_compiling() or not is_transformed(tensor))
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces the call; torch 2.11 calls torch.compile an export, too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def is_transformed(tensor: Tensor) -> bool:
