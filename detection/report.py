@@ -96,23 +96,23 @@ def worst_images(results: Sequence[Result], dataset: CocoImages, min_score: floa
 
 def count_mistakes(objects: Sequence[dict[str, Any]], results: Sequence[Result]) -> tuple[int, int]:
     """(missed objects, wrong predictions) of an image, by boxes; those in a crowd are neither."""
-    missed = wrong = 0
-    for category in {entry["category_id"] for entry in (*objects, *results)}:
-        own = [entry for entry in objects if entry["category_id"] == category]
-        crowd = [int(entry.get("iscrowd", 0)) for entry in own]
-        found = sorted((r for r in results if r["category_id"] == category), key=lambda result: -result["score"])
-        open_objects = {i for i, is_crowd in enumerate(crowd) if not is_crowd}
-        overlaps = np.zeros((len(found), len(own)))
-        if found and own:
-            overlaps = coco_masks.iou([r["bbox"] for r in found], [entry["bbox"] for entry in own], crowd)
-        for overlap in overlaps:
-            best = max(open_objects, key=lambda i: overlap[i], default=None)
-            if best is not None and overlap[best] >= MATCH:
-                open_objects.discard(best)
-            elif not any(is_crowd and overlap[i] >= MATCH for i, is_crowd in enumerate(crowd)):
-                wrong += 1
-        missed += len(open_objects)
-    return missed, wrong
+    crowd = np.array([entry["iscrowd"] for entry in objects], dtype=bool)
+    missed, wrong = ~crowd, 0
+    results = sorted(results, key=lambda result: -result["score"])
+    boxes = [[entry["bbox"] for entry in entries] for entries in (results, objects)]
+    overlaps = (
+        coco_masks.iou(*boxes, crowd.astype(int).tolist())
+        if objects and results
+        else np.zeros((len(results), len(objects)))
+    )
+    for result, overlap in zip(results, overlaps, strict=True):
+        same = [entry["category_id"] == result["category_id"] for entry in objects]
+        matching = np.where(same, overlap, 0) >= MATCH
+        if (matching & missed).any():
+            missed[np.argmax(np.where(matching & missed, overlap, 0))] = False
+        elif not (matching & crowd).any():
+            wrong += 1
+    return int(missed.sum()), wrong
 
 
 def draw_image(dataset: CocoImages, index: int, results: Sequence[Result], missed: int, wrong: int) -> Figure:

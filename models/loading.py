@@ -106,7 +106,7 @@ def _difference(expected: nn.Module, model: nn.Module) -> str | None:
 def _resize(weights: StateDict, model: nn.Module) -> StateDict:
     weights = dict(weights)
     if "pos_embed" in weights and hasattr(model, "pos_embed"):
-        source = _source_grid(weights, model.grid_size)
+        source = source_grid(weights, model.grid_size)
         if source is not None:
             weights |= model.resize_weights(weights, source)
     for prefix, module in model.named_modules():
@@ -119,7 +119,7 @@ def _resize(weights: StateDict, model: nn.Module) -> StateDict:
     return weights
 
 
-def _source_grid(weights: StateDict, model_grid: Grid) -> Grid | None:
+def source_grid(weights: StateDict, model_grid: Grid) -> Grid | None:
     """The grid of a file's position embeddings: given by its filters, else the model's, else a square."""
     tokens = weights["pos_embed"].shape[1] if weights["pos_embed"].ndim == 3 else 0
     candidates = {grid for name, weight in weights.items() for grid in _possible_grids(name, weight, tokens)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import warnings
@@ -24,7 +23,7 @@ from . import spectformer, svt
 from .checkpoints import EMA_KEYS, CheckpointError, check_model_kwargs, read_checkpoint, weights_of
 from .convert import to_ours
 from .layers import Grid, GridMixer
-from .loading import WeightMismatch, load_weights
+from .loading import WeightMismatch, load_weights, source_grid
 
 # All names this package registers.
 ARCHITECTURES = tuple(name for family in (spectformer, svt) for name in family.default_cfgs)
@@ -278,26 +277,29 @@ def _class_names(
 def _native_size(weights: Mapping[str, Tensor], name: str, kwargs: Mapping[str, Any]) -> Grid | None:
     """The image size that bare weights of ours were made for; None if they do not depend on it.
 
-    The grid of the first filter is compared with that of the model at its default size. A spectral gate keeps half of
-    its columns, so an odd width cannot be told from an even one: a square is assumed where that is possible.
+    The grid of the position embeddings, or of a pyramid's first filter, is compared with that of the model at its
+    default size. A spectral gate keeps half of its columns, so an odd width cannot be told from an even one: a square
+    is assumed where that is possible.
     """
     if name not in ARCHITECTURES:
         return None
     with torch.device("meta"):
         model = create_model(name, 0, None, kwargs)
-    for prefix, module in model.named_modules():
-        weight = next(
-            (weights[key] for leaf in ("complex_weight", "low_pass") if (key := f"{prefix}.{leaf}") in weights), None
-        )
-        if isinstance(module, GridMixer) and weight is not None and weight.ndim >= 3:
-            rows, columns = weight.shape[:2]
-            if weight.ndim == 4:  # of a gate: rows, columns / 2 + 1, channels, real and imaginary part
-                columns = rows if columns == rows // 2 + 1 else 2 * (columns - 1)
-            if "pos_embed" in weights:
-                columns = weights["pos_embed"].shape[1] // rows
-            height, width = (side // cells for side, cells in zip(model.img_size, module.grid_size, strict=True))
-            return rows * height, columns * width
     if "pos_embed" in weights:
-        side = math.isqrt(weights["pos_embed"].shape[1])
-        return side * model.img_size[0] // model.grid_size[0], side * model.img_size[1] // model.grid_size[1]
+        grids = [(source_grid(weights, model.grid_size), model.grid_size)]
+    else:
+        mixers = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, GridMixer)]
+        grids = [(_filter_grid(weights, prefix), module.grid_size) for prefix, module in mixers]
+    for source, own in grids:
+        if source is not None:
+            return source[0] * model.img_size[0] // own[0], source[1] * model.img_size[1] // own[1]
     return None
+
+
+def _filter_grid(weights: Mapping[str, Tensor], prefix: str) -> Grid | None:
+    """The grid of a spectral gate (rows, columns / 2 + 1, C, 2) or of low-pass weights (rows, columns, C)."""
+    if (gate := weights.get(f"{prefix}.complex_weight")) is not None:
+        rows, columns = gate.shape[:2]
+        return rows, rows if columns == rows // 2 + 1 else 2 * (columns - 1)
+    low_pass = weights.get(f"{prefix}.low_pass")
+    return None if low_pass is None else tuple(low_pass.shape[:2])
