@@ -39,6 +39,7 @@ from training.arguments import (
     dashed,
     image_size,
     number,
+    python_module,
     split_share,
     text,
 )
@@ -50,6 +51,7 @@ FLAGS: FlagTable = {
         ("--model-path", text, None, "CKPT", "a checkpoint, a run directory (its best), or a model's name"),
         ("--arch", text, None, "NAME", "the model, where the file contains only weights"),
         ("--model-kwargs", KeyValues, {}, "KEY=VALUE", "constructor arguments beside the checkpoint's"),
+        ("--mixer-module", python_module, None, "FILE.py", "as in training, for a model with mixers of its own"),
         ("--ema", bool, None, None, "the averaged weights (default: if the checkpoint has them)"),
         ("--input-size", image_size, None, "PIXELS", "side, or HEIGHTxWIDTH (default: the checkpoint's)"),
     ],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 import re
+import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.utils import ParseKwargs
 
 from inputs import transforms
-from utils import UserError, quote
+from utils import UserError, one_line, quote
 
 UNSET = object()
 LARGEST = 2**63 - 1  # integers that every library takes
@@ -150,6 +152,24 @@ def image_size(text: str) -> tuple[int, int]:
         return transforms.image_size(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def python_module(path: str) -> str:
+    """The absolute path of a Python file, after importing it, so that it can add to MIXERS."""
+    file = Path(path).resolve()
+    name = f"module of {file}"
+    if name in sys.modules:
+        return str(file)
+    spec = importlib.util.spec_from_file_location(name, file)
+    try:
+        if spec is None or not file.is_file():
+            raise FileNotFoundError("no such Python file")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever that file does
+        sys.modules.pop(name, None)
+        raise argparse.ArgumentTypeError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
+    return str(file)
 
 
 def class_list(text: str) -> list[str]:

@@ -36,6 +36,7 @@ from training.arguments import (
     image_size,
     integers,
     number,
+    python_module,
     read_config,
     text,
 )
@@ -109,6 +110,7 @@ RUN = {
             "LIST",
             "token mixer of each block: spectral*4,attention*8; slashes separate the stages of a pyramid",
         ),
+        ("--mixer-module", python_module, None, "FILE.py", "Python file that adds mixers of its own to MIXERS"),
         ("--input-size", image_size, None, "PIXELS", "side, or HEIGHTxWIDTH (default: --finetune's, or 224)"),
         ("--drop", FRACTION, 0.0, "P", "dropout before the classifier"),
         ("--drop-path", FRACTION, None, "P", "stochastic depth (default: the variant's own)"),
