@@ -265,7 +265,7 @@ print(len(received), [worker.is_alive() for worker in workers], flush=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["", "raise ValueError", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize("end", ["raise ValueError", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_workers_leave_a_jobs_signals_to_the_main_process_and_end_with_it(tmp_path, end):
     script = MAIN.format(root=str(ROOT), folder=str(make_tree(tmp_path, images=12))) + end
     main = subprocess.Popen(

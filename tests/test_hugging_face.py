@@ -15,6 +15,7 @@ from inputs.catalogue import build_dataset
 from runtime.processes import Distributed
 from utils import UserError
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 
 WRITE = """
@@ -166,7 +167,6 @@ def test_an_image_that_is_gone_is_named_by_its_row(tmp_path):
         dataset.load(2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_and_validation_come_from_one_command_line(saved, workers):
     args = arguments(data_set=f"hfds/{saved / 'pets'}", batch_size=5, num_workers=workers)

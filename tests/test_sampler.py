@@ -74,14 +74,14 @@ def trace(workers: int, world: int, **options) -> list[tuple]:
 def test_samples_and_augmentation_do_not_depend_on_workers_or_world_size():
     expected = trace(0, 1)
     assert len(expected) == 2 * (SIZE // GLOBAL_BATCH) * GLOBAL_BATCH
-    for workers, world in product(range(4), range(1, 5)):
+    for workers, world in ((1, 1), (2, 1), (0, 2), (3, 3), (2, 4)):
         assert trace(workers, world) == expected, (workers, world)
 
 
 @pytest.mark.slow
 def test_nor_do_erasing_and_repeated_augmentation():
     expected = trace(0, 1, reprob=0.5, repeats=3)
-    for workers, world in ((0, 2), (0, 3), (2, 1), (1, 4)):
+    for workers, world in ((0, 3), (2, 1)):
         assert trace(workers, world, reprob=0.5, repeats=3) == expected, (workers, world)
 
 
