@@ -153,7 +153,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--image runs in one process")
     path = find_checkpoint(args.model_path)
     checkpoint = read_checkpoint(path)
-    set_up_device(dist.device, fixed_sizes=not checkpoint.get("detector"))
     set_up_device(dist.device, fixed_sizes=not checkpoint.get("detector"))  # as in training
     if checkpoint.get("detector"):
         for name in OF_CLASSIFIERS:
