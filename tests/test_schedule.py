@@ -107,6 +107,12 @@ def test_a_warm_up_can_be_a_part_of_the_run_whatever_its_length(updates_per_epoc
     assert rates[updates_per_epoch] == pytest.approx(0.5, abs=1e-3)
 
 
+def test_a_warm_up_of_a_single_update_is_left_out():
+    args = parse("--epochs", "5", "--warmup-part", "0.1", "--sched-on-updates", "--lr", "1", "--unscale-lr")
+    scheduler = build_scheduler(args, build_optimizer(args, tiny(), Distributed()), updates_per_epoch=2)
+    assert scheduler._get_lr(0)[0] == 1.0
+
+
 @pytest.mark.parametrize(
     ("sched", "expected"),
     [

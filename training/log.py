@@ -20,6 +20,8 @@ from training.optimizer import highest_and_last_rate, images_per_update
 from training.trainer import Trainer
 from utils import atomic_write, say
 
+FEW_UPDATES = 20  # of a whole run: too few to learn from
+
 
 def report(dist: Distributed, line: str) -> None:
     """A line for the user, once for the job."""
@@ -43,6 +45,9 @@ def describe(trainer: Trainer) -> None:
         f"{len(trainer.task.train)} steps an epoch, {images_per_update(args, dist)} images an update, {args.opt}, "
         f"lr up to {highest:.3g}, {last:.3g} at the end; files go to {args.output_dir}",
     )
+    updates = trainer.updates_per_epoch * trainer.epochs
+    if updates < FEW_UPDATES:
+        report(dist, f"warning: only {updates} updates in all: train for more --epochs, or with a smaller --batch-size")
     if highest < 0.5 * peak:
         warmup = "updates" if args.warmup_updates else "part" if args.warmup_part is not None else "epochs"
         length = getattr(args, f"warmup_{warmup}")

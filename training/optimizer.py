@@ -18,6 +18,7 @@ from utils import UserError, one_line
 
 LR_BATCH = 512  # --lr is for this many images an update (DeiT)
 MIN_LR, WARMUP_LR, DECAY_EPOCHS = 1e-5, 1e-6, 30  # DeiT's
+SHORTEST_WARMUP = 2  # updates of a --warmup-part; the first two would be lost
 SAMPLED_STEPS = 1000  # of a schedule that is looked at beforehand
 APEX = "build NVIDIA apex from its source, https://github.com/NVIDIA/apex (PyPI's package apex is unrelated)"
 
@@ -117,6 +118,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         warmup_epochs = args.warmup_updates / updates_per_epoch
     elif args.warmup_part is not None:
         warmup_epochs = args.warmup_part * args.epochs
+        if args.sched_on_updates and warmup_epochs * updates_per_epoch < SHORTEST_WARMUP:
+            warmup_epochs = 0
     try:
         with warnings.catch_warnings(action="ignore"):  # plateau is deprecated in timm
             scheduler, _ = create_scheduler_v2(
