@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,6 @@ from utils import UserError, one_line
 NUCLEI = Path(__file__).parent / "nuclei"  # the embedded example
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 ROBOFLOW = "_annotations.coco.json"
-REQUIRED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class CocoImages:
         masks: whether the detector needs masks; without it, segmentations are not looked at.
 
     Raises:
-        UserError: the file cannot be read or used; the message gives the id of the first wrong entry.
+        UserError: the file is not in COCO's format, or refers to what is not there.
 
     Attributes:
         groups: uint8 (N,), 1 for an image that is wider than high.
@@ -62,29 +55,48 @@ class CocoImages:
 
     def __init__(self, annotations: Path, folder: Path, masks: bool):
         self.file, self._folder, self._masks = annotations, folder, masks
-        content = read_annotations(annotations)
-        check_entries(annotations, content, folder)
-        categories = sorted(content["categories"], key=lambda category: category["id"])
+        try:
+            content = json.loads(annotations.read_bytes())
+            self._index(content["images"], content["annotations"], content["categories"])
+        except (OSError, ValueError, KeyError, TypeError) as error:  # KeyError: an entry lacks something
+            raise UserError(f"{annotations}: not a complete file in COCO's format: {error!r}") from error
+
+    def _index(self, images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
+        categories = sorted(categories, key=lambda category: category["id"])
         self.category_ids = tuple(category["id"] for category in categories)
         self.class_names = tuple(str(category["name"]) for category in categories)
         self._label_of = {category: label for label, category in enumerate(self.category_ids, 1)}
-        kept = [entry for entry in content["annotations"] if min(entry["bbox"][2:]) > 0]
-        for entry in kept:
-            width, height = entry["bbox"][2:]
-            entry |= {"iscrowd": entry.get("iscrowd", 0), "area": entry.get("area", width * height)}
-        if masks:
-            check_masks(annotations, kept)
-        else:
-            kept = [{key: value for key, value in entry.items() if key != "segmentation"} for entry in kept]
-        by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
-        for entry in kept:
-            by_image[entry["image_id"]].append(entry)
+        by_image: dict[int, list[dict]] = {image["id"]: [] for image in images}
+        if not images or not categories:
+            raise ValueError("no images or no categories")
+        folders = {os.path.dirname(image["file_name"]) for image in images}
+        present = {os.path.join(sub, name) for sub in folders for name in os.listdir(self._folder / sub)}
+        if missing := [image["file_name"] for image in images if image["file_name"] not in present]:
+            raise UserError(
+                f"{self.file}: {len(missing)} of {len(images)} images are missing in {self._folder}: {missing[0]}"
+            )
+        for entry in annotations:
+            if entry["image_id"] not in by_image or entry["category_id"] not in self._label_of:
+                raise UserError(f"{self.file}: annotation {entry['id']} is of an image or category that is not there")
+            _, _, width, height = entry["bbox"]
+            if min(width, height) > 0:
+                entry |= {"iscrowd": entry.get("iscrowd", 0), "area": entry.get("area", width * height)}
+                by_image[entry["image_id"]].append(entry)
+        kept = [entry for own in by_image.values() for entry in own]
+        if self._masks and (without := [entry["id"] for entry in kept if not entry.get("segmentation")]):
+            raise UserError(
+                f"{self.file}: {len(without)} of {len(kept)} objects have no segmentation (the first is annotation "
+                f"{without[0]}), which Mask R-CNN learns; for boxes alone use --detector faster_rcnn or retinanet"
+            )
+        if not self._masks:
+            for entry in kept:
+                entry.pop("segmentation", None)
         # As bytes, which workers share: Python objects would be copied to each worker as their references are counted.
-        self._images = [json.dumps(image).encode() for image in content["images"]]
+        self._images = [json.dumps(image).encode() for image in images]
         self._annotations = [json.dumps(own).encode() for own in by_image.values()]
-        self.groups = np.array([image["width"] > image["height"] for image in content["images"]], dtype=np.uint8)
+        self.groups = np.array([image["width"] > image["height"] for image in images], dtype=np.uint8)
         self.objects = sum(not entry["iscrowd"] for entry in kept)
-        self.without_area = len(content["annotations"]) - len(kept)
+        self.without_area = len(annotations) - len(kept)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -134,10 +146,8 @@ class CocoImages:
                 try:
                     mask[:] = decode_mask(annotation["segmentation"], height, width)
                 except Exception as error:  # the decoder raises whatever it stumbles over
-                    raise BadImage(
-                        f"{self.path(index)}: the mask of annotation {annotation['id']} of {self.file} cannot be "
-                        f"decoded for {width}x{height} pixels: {one_line(error)}"
-                    ) from error
+                    where = f"{self.path(index)}: the mask of annotation {annotation['id']} of {self.file}"
+                    raise BadImage(f"{where} cannot be decoded: {one_line(error)}") from error
         return image, Objects(boxes, labels, masks)
 
     def ground_truth(self) -> dict[str, Any]:
@@ -176,58 +186,6 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
     if not folder.is_dir():
         raise UserError(f"--data-path {root}: the images of {found[0].name} belong in {folder.name}/, which is missing")
     return CocoImages(found[0], folder, masks)
-
-
-def read_annotations(path: Path) -> dict[str, Any]:
-    """The content of a COCO file; raises UserError unless it is JSON with images, annotations and categories."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON; is it complete? {one_line(error)}") from error
-    for key in REQUIRED:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path}: it has no list of {key}, so it is not in COCO's format")
-    return content
-
-
-def check_entries(path: Path, content: dict[str, list[dict]], folder: Path) -> None:
-    """Raise UserError for keys or image files that are missing, repeated ids and ids that refer to nothing."""
-    for kind, keys in REQUIRED.items():
-        for entry in content[kind]:
-            if missing := [key for key in keys if key not in entry]:
-                raise UserError(f"{path}: {kind[:-1]} {entry.get('id')} of {kind} has no {missing[0]}")
-        number, count = next(iter(Counter(entry["id"] for entry in content[kind]).most_common(1)), (None, 0))
-        if count > 1:
-            raise UserError(f"{path}: {count} of its {kind} have the id {number}")
-    if not content["images"] or not content["categories"]:
-        raise UserError(f"{path}: it has no {'categories' if content['images'] else 'images'}")
-    parents = {os.path.dirname(image["file_name"]) for image in content["images"]}
-    parents = [parent for parent in parents if (folder / parent).is_dir()]
-    present = {os.path.join(parent, name) for parent in parents for name in os.listdir(folder / parent)}
-    for image in content["images"]:
-        if image["file_name"] not in present:
-            raise UserError(f"{path}: the file of image {image['id']}, {folder / image['file_name']}, is missing")
-    for key, kind in (("image_id", "images"), ("category_id", "categories")):
-        known = {entry["id"] for entry in content[kind]}
-        for entry in content["annotations"]:
-            if entry[key] not in known:
-                raise UserError(f"{path}: annotation {entry['id']}: its {key} {entry[key]} is not among the {kind}")
-    for entry in content["annotations"]:
-        box = entry["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and np.isfinite(np.array(box, dtype=float)).all()):
-            raise UserError(f"{path}: annotation {entry['id']}: its bbox is {box}, not [x, y, width, height]")
-
-
-def check_masks(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Raise UserError for an object without a mask."""
-    without = [entry["id"] for entry in entries if not entry.get("segmentation")]
-    if without:
-        raise UserError(
-            f"{path}: {len(without)} of {len(entries)} objects have no segmentation (the first is annotation "
-            f"{without[0]}), which Mask R-CNN learns; for boxes alone use --detector faster_rcnn or retinanet"
-        )
 
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:

@@ -7,13 +7,13 @@ import json
 import time
 
 from detection.coco import open_split
-from detection.coco_metrics import evaluate_results, results_of
+from detection.coco_metrics import evaluate_results, numbers, results_of
 from detection.data import build_eval_loader, data_path
 from detection.loading import LoadedDetector
 from detection.report import write_report
 from detection.task import predict
 from inference.evaluate import default_output, setting
-from inference.output_files import check_output, prepare_folder, write_json
+from inference.output_files import check_results, write_json
 from runtime.processes import Distributed
 from training.precision import choose_precision
 from utils import UserError, atomic_write, say
@@ -27,16 +27,11 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
     dataset = open_split(data_path(args), args.split, masks="mask" in loaded.kinds)
     if (dataset.category_ids, dataset.class_names) != (loaded.category_ids, loaded.class_names):
-        raise UserError(
-            f"{dataset.file}: its categories are {describe(dataset.category_ids, dataset.class_names)}, those of "
-            f"{loaded.path} are {describe(loaded.category_ids, loaded.class_names)}"
-        )
+        theirs, ours = (", ".join(names[:5]) for names in (dataset.class_names, loaded.class_names))
+        raise UserError(f"{dataset.file}: its categories ({theirs}) or their ids differ from {loaded.path}'s ({ours})")
     output = args.output or default_output(args, loaded.path)
     if dist.is_main:
-        if output is not None:
-            check_output(output)
-        if args.report is not None:
-            prepare_folder(args.report)
+        check_results(output, args.report)
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
     began = time.perf_counter()
     results = predict(model, build_eval_loader(dataset, args, dist), dataset, dist, precision)
@@ -45,14 +40,14 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
         return
     truth = dataset.ground_truth()
     evaluated = {kind: evaluate_results(truth, results, kind, model.detections) for kind in loaded.kinds}
-    numbers = {kind: found.numbers() for kind, found in evaluated.items()}
+    metrics = {kind: numbers(found) for kind, found in evaluated.items()}
     say(f"{loaded.detector} over {loaded.arch}{' (EMA)' if loaded.ema else ''} on {data_set}, {len(dataset)} images:")
-    for kind, values in numbers.items():
+    for kind, values in metrics.items():
         say(f"    {kind}: " + ", ".join(f"{name} {value:.1f}" for name, value in values.items()))
     say(f"    {len(dataset) / seconds:.1f} images/s")
     if output is not None:
         counts = {"images": len(dataset), "detections": model.detections, "seconds": seconds}
-        write_json(output, setting(args, dist, loaded) | {"detector": loaded.detector} | counts | numbers)
+        write_json(output, setting(args, dist, loaded) | {"detector": loaded.detector} | counts | metrics)
         say(f"results: {output}")
         for kind in loaded.kinds:
             path = output.with_name(f"{output.stem}_{kind}_results.json")
@@ -61,9 +56,3 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
     if args.report is not None:
         write_report(args.report, evaluated, results, dataset, args.min_score)
         say(f"report: {args.report}")
-
-
-def describe(category_ids: tuple[int, ...], names: tuple[str, ...]) -> str:
-    """``1 cat, 2 dog``, the first five."""
-    shown = [f"{number} {name}" for number, name in zip(category_ids, names, strict=True)]
-    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from detection.detectors import wrong_argument
 from training.arguments import COUNT, FRACTION, POSITIVE, FlagTable, KeyValues, integers, text
 from training.options import Checks, TaskFlags
 
@@ -46,7 +45,6 @@ TABLE: FlagTable = {
     ],
 }
 CHECKS: Checks = [
-    (lambda a: wrong_argument(a.detector_kwargs), "--detector-kwargs: {problem}"),
     (lambda a: a.backbone_weights and a.finetune, "--finetune includes the backbone: no --backbone-weights"),
     (lambda a: a.max_size < a.min_size[-1], "--max-size {max_size} is below --min-size {min_size}"),
     (lambda a: a.compile, "--compile: a detector's images differ in size, and it would be compiled for each size"),

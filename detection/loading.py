@@ -47,17 +47,13 @@ def load_detector(checkpoint: dict[str, Any], path: Path, ema: bool | None) -> L
     """
     kwargs = checkpoint.get("model_kwargs") or {}
     check_model_kwargs(kwargs, f"{path}: model_kwargs")
-    names = ("arch", "detector", "heads", "detector_kwargs", "min_size", "max_size", "input_size", "class_names")
-    missing = [name for name in (*names, "category_ids") if name not in checkpoint]
-    if missing:
-        raise CheckpointError(f"{path}: it says nothing about its {missing[0]}, so it is no detector of this project")
-    settings = argparse.Namespace(**checkpoint | {"min_size": (checkpoint["min_size"],)})
-    body = create_classifier(settings.arch, tuple(settings.input_size), kwargs, drop_path=None)
-    model = detector_over(body, settings, len(settings.class_names))
     try:
+        settings = argparse.Namespace(**checkpoint | {"min_size": (checkpoint["min_size"],)})
+        body = create_classifier(settings.arch, tuple(settings.input_size), kwargs, drop_path=None)
+        model = detector_over(body, settings, len(settings.class_names))
         load_weights(model, weights_of(checkpoint, ema, path))
-    except WeightMismatch as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        names, numbers = tuple(settings.class_names), tuple(settings.category_ids)
+    except (AttributeError, KeyError, WeightMismatch) as error:  # the first two: it lacks a setting
+        raise CheckpointError(f"{path}: not a detector of this project: {error}") from error
     averaged = ema is not False and any(checkpoint.get(key) for key in EMA_KEYS)
-    found = (averaged, tuple(settings.class_names), tuple(settings.category_ids))
-    return LoadedDetector(model.eval(), path, settings.arch, settings.detector, *found)
+    return LoadedDetector(model.eval(), path, settings.arch, settings.detector, averaged, names, numbers)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchvision.transforms import v2
 
 from detection.coco_metrics import to_results
-from detection.drawing import Drawn, draw_objects
+from detection.drawing import draw_objects
 from detection.loading import LoadedDetector
 from detection.task import as_inputs
 from inference.explanations import overlay_paths
@@ -49,19 +48,15 @@ def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedD
         prediction["labels"] = prediction["labels"].long()
         names = [loaded.class_names[label - 1] for label in prediction["labels"].tolist()]
         masks = (prediction["masks"][:, 0] > 0.5).numpy() if "masks" in prediction else None
-        drawn = Drawn(prediction["boxes"].numpy(), names, prediction["scores"].tolist(), masks)
-        picture = draw_objects(image, drawn)
+        picture = draw_objects(image, prediction["boxes"].numpy(), names, prediction["scores"].tolist(), masks)
         atomic_write(drawing, lambda file, picture=picture: picture.save(file, "png"))
         if not args.quiet:
             counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "nothing"
             say(f"{file}: {counts} with a score of {args.min_score:g} or more; {drawing}")
-        found = to_results(prediction, 0, loaded.category_ids)
-        records.append({"image": str(file), "objects": [_record(r, n) for r, n in zip(found, names, strict=True)]})
+        objects = [{"category": name} for name in names]
+        for record, result in zip(objects, to_results(prediction, 0, loaded.category_ids), strict=True):
+            record |= {key: value for key, value in result.items() if key != "image_id"}
+        records.append({"image": str(file), "objects": objects})
     if args.output is not None:
         write_json(args.output, {"model_path": str(loaded.path), "arch": loaded.arch, "predictions": records})
     report_unreadable(bad, len(files))
-
-
-def _record(result: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object found, without the id of an image that has none."""
-    return {"category": name} | {key: value for key, value in result.items() if key != "image_id"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import models
 from detection.backbone import create_classifier, freeze_batch_norms, pyramid_features
 from detection.coco import CocoImages
-from detection.coco_metrics import Result, evaluate_results, to_results
+from detection.coco_metrics import Result, evaluate_results, numbers, to_results
 from detection.data import build_data
 from detection.detectors import STRIDES, Detector, build_detector, kinds_of
 from detection.flags import FLAGS
@@ -28,7 +28,7 @@ from training.precision import Precision
 from training.resume import check_same
 from training.task import Task
 from training.trainer import Run
-from utils import StopSignals
+from utils import StopSignals, UserError, one_line
 
 
 class Detection(Task):
@@ -69,14 +69,7 @@ class Detection(Task):
         return as_inputs(batch.images, self._run.precision), targets
 
     def loss(self, model: nn.Module, prepared: tuple[list[Tensor], list[dict[str, Any]]]) -> Tensor:
-        losses = model(*prepared).values()
-        return (torch.stack([loss for loss, _ in losses]) * self._weights(parts for _, parts in losses)).sum()
-
-    def _weights(self, parts: Iterable[int]) -> Tensor:
-        """Factors that turn the mean over processes of their means into the mean over all terms."""
-        dist = self._run.dist
-        own = torch.tensor(list(parts), dtype=self._run.precision.dtype, device=dist.device)
-        return own * dist.world_size / dist.sum(own).clamp(min=1)
+        return sum(model(*prepared).values())
 
     @torch.no_grad()
     def finite_samples(self, model: Detector, batch: Batch) -> list[tuple[int, bool]]:
@@ -150,16 +143,13 @@ def build_model(run: Run, data: CocoImages) -> Detector:
 
 
 def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -> Detector:
-    """The detector on a classification model, as the flags describe it."""
-    return build_detector(
-        args.detector,
-        pyramid_features(body, args.arch, STRIDES[args.detector]),
-        num_classes,
-        heads=args.heads,
-        min_size=args.min_size[-1],
-        max_size=args.max_size,
-        **args.detector_kwargs,
-    )
+    """The detector on a classification model, as the flags describe it; raises UserError where they do not fit."""
+    features = pyramid_features(body, args.arch, STRIDES[args.detector])
+    sizes = {"min_size": args.min_size[-1], "max_size": args.max_size}
+    try:
+        return build_detector(args.detector, features, num_classes, heads=args.heads, **sizes, **args.detector_kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--detector-kwargs: {one_line(error)}") from error
 
 
 def load_finetuned(run: Run, model: Detector, class_names: tuple[str, ...]) -> None:
@@ -205,11 +195,11 @@ def evaluate(
 
     The last kind's AP and AP50 are repeated under these names.
     """
-    numbers: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if dist.is_main:
         truth = dataset.ground_truth()
         for kind in kinds:
-            found = evaluate_results(truth, results, kind, detections).numbers()
-            numbers |= {f"{kind}_{name}": value for name, value in found.items()}
-            numbers |= {name: found.get(name, 0.0) for name in ("AP", "AP50")}
-    return dist.broadcast_object(numbers)
+            found = numbers(evaluate_results(truth, results, kind, detections))
+            metrics |= {f"{kind}_{name}": value for name, value in found.items()}
+            metrics |= {name: found.get(name, 0.0) for name in ("AP", "AP50")}
+    return dist.broadcast_object(metrics)

@@ -14,15 +14,14 @@ from torchvision.transforms import v2
 
 from detection.coco import Objects
 
-LARGEST_SEED = 2**62
 JITTER = (0.1, 2.0)  # Ghiasi et al. 2021, "Simple Copy-Paste"
 
 
 class TrainTransform:
     """From an image and its objects to a detector's training input: the image, uint8 (3, H, W), and its target.
 
-    The target contains "boxes" float32 (N, 4), "labels" int64 (N,), "masks" uint8 (N, H, W) where there are some, and
-    "seed", for the detector's sampling in this image. All randomness comes from the global generators.
+    The target contains "boxes" float32 (N, 4), "labels" int64 (N,), and "masks" uint8 (N, H, W) where there are some.
+    All randomness comes from the global generators.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -48,7 +47,7 @@ class TrainTransform:
         pixels, target = self._transform(tv_tensors.Image(v2.functional.pil_to_tensor(image)), target)
         if self._crops and "masks" in target:
             target = fit_boxes(target)
-        return pixels, target | {"seed": int(torch.randint(LARGEST_SEED, ()))}
+        return pixels, target
 
 
 def fit_boxes(target: dict[str, Any]) -> dict[str, Any]:

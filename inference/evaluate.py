@@ -20,7 +20,7 @@ from training.precision import choose_precision
 from utils import UserError, say
 
 from .confusion_report import class_accuracies, write_report
-from .output_files import check_output, prepare_folder, write_json
+from .output_files import check_results, write_json
 
 
 class WatchedLoader:
@@ -71,10 +71,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     data, present = open_data(args, dist, loaded)
     output = args.output or default_output(args, loaded.path)
     if dist.is_main:
-        if output is not None:
-            check_output(output)
-        if args.report is not None:
-            prepare_folder(args.report)
+        check_results(output, args.report)
     model = loaded.model.to(dist.device)
     watched = WatchedLoader(data.val, present)
     model.register_forward_hook(watched.watch)

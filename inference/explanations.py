@@ -1,6 +1,6 @@
 """Which parts of an image spoke for a class."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,13 +10,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import models
 from models import LoadedModel
-from models.base import ImageModel
-from training.precision import Precision, as_input
-from utils import UserError
+from utils import UserError, make_directory
 
-from .output_files import as_label, prepare_folder
+from .output_files import as_label
 
 # Perceptually uniform, and the less opaque the less there is to say: the photograph stays to be seen.
 _colours = matplotlib.colormaps["plasma"](np.linspace(0, 1, 256))
@@ -38,30 +35,8 @@ def overlay_paths(
         if path.exists() and path.resolve() in {other.resolve() for other in files}:
             raise UserError(f"{flag}: the overlay {path} would replace one of the images")
         taken[path] = file
-    prepare_folder(folder)
+    make_directory(folder)
     return paths
-
-
-def explain(
-    model: nn.Module,
-    image: Tensor,
-    target: int,
-    predict: Callable[[Tensor], Tensor],
-    precision: Precision,
-    batch_size: int,
-) -> dict[str, Tensor]:
-    """Maps (rows, columns) of what spoke for a class in an image (3, H, W), by title; the more reliable one first.
-
-    A class activation exists for this project's models alone, and is left out where it has a single cell.
-    """
-    maps = {"occlusion: the logit drops\nwhere the image is hidden": class_evidence(predict, image, target, batch_size)}
-    if isinstance(model, ImageModel):
-        with precision.autocast():
-            activation = class_activation(model, as_input(image[None], precision), target)
-        if activation.numel() > 1:
-            rows, columns = activation.shape
-            maps[f"class activation, {rows}x{columns}:\nwhat the last tokens say"] = activation
-    return maps
 
 
 @torch.no_grad()
@@ -70,9 +45,9 @@ def class_evidence(predict: Callable[[Tensor], Tensor], image: Tensor, target: i
 
     Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.2): squares of 2/7 of the image's sides are
     blurred beyond recognition one after another, and a cell's evidence is the mean drop of the logit over the
-    squares that cover it. The logit counts less the mean of all, since a softmax does not see what they share.
+    squares that cover it. The mean of all logits is subtracted first, since a softmax does not see it.
 
-    It asks the model itself, unlike maps read off the last tokens (`class_activation`, Grad-CAM and their kin):
+    It asks the model itself, unlike maps read off the last tokens (class activation, Grad-CAM and their kin):
     the mixers here are global from the first block on, so what is in a token in the end need not come from its
     place in the image.
 
@@ -82,52 +57,22 @@ def class_evidence(predict: Callable[[Tensor], Tensor], image: Tensor, target: i
         target: the class.
         batch_size: images a call of `predict`.
     """
-    rows, columns = (max(HIDDEN, min(CELLS, side // 4)) for side in image.shape[1:])
-    row_of, column_of = (
-        torch.arange(side, device=image.device) * cells // side
-        for side, cells in zip(image.shape[1:], (rows, columns), strict=True)
-    )
-    places = (rows - HIDDEN + 1, columns - HIDDEN + 1)
-    top, left = torch.cartesian_prod(*map(torch.arange, places)).to(image.device).unsqueeze(-1).unbind(1)
-    in_rows, in_columns = (row_of - top) // HIDDEN == 0, (column_of - left) // HIDDEN == 0  # (squares, side)
-    blurred = blur(image, max(image.shape[1:]) // 4)
-    scores = []
-    for begin in range(0, len(top), batch_size):
-        part = slice(begin, begin + batch_size)
-        inside = in_rows[part, :, None] & in_columns[part, None, :]
-        scores.append(centred(predict(torch.where(inside[:, None], blurred, image)), target))
-    drops = centred(predict(image[None]), target) - torch.cat(scores)
-    kernel = torch.ones(1, 1, HIDDEN, HIDDEN, dtype=drops.dtype, device=drops.device)
-    sums, counts = (
-        nn.functional.conv_transpose2d(values.view(1, 1, *places), kernel)[0, 0]
-        for values in (drops, torch.ones_like(drops))
-    )
-    return relative(sums / counts)
 
+    def scores(images: Tensor) -> Tensor:
+        logits = predict(images).float()
+        return logits[:, target] - logits.mean(1)
 
-@torch.no_grad()
-def class_activation(model: ImageModel, images: Tensor, target: int) -> Tensor:
-    """Where the last tokens of one image (1, 3, H, W) say a class: (rows, columns), 1 the most, 0 nothing or against.
-
-    A class activation map (Zhou et al., 2016, arXiv:1512.04150): the tokens' own logits, less the mean of all
-    classes. The vanilla models' logits are the mean of these; pyramids read theirs off the class token, and
-    those trained with token labels have a classifier of tokens, which is taken.
-    """
-    grid = model.token_label_size if isinstance(model, models.Pyramid) else model.grid_size
-    head = model.aux_head if getattr(model, "aux_head", None) is not None else model.head
-    tokens = model.forward_features(images)[0, model.num_prefix_tokens :]
-    return relative(centred(head(tokens), target).view(grid))
-
-
-def relative(heat: Tensor) -> Tensor:
-    """Nothing for what is negative, the rest as parts of the largest, on the CPU."""
-    heat = heat.float().clamp_min(0).cpu()
+    size = image.shape[1:]
+    rows, columns = (max(HIDDEN, min(CELLS, side // 4)) for side in size)
+    places = [(top, left) for top in range(rows - HIDDEN + 1) for left in range(columns - HIDDEN + 1)]
+    squares = image.new_zeros(len(places), 1, rows, columns)
+    for square, (top, left) in zip(squares, places, strict=True):
+        square[:, top : top + HIDDEN, left : left + HIDDEN] = 1
+    blurred = blur(image, max(size) // 4)
+    hidden = (nn.functional.interpolate(part, size) > 0 for part in squares.split(batch_size))
+    drops = scores(image[None]) - torch.cat([scores(torch.where(part, blurred, image)) for part in hidden])
+    heat = ((drops.view(-1, 1, 1, 1) * squares).sum((0, 1)) / squares.sum((0, 1))).clamp_min(0).cpu()
     return heat / heat.max().clamp_min(1e-12)
-
-
-def centred(logits: Tensor, target: int) -> Tensor:
-    """(B,) float: the logit of a class less the mean of all."""
-    return logits[:, target].float() - logits.float().mean(1)
 
 
 def blur(image: Tensor, radius: int) -> Tensor:
@@ -144,25 +89,21 @@ def displayable(image: Tensor, loaded: LoadedModel) -> Tensor:
     return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
-def draw_overlay(image: Tensor, maps: Mapping[str, Tensor], title: str) -> Figure:
-    """The image (H, W, 3) as the model saw it, and under each map's name the map (h, w) over it, cell by cell."""
+def draw_overlay(image: Tensor, heat: Tensor, title: str) -> Figure:
+    """The image (H, W, 3) as the model saw it, and beside it the map (h, w) over the image, cell by cell."""
     height, width = image.shape[:2]
-    whole = (-0.5, width - 0.5, height - 0.5, -0.5)
-    panels = 1 + len(maps)
-    figure = Figure(figsize=(panels * 2.6 * min(width / height, 2) + 0.6, 3.1), layout="constrained")
-    left, *others = figure.subplots(1, panels)
+    figure = Figure(figsize=(5.2 * min(width / height, 2) + 0.6, 3.1), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.imshow(image.numpy(), interpolation="nearest")
     left.set_title("input", fontsize=9)
-    for axes, (name, heat) in zip(others, maps.items(), strict=True):
-        axes.imshow(0.15 + 0.7 * image.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        colours = axes.imshow(heat.numpy(), cmap=SEE_THROUGH, vmin=0, vmax=1, interpolation="nearest", extent=whole)
-        axes.set_title(name, fontsize=9)
-    for axes in (left, *others):
+    right.imshow(0.15 + 0.7 * image.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    whole = (-0.5, width - 0.5, height - 0.5, -0.5)
+    colours = right.imshow(heat.numpy(), cmap=SEE_THROUGH, vmin=0, vmax=1, interpolation="nearest", extent=whole)
+    right.set_title("occlusion: the logit drops\nwhere the image is hidden", fontsize=9)
+    for axes in (left, right):
         axes.set_axis_off()
     figure.suptitle(as_label(title, 100), fontsize=10)
-    bar = figure.colorbar(colours, ax=others[-1], fraction=0.046, pad=0.02, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(colours, ax=right, fraction=0.046, pad=0.02, label="relative to the largest")
     bar.ax.set_facecolor("0.5")  # colours as they are over a photograph in grey
-    bar.set_label("relative to the largest", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     return figure

@@ -4,44 +4,32 @@ import csv
 import importlib.util
 import io
 import json
-import tempfile
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils import UserError, atomic_write, cannot_write, make_directory, printable
+from utils import UserError, atomic_write, make_directory, printable
 
 
 def check_output(path: Path, suffixes: Sequence[str] = (".json",), flag: str = "--output") -> None:
-    """Make sure that a file can be written in the end.
-
-    Raises:
-        UserError: its suffix is none of `suffixes`, its folder does not exist, or pyarrow is missing for .parquet.
-        MachineError: the file system refuses.
-    """
+    """Raise UserError if a file cannot be written in the end: for its suffix, its folder, or pyarrow's absence."""
     if path.suffix not in suffixes:
         raise UserError(f"{flag} {path}: name it {' or '.join(suffixes)}, which says the format")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{flag} {path}: Parquet files need pip install pyarrow")
-    if not path.parent.is_dir():
-        raise UserError(f"{flag} {path}: there is no folder {path.parent}")
-    _try_writing(path.parent)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: there is no folder {path.parent} that can be written to")
 
 
-def prepare_folder(path: Path) -> None:
-    """Make a folder, if it does not exist, that files can be written to; raises as `check_output`."""
-    make_directory(path)
-    _try_writing(path)
-
-
-def _try_writing(folder: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b" ")
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+def check_results(output: Path | None, report: Path | None) -> None:
+    """Make sure that an evaluation's results can be written in the end, and make the folder of its report."""
+    if output is not None:
+        check_output(output)
+    if report is not None:
+        make_directory(report)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

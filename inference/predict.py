@@ -17,7 +17,7 @@ from runtime.processes import Distributed
 from training.precision import as_input, choose_precision
 from utils import UserError, atomic_write, say, tell
 
-from .explanations import displayable, draw_overlay, explain, overlay_paths
+from .explanations import class_evidence, displayable, draw_overlay, overlay_paths
 from .output_files import check_output, save_figure, write_csv, write_json, write_parquet
 
 FORMATS = (".json", ".csv", ".parquet")
@@ -108,8 +108,8 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
             if not args.quiet:
                 say(one_line_of(record))
             if overlays:
-                maps = explain(model, image, int(classes[0]), predict, precision, args.batch_size)
-                save_figure(overlays[index], draw_overlay(displayable(image, loaded), maps, summary(record)))
+                heat = class_evidence(predict, image, int(classes[0]), args.batch_size)
+                save_figure(overlays[index], draw_overlay(displayable(image, loaded), heat, summary(record)))
     write_predictions(args, loaded, records, embeddings)
     report_unreadable(bad, len(files))
 

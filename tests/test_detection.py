@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -21,15 +22,13 @@ import infer
 import main_detection
 from detection.backbone import create_classifier, pyramid_features
 from detection.coco import NUCLEI, decode_mask, open_split
-from detection.coco_metrics import KINDS, evaluate_results, results_of, to_results
+from detection.coco_metrics import KINDS, evaluate_results, numbers, results_of, to_results
 from detection.detectors import STRIDES, build_detector
 from detection.report import count_mistakes
 from detection.sampler import GroupedSampler
-from detection.subsampling import KeyedSubsampler
 from detection.task import Detection
 from detection.transforms import TrainTransform
 from inputs.images import BadImage
-from inputs.sampler import KeyedSampler
 from models.checkpoints import read_checkpoint
 from runtime import checkpoints
 from training.optimizer import build_scheduler
@@ -66,7 +65,7 @@ def example(seed, height=64, width=80, objects=3):
     masks = torch.zeros(objects, height, width, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
-    target = {"boxes": boxes, "labels": torch.arange(objects) % 3 + 1, "masks": masks, "seed": seed}
+    target = {"boxes": boxes, "labels": torch.arange(objects) % 3 + 1, "masks": masks}
     return torch.rand(3, height, width, generator=generator), target
 
 
@@ -93,35 +92,36 @@ def shifted_results(dataset, seed):
     return results
 
 
+def oracle(annotations, results, kind):
+    """pycocotools' evaluation."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), KINDS[kind])
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_twelve_numbers_are_those_of_pycocotools(cells, tmp_path, kind):
+def test_all_twelve_numbers_are_those_of_pycocotools(cells, kind):
     """With crowds, gaps in the category ids, a category and an image without objects."""
     dataset = open_split(cells, "train", masks=True)
     results = shifted_results(dataset, seed=0)
     found = evaluate_results(dataset.ground_truth(), results, kind, 100)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(cells / "annotations/instances_train2017.json"))
-        oracle = COCOeval(truth, truth.loadRes(copy.deepcopy(results_of(results, kind))), KINDS[kind])
-        oracle.evaluate()
-        oracle.accumulate()
-        oracle.summarize()
-    np.testing.assert_allclose(found.precision, oracle.eval["precision"], atol=1e-9)
-    np.testing.assert_allclose(found.recall, oracle.eval["recall"], atol=1e-9)
-    expected = [100 * value for value in oracle.stats if value >= 0]
-    np.testing.assert_allclose(list(found.numbers().values()), expected, atol=1e-6)
-    assert len(expected) >= 8 and 0 < found.numbers()["AP"] < 100
+    expected = oracle(cells / "annotations/instances_train2017.json", results_of(results, kind), kind)
+    np.testing.assert_allclose(found.eval["precision"], expected.eval["precision"], atol=1e-9)
+    stats = [100 * value for value in expected.stats if value >= 0]
+    np.testing.assert_allclose(list(numbers(found).values()), stats, atol=1e-6)
+    assert len(stats) >= 8 and 0 < numbers(found)["AP"] < 100
 
 
-def test_without_any_prediction_the_numbers_are_zero(cells):
-    numbers = evaluate_results(open_split(cells, "val", masks=True).ground_truth(), [], "mask", 100).numbers()
-    assert set(numbers.values()) == {0.0}
-
-
-def test_more_detections_than_coco_takes_count_where_they_are_asked_for(cells):
+def test_no_prediction_gives_zeros_and_more_than_coco_takes_count_where_they_are_asked_for(cells):
     dataset = open_split(cells, "train", masks=True)
-    results = shifted_results(dataset, seed=1)
-    few, many = (evaluate_results(dataset.ground_truth(), results, "box", most).numbers()["AR"] for most in (11, 200))
+    truth, results = dataset.ground_truth(), shifted_results(dataset, seed=1)
+    assert set(numbers(evaluate_results(truth, [], "mask", 100)).values()) == {0.0}
+    few, many = (numbers(evaluate_results(truth, results, "box", most))["AR"] for most in (11, 200))
     assert many > few
 
 
@@ -154,42 +154,34 @@ def respell(cells, root, change, folder="train2017"):
 
 
 SPOILED = {
-    "missing file": (("images", 1, {"file_name": "no.png"}), "image 93, .*no.png, is missing"),
-    "no size": (("images", 1, {"height": ...}), "image 93 of images has no height"),
-    "unknown image": (("annotations", 2, {"image_id": 5}), "annotation 3: its image_id 5"),
-    "unknown category": (("annotations", 2, {"category_id": 4}), "annotation 3: its category_id 4"),
-    "box of three": (("annotations", 2, {"bbox": [1, 2, 3]}), "annotation 3: its bbox"),
-    "box of NaN": (("annotations", 2, {"bbox": [1, float("nan"), 3, 4]}), "annotation 3: its bbox"),
+    "missing file": (("images", 1, {"file_name": "no.png"}), "1 of 8 images are missing in .*no.png"),
+    "no size": (("images", 1, {"height": ..., "width": ...}), r"KeyError\('width'\)"),
+    "unknown category": (("annotations", 2, {"category_id": 4}), "annotation 3 is of an image or category that"),
+    "box of three": (("annotations", 2, {"bbox": [1, 2, 3]}), "not a complete file in COCO's format"),
     "no mask": (("annotations", 2, {"segmentation": []}), r"1 of \d+ objects .*annotation 3.*--detector faster_rcnn"),
-    "annotation twice": (("annotations", 2, {"id": 1}), "2 of its annotations have the id 1"),
 }
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_is_wrong_in_an_annotation_file_is_named_with_its_id(cells, tmp_path, case):
+def test_what_is_wrong_in_an_annotation_file_is_said_in_one_line(cells, tmp_path, case):
     (kind, index, values), message = SPOILED[case]
 
     def spoil(content):
         entry = content[kind][index] | values
         content[kind][index] = {key: value for key, value in entry.items() if value is not ...}
 
+    root = respell(cells, tmp_path, spoil)
     with pytest.raises(UserError, match=message) as error:
-        open_split(respell(cells, tmp_path, spoil), "train", masks=True)
+        open_split(root, "train", masks=True)
     assert "\n" not in str(error.value) and "instances_train2017.json" in str(error.value)
-
-
-def test_a_file_that_is_cut_short_is_named(cells, tmp_path):
-    root = respell(cells, tmp_path, lambda content: None)
     file = root / "annotations/instances_train2017.json"
     file.write_text(file.read_text()[:999])
-    with pytest.raises(UserError, match="instances_train2017.json: not readable as JSON; is it complete"):
+    with pytest.raises(UserError, match="instances_train2017.json: not a complete file in COCO's format"):
         open_split(root, "train", masks=True)
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [[[1, 2, 3, 4]], {"size": [9, 9], "counts": [81]}, {"size": [64, 64], "counts": [5]}, [["x"] * 6]],
-    ids=["two points", "another size", "few pixels", "text"],
+    "damage", [[[1, 2, 3, 4]], {"size": [9, 9], "counts": [81]}], ids=["two points", "another size"]
 )
 def test_a_mask_that_cannot_be_decoded_is_named_with_its_id(cells, tmp_path, damage):
     root = respell(cells, tmp_path, lambda content: content["annotations"][2].update(segmentation=damage))
@@ -224,7 +216,7 @@ def test_boxes_alone_are_enough_for_detectors_of_boxes(cells, tmp_path, empty):
     dataset = open_split(root, "train", masks=False)
     assert dataset.load(0)[1].masks is None and dataset.objects == len(dataset.ground_truth()["annotations"])
     results = [entry | {"score": 1.0} for entry in dataset.ground_truth()["annotations"]]
-    assert evaluate_results(dataset.ground_truth(), results, "box", 1000).numbers()["AP"] == pytest.approx(100)
+    assert numbers(evaluate_results(dataset.ground_truth(), results, "box", 1000))["AP"] == pytest.approx(100)
     with pytest.raises(UserError, match="--detector faster_rcnn"):
         open_split(root, "train", masks=True)
 
@@ -295,21 +287,8 @@ def test_boxes_and_masks_of_an_object_agree(cells):
 GROUPS = np.random.RandomState(0).randint(0, 2, 103).astype(np.uint8)
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_updates_are_of_one_shape_but_for_the_last_and_leave_nothing_more_out(epoch):
-    sampler = GroupedSampler(len(GROUPS), 8, seed=3, groups=GROUPS)
-    batches = [[key.index for key in batch] for batch in sampler.epoch(epoch)]
-    mixed = [i for i, batch in enumerate(batches) if len(set(GROUPS[batch])) > 1]
-    assert len(batches) == len(KeyedSampler(len(GROUPS), 8, seed=3)) == 12
-    assert len(mixed) <= 1 and all(i == len(batches) - 1 for i in mixed)
-    used = [index for batch in batches for index in batch]
-    assert len(set(used)) == len(used) == 96
-    assert len({GROUPS[batch[0]] for batch in batches[:5]}) == 2  # and groups take turns
-    assert used != [key.index for batch in sampler.epoch(epoch + 1) for key in batch]
-
-
 @pytest.mark.parametrize(("world", "batch", "accum"), [(1, 4, 2), (2, 4, 1), (4, 1, 2)])
-def test_grouped_updates_are_the_same_for_any_number_of_processes_and_any_start(world, batch, accum):
+def test_updates_are_of_one_shape_but_for_the_last_on_any_number_of_processes(world, batch, accum):
     def updates(world, batch, accum, start=0):
         ranks = [
             list(GroupedSampler(len(GROUPS), batch, 3, rank, world, accum, groups=GROUPS).epoch(2, start))
@@ -321,6 +300,10 @@ def test_grouped_updates_are_the_same_for_any_number_of_processes_and_any_start(
     expected = updates(1, 8, 1)
     assert updates(world, batch, accum) == expected
     assert updates(world, batch, accum, start=3 * accum) == expected[3:]
+    used = [index for update in expected for index in update]
+    assert len(set(used)) == len(used) == 96
+    assert all(len(set(GROUPS[update])) == 1 for update in expected[:-1])
+    assert len({GROUPS[update[0]] for update in expected[:5]}) == 2  # and groups take turns
 
 
 @pytest.mark.parametrize(
@@ -347,17 +330,6 @@ def test_augmentation_moves_boxes_masks_and_pixels_together(cells, tmp_path, fla
     assert len(sizes) > 1 or "--large-scale-jitter" in flags
 
 
-def test_the_same_key_gives_the_same_sample_and_seed(cells):
-    args = parse_args(Detection.flags, ["--data-path", str(cells), "--min-size", "40,64", "--max-size", "100"])
-    transform, dataset = TrainTransform(args), open_split(cells, "train", masks=True)
-    samples = []
-    for key in (1, 1, 2):
-        with seeded(key):
-            samples.append(transform(*dataset.load(0)))
-    assert torch.equal(samples[0][0], samples[1][0]) and samples[0][1]["seed"] == samples[1][1]["seed"]
-    assert samples[0][1]["seed"] != samples[2][1]["seed"]
-
-
 # ------------------------------------------------------------------------------------------------------- detectors
 
 
@@ -377,9 +349,9 @@ def test_every_parameter_of_every_detector_is_trained(kind, arch, heads):
     detector = small_detector(kind, arch, heads=heads).train()
     images, targets = zip(example(1), example(2, 96, 64, objects=1), strict=True)
     losses = detector(list(images), list(targets))
-    sum(loss for loss, _ in losses.values()).backward()
+    sum(losses.values()).backward()
     idle = [name for name, weight in detector.named_parameters() if weight.grad is None]
-    assert not idle and all(parts > 0 for _, parts in losses.values())
+    assert not idle
     detector.eval()
     (prediction,) = detector([images[0]])
     assert prediction["boxes"].shape == (len(prediction["labels"]), 4)
@@ -392,8 +364,8 @@ def test_an_image_without_objects_can_be_trained_on():
     detector = small_detector().train()
     image, target = example(1, objects=0)
     losses = detector([image], [target])
-    sum(loss for loss, _ in losses.values()).backward()
-    assert float(losses["loss_mask"][0].detach()) == 0 and losses["loss_mask"][1] == 0
+    sum(losses.values()).backward()
+    assert float(losses["loss_mask"].detach()) == 0
     assert all(weight.grad is not None for weight in detector.parameters())
 
 
@@ -418,58 +390,6 @@ def test_in_half_precision_boxes_keep_their_place_to_a_part_of_a_pixel(kind):
     assert torch.cdist(found["boxes"], inside).amin(1).max() < 1e-3
 
 
-def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch():
-    def masks(labels, seeds):
-        subsampler = KeyedSubsampler(Like())
-        subsampler.seeds = seeds
-        return subsampler(labels), subsampler
-
-    generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randint(-1, 2, (400,), generator=generator) for _ in range(2))
-    (together, counted), (alone, _) = masks([first, second], [5, 6]), masks([second], [6])
-    assert torch.equal(together[0][1], alone[0][0]) and torch.equal(together[1][1], alone[1][0])
-    assert counted.drawn == 2 * Like.batch_size_per_image and counted.positives == 2 * 16
-    assert (first[together[0][0].bool()] == 1).all() and (second[together[1][1].bool()] == 0).all()
-    assert not torch.equal(masks([second], [7])[0][0][0], alone[0][0])
-
-
-class Like:
-    batch_size_per_image, positive_fraction = 64, 0.25
-
-
-@pytest.mark.slow
-def test_an_image_is_seen_alike_at_any_place_of_a_batch_of_its_size():
-    detector = small_detector().double().train()
-    for module in detector.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    pairs = [example(1), example(2)]
-    pairs = [(image.double(), target | {"boxes": target["boxes"].double()}) for image, target in pairs]
-    both = detector(*map(list, zip(*pairs, strict=True)))
-    alone = [detector([image], [target]) for image, target in pairs]
-    for name, (loss, parts) in both.items():
-        weighted = sum(own[name][0] * own[name][1] for own in alone) / parts
-        assert parts == sum(own[name][1] for own in alone)
-        torch.testing.assert_close(
-            loss, weighted, rtol=1e-6, atol=0, check_dtype=False
-        )  # torchvision labels in float32
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"anchor_sizes": (8, 16)}, "needs 5 anchor_sizes"),
-        ({"fpn_channels": 40}, "must be a multiple of 32"),
-        ({"box_batch_size": 3}, "box_batch_size is unknown"),
-        ({"box_nms_thresh": "much"}, "not a number like 0.5"),
-        ({"rpn_post_nms_top_n_train": 0.5}, "not a number like 2000"),
-    ],
-)
-def test_settings_that_torchvision_would_pass_over_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        small_detector(**options)
-
-
 def test_a_backbone_without_a_pyramid_is_refused():
     model = create_classifier("spectformer_ti", (64, 64), {"depth": 2, "alpha": 1}, 0.0)
     with pytest.raises(UserError, match="--arch spectformer_ti: a detector needs .* strides 4, 8, 16, 32"):
@@ -481,38 +401,13 @@ def test_a_backbone_without_a_pyramid_is_refused():
 
 # ------------------------------------------------------------------------------------------------------------- runs
 
-RUN = [
-    "--arch",
-    "spectformer_h_s",
-    "--model-kwargs",
-    *(f"{name}={value!r}".replace(" ", "") for name, value in SMALL.items()),
-    "--detector-kwargs",
-    "fpn_channels=32",
-    "anchor_sizes=(4,8,16,32,64)",
-    "detections=40",
-    "box_score_thresh=0.0",
-    "rpn_post_nms_top_n_train=50",
-    "rpn_post_nms_top_n_test=40",
-    "--input-size",
-    "64",
-    "--min-size",
-    "64",
-    "--max-size",
-    "96",
-    "--batch-size",
-    "4",
-    "--num-workers",
-    "0",
-    "--lr",
-    "2e-3",
-    "--warmup-updates",
-    "1",
-    "--warmup-lr",
-    "1e-3",
-    "--no-freeze-bn",
-    "--device",
-    "cpu",
-]
+KWARGS = [f"{name}={value!r}".replace(" ", "") for name, value in SMALL.items()]
+RUN = shlex.split(
+    f"--arch spectformer_h_s --model-kwargs {' '.join(KWARGS)} --input-size 64 --min-size 64 --max-size 96 "
+    "--detector-kwargs fpn_channels=32 anchor_sizes=(4,8,16,32,64) detections=40 box_score_thresh=0.0 "
+    "rpn_post_nms_top_n_train=50 rpn_post_nms_top_n_test=40 --batch-size 4 --num-workers 0 --lr 2e-3 "
+    "--warmup-updates 1 --warmup-lr 1e-3 --no-freeze-bn --device cpu"
+)
 
 
 @pytest.fixture(scope="module")
@@ -563,13 +458,8 @@ def test_infer_evaluates_a_checkpoint_as_training_did(trained, cells, tmp_path, 
         for name, value in found[kind].items():
             assert value == told[f"test_{kind}_{name}"]
         results = json.loads((tmp_path / f"r_{kind}_results.json").read_text())
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(cells / "annotations/instances_val2017.json"))
-            oracle = COCOeval(truth, truth.loadRes(results), KINDS[kind])
-            oracle.evaluate()
-            oracle.accumulate()
-            oracle.summarize()
-        assert 100 * oracle.stats[0] == pytest.approx(found[kind]["AP"], abs=1e-6)
+        stats = oracle(cells / "annotations/instances_val2017.json", results, kind).stats
+        assert 100 * stats[0] == pytest.approx(found[kind]["AP"], abs=1e-6)
         assert (report / f"{kind}_by_category.csv").read_text().count("\n") == 4
         assert (report / f"{kind}_precision_recall.png").stat().st_size > 1000
     assert len(list(report.glob("worst_*.png"))) > 0
@@ -637,12 +527,14 @@ def test_the_embedded_cells_are_whole():
         (["--min-size", "800", "--max-size", "700"], "--max-size 700 is below"),
         (["--min-size", "800,600"], "not a list of ascending numbers"),
         (["--warmup-updates", "5", "--no-sched-on-updates"], "needs --sched-on-updates"),
-        (["--detector-kwargs", "fpn_channels={}"], "--detector-kwargs: fpn_channels is {}, not int"),
-        (["--detector-kwargs", "fpn_channels=None"], "--detector-kwargs: fpn_channels is None, not int"),
-        (["--detector-kwargs", "anchor_sizes=5"], "--detector-kwargs: anchor_sizes is 5, not int"),
+        (["--detector-kwargs", "fpn_channels={}"], "--detector-kwargs: "),
+        (["--detector-kwargs", "fpn_channels=40"], "--detector-kwargs: num_channels .40. must be divisible"),
+        (["--detector-kwargs", "anchor_sizes=(8,16)"], "needs 5 anchor_sizes"),
+        (["--detector-kwargs", "box_batch_size=3"], "MaskRCNN takes no box_batch_size=3"),
+        (["--detector-kwargs", "box_nms_thresh=much"], "MaskRCNN takes no box_nms_thresh='much'"),
     ],
 )
-def test_flags_that_contradict_each_other_are_told(flags, message, tmp_path):
+def test_flags_that_do_not_fit_are_refused_in_one_line(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main_detection.main([*flags, "--output-dir", str(tmp_path), "--device", "cpu"])
 
