@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from faster_coco_eval.core import mask as coco_masks
 from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
 
 from inputs.images import BadImage, read_image
 from utils import UserError, one_line
@@ -18,19 +20,6 @@ from utils import UserError, one_line
 NUCLEI = Path(__file__).parent / "nuclei"  # the embedded example
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 ROBOFLOW = "_annotations.coco.json"
-
-
-@dataclass(frozen=True)
-class Objects:
-    """What is annotated in an image.
-
-    boxes: float32 (N, 4), corners (x1, y1, x2, y2) in pixels; labels: int64 (N,), from 1; masks: uint8 (N, H, W), of
-    zeros and ones, None for a detector of boxes alone.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    masks: np.ndarray | None
 
 
 class CocoImages:
@@ -130,16 +119,23 @@ class CocoImages:
         """An image's objects and crowds, as entries of the file."""
         return json.loads(self._annotations[index])
 
-    def load(self, index: int) -> tuple[Image.Image, Objects]:
-        """An image and its objects to train on, without crowds; raises `BadImage`."""
+    def load(self, index: int) -> tuple[Image.Image, dict[str, Tensor]]:
+        """An image and its objects to train on, without crowds; raises `BadImage`.
+
+        "boxes" are float32 (N, 4), corners (x1, y1, x2, y2) in pixels; "labels" int64 (N,), from 1; "masks", where the
+        detector needs them, uint8 (N, H, W) of zeros and ones.
+        """
         found = [annotation for annotation in self.annotations(index) if not annotation["iscrowd"]]
         image = self.image(index)
         height, width = image.height, image.width
         boxes = np.array([annotation["bbox"] for annotation in found], dtype=np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
-        labels = np.array([self._label_of[annotation["category_id"]] for annotation in found], dtype=np.int64)
-        masks = None
+        labels = [self._label_of[annotation["category_id"]] for annotation in found]
+        objects = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+        }
         if self._masks:
             masks = np.zeros((len(found), height, width), dtype=np.uint8)
             for mask, annotation in zip(masks, found, strict=True):
@@ -148,7 +144,8 @@ class CocoImages:
                 except Exception as error:  # the decoder raises whatever it stumbles over
                     where = f"{self.path(index)}: the mask of annotation {annotation['id']} of {self.file}"
                     raise BadImage(f"{where} cannot be decoded: {one_line(error)}") from error
-        return image, Objects(boxes, labels, masks)
+            objects["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+        return image, objects
 
     def ground_truth(self) -> dict[str, Any]:
         """The file's content as evaluation needs it."""

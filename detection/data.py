@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torchvision.transforms import v2
@@ -40,29 +39,17 @@ class DetectionSamples(KeyedSamples):
         return Batch(list(images), list(targets), torch.tensor(indices))
 
 
-@dataclass
-class DetectionData:
-    """The data sets and loaders of a run."""
-
-    train_set: CocoImages
-    val_set: CocoImages
-    train: TrainLoader
-    val: EvalLoader
-
-
 def data_path(args: argparse.Namespace) -> str:
     """The folder in COCO's layout that --data-set and --data-path name."""
-    if args.data_set == "NUCLEI":
-        if args.data_path is not None:
-            raise UserError("--data-set NUCLEI is embedded; --data-path is for --data-set COCO")
-        return str(NUCLEI)
-    if args.data_path is None:
-        raise UserError("--data-set COCO: --data-path has to say where its folders annotations/, train*/, val*/ are")
-    return args.data_path
+    if (args.data_set == "NUCLEI") != (args.data_path is None):
+        raise UserError(f"--data-set {args.data_set}: COCO needs a --data-path, NUCLEI is embedded and takes none")
+    return args.data_path or str(NUCLEI)
 
 
-def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> DetectionData:
-    """The loaders that the command line asks for.
+def build_data(
+    args: argparse.Namespace, dist: Distributed, masks: bool
+) -> tuple[CocoImages, CocoImages, TrainLoader, EvalLoader]:
+    """The data sets for training and validation, and their loaders.
 
     Raises:
         UserError: see `open_split`; the splits differ in their categories; there is nothing to train on; or an update
@@ -70,10 +57,8 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> Dete
     """
     path = data_path(args)
     train_set, val_set = (open_split(path, split, masks) for split in ("train", "val"))
-    categories = [dict(zip(split.category_ids, split.class_names, strict=True)) for split in (train_set, val_set)]
-    if categories[0] != categories[1]:
-        number, name = sorted(categories[0].items() ^ categories[1].items())[0]
-        raise UserError(f"--data-path {path}: training and validation differ in category {number}, {name!r}")
+    if (train_set.category_ids, train_set.class_names) != (val_set.category_ids, val_set.class_names):
+        raise UserError(f"--data-path {path}: the categories of training and validation differ")
     if train_set.objects == 0:
         raise UserError(
             f"{train_set.file}: it has no object to train on: crowds (iscrowd: 1) and boxes without area do not count"
@@ -90,7 +75,7 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> Dete
     )
     samples = DetectionSamples(train_set, args.seed, TrainTransform(args), args.skip_bad_images)
     train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
-    return DetectionData(train_set, val_set, train, build_eval_loader(val_set, args, dist))
+    return train_set, val_set, train, build_eval_loader(val_set, args, dist)
 
 
 def build_eval_loader(dataset: CocoImages, args: argparse.Namespace, dist: Distributed) -> EvalLoader:

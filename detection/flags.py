@@ -52,14 +52,9 @@ CHECKS: Checks = [
 ]
 
 
-def implied(_given: Mapping[str, Any]) -> dict[str, Any]:
-    """No flag implies another."""
-    return {}
-
-
 def derived(args: Mapping[str, Any]) -> dict[str, Any]:
     """The data set, which depends on --data-path."""
     return {"data_set": "COCO" if args["data_path"] else "NUCLEI"}
 
 
-FLAGS = TaskFlags(TABLE, implied, derived, CHECKS)
+FLAGS = TaskFlags(TABLE, lambda _given: {}, derived, CHECKS)

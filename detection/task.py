@@ -53,9 +53,8 @@ class Detection(Task):
         self._run = run
         self.args = run.args
         self.kinds = kinds_of(self.args.detector)
-        self.data = build_data(self.args, run.dist, masks="mask" in self.kinds)
-        self.train, self.val = self.data.train, self.data.val
-        self.model = build_model(run, self.data.train_set)
+        self.train_set, self.val_set, self.train, self.val = build_data(self.args, run.dist, "mask" in self.kinds)
+        self.model = build_model(run, self.train_set)
 
     def set_mode(self, model: Detector) -> None:
         """The heads always train: in evaluation mode a detector has no losses."""
@@ -78,14 +77,14 @@ class Detection(Task):
         return list(zip(batch.indices.tolist(), finite, strict=True))
 
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
-        results = predict(model, self.val, self.data.val_set, self._run.dist, self._run.precision, stop)
-        return evaluate(results, self.data.val_set, self.kinds, self._run.dist, model.detections)
+        results = predict(model, self.val, self.val_set, self._run.dist, self._run.precision, stop)
+        return evaluate(results, self.val_set, self.kinds, self._run.dist, model.detections)
 
     def sample_name(self, index: int) -> str:
-        return self.data.train_set.path(index)
+        return self.train_set.path(index)
 
     def identity(self) -> dict[str, Any]:
-        args, data = self.args, self.data.train_set
+        args, data = self.args, self.train_set
         return {
             "arch": models.resolve_arch(args.arch),
             "model_kwargs": args.model_kwargs,
@@ -105,11 +104,11 @@ class Detection(Task):
         return {"min_size": self.args.min_size[-1], "max_size": self.args.max_size}
 
     def describe(self) -> str:
-        data = self.data.train_set
+        data = self.train_set
         left_out = f", {data.without_area} without area left out" if data.without_area else ""
         return (
             f"{self.args.detector} on {self.args.data_set}, {len(data)} images with {data.objects} objects of "
-            f"{len(data.class_names)} categories{left_out}, {len(self.data.val_set)} validation images"
+            f"{len(data.class_names)} categories{left_out}, {len(self.val_set)} validation images"
         )
 
     def describe_score(self, score: float) -> str:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
-
-from detection.coco import Objects
 
 JITTER = (0.1, 2.0)  # Ghiasi et al. 2021, "Simple Copy-Paste"
 
@@ -37,20 +33,14 @@ class TrainTransform:
         flips = [v2.RandomHorizontalFlip(args.hflip), v2.RandomVerticalFlip(args.vflip)]
         self._transform = v2.Compose([*scale, *flips, v2.SanitizeBoundingBoxes(min_size=1), v2.ToPureTensor()])
 
-    def __call__(self, image: Image.Image, objects: Objects) -> tuple[Tensor, dict[str, Any]]:
-        target: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(objects.boxes, format="XYXY", canvas_size=(image.height, image.width)),
-            "labels": torch.from_numpy(objects.labels),
-        }
-        if objects.masks is not None:
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(objects.masks))
+    def __call__(self, image: Image.Image, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, target = self._transform(tv_tensors.Image(v2.functional.pil_to_tensor(image)), target)
         if self._crops and "masks" in target:
             target = fit_boxes(target)
         return pixels, target
 
 
-def fit_boxes(target: dict[str, Any]) -> dict[str, Any]:
+def fit_boxes(target: dict[str, Tensor]) -> dict[str, Tensor]:
     """The target with boxes fitted to the cropped masks, without objects that are cropped away."""
     left = target["masks"].bool().flatten(1).any(1)
     target = {name: value[left] for name, value in target.items()}

@@ -109,7 +109,8 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
                 say(one_line_of(record))
             if overlays:
                 heat = class_evidence(predict, image, int(classes[0]), args.batch_size)
-                save_figure(overlays[index], draw_overlay(displayable(image, loaded), heat, summary(record)))
+                title = one_line_of(record | {"image": files[index].name})
+                save_figure(overlays[index], draw_overlay(displayable(image, loaded), heat, title))
     write_predictions(args, loaded, records, embeddings)
     report_unreadable(bad, len(files))
 
@@ -133,13 +134,6 @@ def one_line_of(record: Mapping[str, Any]) -> str:
     """``photo.jpg: cat 97.1 %, dog 2.0 % (true: cat)``."""
     classes = ", ".join(f"{entry['class']} {100 * entry['probability']:.1f} %" for entry in record["classes"])
     return f"{record['image']}: {classes}" + (f" (true: {record['true']['class']})" if "true" in record else "")
-
-
-def summary(record: Mapping[str, Any]) -> str:
-    """The most likely class, and the true one where it is known."""
-    best = record["classes"][0]
-    text = f"predicted {best['class']} ({100 * best['probability']:.1f} %)"
-    return text + (f", true {record['true']['class']}" if "true" in record else "")
 
 
 def write_predictions(

@@ -32,7 +32,7 @@ def write_example(root, train=8, val=4, scale=1):
             image.save(folder / f"{i:012d}.png")
             number = 100 - 7 * i  # ids in no order
             content["images"].append({"id": number, "file_name": f"{i:012d}.png", "height": height, "width": width})
-            masks = [mask[::scale, ::scale][:height, :width] for mask in objects.masks]
+            masks = [mask[::scale, ::scale][:height, :width] for mask in objects["masks"].numpy()]
             masks = [] if i == 3 else [mask for mask in masks if mask.sum() > 3]
             content["annotations"] += annotations(masks, number, len(content["annotations"]) + 1, scale)
         (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
