@@ -1,19 +1,11 @@
-"""Hugging Face data sets, whose package has the name of this project's module `datasets`.
-
-The package is imported while that module and its folder are hidden from Python. It prepares the data set; the
-images are then read by position from its Arrow files, which pyarrow maps into memory.
-"""
+"""Hugging Face data sets: its package `datasets` prepares them, the images are read by position from their rows."""
 
 from __future__ import annotations
 
-import importlib
 import io
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -22,31 +14,28 @@ from inputs.images import BadImage, ImageDataset, count_classes
 from utils import UserError, one_line
 
 if TYPE_CHECKING:
-    import pyarrow
+    from datasets import Dataset
 
-PROJECT = Path(__file__).resolve().parent.parent
 SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` leaves in the folder of a data set
-_package: dict[str, ModuleType] = {}  # the modules of Hugging Face's package, between two uses
 
 
-class ArrowImages(ImageDataset):
-    """Images in a column of an Arrow table: structs of encoded bytes or a path."""
+class ImageRows(ImageDataset):
+    """Images in a column of a table, each the encoded bytes or a path."""
 
-    def __init__(self, name: str, images: pyarrow.ChunkedArray, labels: np.ndarray, class_names: tuple[str, ...]):
+    def __init__(self, name: str, rows: Dataset, labels: np.ndarray, class_names: Sequence[str]):
+        """rows: of a single column, an Image that is not decoded."""
         super().__init__(labels, class_names)
         self._name = name
-        self._images = images
+        self._rows = rows
 
     def path(self, index: int) -> str:
         return f"{self._name}[{index}]"
 
     def source(self, index: int) -> str | BinaryIO:
-        stored = self._images[index].as_py() or {}
-        if stored.get("bytes"):
-            return io.BytesIO(stored["bytes"])
-        if stored.get("path"):
-            return stored["path"]
-        raise BadImage(f"{self.path(index)}: there is no image in this row")
+        (stored,) = self._rows[index].values()
+        if stored is None:
+            raise BadImage(f"{self.path(index)}: there is no image in this row")
+        return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
 
 
 def hugging_face(options: DatasetOptions) -> ImageDataset:
@@ -56,58 +45,34 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
     what it downloads and prepares (default: its own cache); nothing is written into a local data set's folder.
     """
     try:
-        with hugging_face_package() as package:
-            parts = _open(package, options.name.partition("/")[2], options.root)
-            split = next((split for split in options.split_names if split in parts), None)
-            if split is None:
-                wanted = " or ".join(options.split_names)
-                raise UserError(f"no split {wanted}; it has {', '.join(map(str, parts))}")
-            features, table = parts[split].features, parts[split].data.table
-            image = _column(features, "image", package.Image)
-            label = _column(features, "label", package.ClassLabel)
-            if not isinstance(features[image], package.Image):
-                raise UserError(f"column {image!r}: contains no images; make it an Image")
-            labels = table.column(label).to_numpy()
-            if table.column(label).null_count or not np.issubdtype(labels.dtype, np.integer):
-                raise UserError(f"column {label!r}: not every row has a class number; make it a ClassLabel")
-        named = tuple(getattr(features[label], "names", None) or ())
-        class_names = named + tuple(str(i) for i in range(len(named), count_classes(labels)))
-        return ArrowImages(f"{options.name}/{split}", table.column(image), labels, class_names)
+        from datasets import ClassLabel, Image, load_dataset, load_from_disk  # importing them takes seconds
+    except ImportError as error:
+        raise UserError(f"--data-set {options.name} needs Hugging Face's package: pip install datasets") from error
+    name, root = options.name.partition("/")[2], options.root
+    folder = Path(name).resolve()
+    try:
+        if any((folder / file).is_file() for file in SAVED):
+            found = load_from_disk(name)
+        else:
+            inside = root is not None and folder.is_dir() and root.resolve().is_relative_to(folder)
+            found = load_dataset(name, cache_dir=None if root is None or inside else str(root))
+        parts = found if isinstance(found, dict) else {str(found.split or "train"): found}
+        split = next((split for split in options.split_names if split in parts), None)
+        if split is None:
+            raise UserError(f"no split {' or '.join(options.split_names)}; it has {', '.join(map(str, parts))}")
+        rows, features = parts[split], parts[split].features
+        image, label = _column(features, "image", Image), _column(features, "label", ClassLabel)
+        if not isinstance(features[image], Image):
+            raise UserError(f"column {image!r}: contains no images; make it an Image")
+        labels = rows.data.column(label).to_numpy()
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"column {label!r}: not every row has a class number; make it a ClassLabel")
+        class_names = list(getattr(features[label], "names", None) or ())
+        class_names += [str(i) for i in range(len(class_names), count_classes(labels))]
+        images = rows.select_columns([image]).cast_column(image, Image(decode=False))
+        return ImageRows(f"{options.name}/{split}", images, labels, class_names)
     except Exception as error:  # a data set's builder raises anything
         raise UserError(f"--data-set {options.name}: {one_line(error)}") from error
-
-
-@contextmanager
-def hugging_face_package() -> Iterator[ModuleType]:
-    """Hugging Face's `datasets`, under that name in `sys.modules` for the duration of the block."""
-    project, path = _modules_of_datasets(), sys.path[:]
-    sys.path[:] = [entry for entry in path if Path(entry).resolve() != PROJECT]
-    sys.modules.update(_package)
-    try:
-        yield importlib.import_module("datasets")
-    except ModuleNotFoundError as error:
-        raise UserError("it needs Hugging Face's package: pip install datasets") from error
-    finally:
-        sys.path[:] = path
-        _package.update(_modules_of_datasets())
-        sys.modules.update(project)
-
-
-def _modules_of_datasets() -> dict[str, ModuleType]:
-    """The imported modules of that name, taken out of `sys.modules`."""
-    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "datasets"}
-
-
-def _open(package: ModuleType, name: str, root: Path | None) -> dict[str, Any]:
-    """The splits of a data set."""
-    folder = Path(name).resolve()
-    if any((folder / file).is_file() for file in SAVED):
-        found = package.load_from_disk(name, keep_in_memory=False)
-    else:
-        inside = root is not None and folder.is_dir() and root.resolve().is_relative_to(folder)
-        cache = None if root is None or inside else str(root)
-        found = package.load_dataset(name, cache_dir=cache, keep_in_memory=False)
-    return found if isinstance(found, dict) else {str(found.split or "train"): found}
 
 
 def _column(features: dict, name: str, kind: type) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from harness import digest
 
-from datasets import build_data
+from inputs.data import build_data
 from inputs.images import ImageArrays
 from inputs.loader import EvalLoader, KeyedImages
 from inputs.transforms import eval_transform
