@@ -91,12 +91,14 @@ def train(trainer: Trainer, run: Run) -> None:
     describe(trainer)
     if progress.epoch >= trainer.epochs:
         report(trainer.dist, f"nothing left to train: {progress.epoch} epochs are done; --epochs N goes further")
+    elif stops_early(trainer):
+        report(trainer.dist, f"nothing left to train: --early-stop {args.early_stop} ended this run")
     if progress.epoch > 0 and progress.step == 0:
         # The run may have crashed between the files of an epoch's end.
         save_epoch(trainer, run.directory, run.checkpoint)
 
     profile = Profile(trainer)
-    while progress.epoch < trainer.epochs:
+    while progress.epoch < trainer.epochs and not stops_early(trainer):
         try:
             train_one_epoch(trainer, run.directory, profile)
             results = evaluate(trainer)
@@ -112,6 +114,12 @@ def train(trainer: Trainer, run: Run) -> None:
         run.directory.log_row(row, progress.best_epoch)
         save_epoch(trainer, run.directory, checkpoint_state(trainer))
     print_summary(trainer)
+
+
+def stops_early(trainer: Trainer) -> bool:
+    """Whether the last --early-stop epochs have not improved the score."""
+    patience, progress = trainer.args.early_stop, trainer.progress
+    return 0 < patience < progress.epoch - progress.best_epoch
 
 
 def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, Any]) -> None:

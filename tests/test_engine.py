@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import assert_same
+from tiny_runs import assert_same, train
 from torch import nn
 
 import engine
@@ -367,3 +367,11 @@ class LoaderOf(list):
     @property
     def rounds(self):
         return len(self)
+
+
+@pytest.mark.slow
+def test_a_run_stops_after_epochs_without_a_better_score_and_stays_stopped(tmp_path, capsys):
+    flags = ["--epochs", "9", "--early-stop", "2", "--lr", "0"]  # the first epoch stays the best
+    assert len(train(tmp_path, *flags)) == 3
+    assert len(train(tmp_path, *flags, "--resume", "auto")) == 3
+    assert "--early-stop 2 ended this run" in capsys.readouterr().out

@@ -137,6 +137,7 @@ TRAINING = {
     ],
     "schedule": [
         ("--epochs", number(int, 1, 10**6), 300, "N", "passes over the data"),
+        ("--early-stop", COUNT, 0, "N", "stop after N epochs without a better score; 0: never"),
         ("--lr", AMOUNT, 5e-4, "LR", "peak learning rate, for 512 images per update"),
         ("--unscale-lr", bool, False, None, "use --lr as it is, not scaled by images per update / 512"),
         ("--lr-scale", ["linear", "sqrt"], "linear", None, "how --lr grows with images per update / 512"),
