@@ -21,7 +21,7 @@ $(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
 	@touch $@
 
 # Train, evaluate, predict: $(1) is the main, $(2) the config, $(3) the run directory. `--resume auto` lets
-# a second `make` go on where the first was stopped.
+# a second `make` resume where the first was stopped.
 define demo
 	$(RUN) $(1) --config $(2) --output-dir $(3) --resume auto
 	$(RUN) infer.py --model-path $(3)/checkpoint_best.pth --data-set DIGITS
@@ -60,7 +60,7 @@ demo-transfer: $(VENV)/installed  ## digits from a tenth of their images: from C
 	@echo; for run in from_pretrained from_scratch; do \
 		echo "$$run: $$(tail -n 1 runs/transfer/$$run/log.txt)"; done
 
-# DATA_SET=FOLDER for class folders. Hours on a CPU; a second `make` goes on where the first was stopped.
+# DATA_SET=FOLDER for class folders. Hours on a CPU; a second `make` resumes where the first was stopped.
 DATA_SET ?= CIFAR10
 DATA_FLAGS = --data-set $(DATA_SET) --data-path "$(DATA)"
 define train_weights
