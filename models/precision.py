@@ -11,9 +11,8 @@ def full_dtype(x: Tensor) -> torch.dtype:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in: autocast's, where it is on and x is not float64, else that of x."""
-    device = _device_type(x)
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype
+    cast = autocast_enabled(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(_device_type(x)) if cast else x.dtype
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -24,6 +23,11 @@ def full_precision(x: Tensor) -> Tensor:
 def to_autocast(x: Tensor) -> Tensor:
     """A tensor in its `autocast_dtype`."""
     return x.to(autocast_dtype(x))
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on, on the device of x."""
+    return torch.is_autocast_enabled(_device_type(x))
 
 
 def autocast_off(x: Tensor) -> torch.autocast:

@@ -20,6 +20,7 @@ from .layers import (
     ClassBlock,
     Downsample,
     FeedForward,
+    FinalNorm,
     LayerNorm,
     Stem,
     format_grid,
@@ -167,7 +168,7 @@ class Pyramid(ImageModel):
             self.stages.append(Stage(downsample, blocks, norm))
         self.token_label_size = grids[-1]
         self.class_block = ClassBlock(dim, num_heads[-1], FeedForward(dim, int(dim * mlp_ratios[-1])))
-        self.norm = LayerNorm(dim, eps=1e-6)
+        self.norm = FinalNorm(dim, eps=1e-6)
         self.head = self._classifier()
         self.aux_head = self._classifier() if token_label else None
         self.feature_info = [

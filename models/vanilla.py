@@ -12,7 +12,7 @@ from .layers import (
     SPECTRAL_PRECISIONS,
     Block,
     FeedForward,
-    LayerNorm,
+    FinalNorm,
     PatchEmbed,
     SpectralBlock,
     format_grid,
@@ -23,6 +23,7 @@ from .mixers import Options, block_mixers, build_mixer, check_options
 from .precision import to_autocast
 from .resampling import Grid, resize_grid, to_grid
 
+torch.fx.wrap("to_autocast")  # torch.fx must not look into it
 HEAD_DIM = 64
 ALPHA = 4
 
@@ -96,7 +97,7 @@ class Vanilla(ImageModel):
             token_mixer = build_mixer(name, embed_dim, self.grid_size, num_heads, **options.get(name, {}))
             mlp = FeedForward(embed_dim, int(embed_dim * mlp_ratio))
             self.blocks.append((Block if name == "attention" else SpectralBlock)(embed_dim, token_mixer, mlp, rate))
-        self.norm = LayerNorm(embed_dim, eps=1e-6)
+        self.norm = FinalNorm(embed_dim, eps=1e-6)
         self.head = self._classifier()
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
