@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -16,6 +19,7 @@ from utils import UserError, one_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
+ROOT = Path(__file__).resolve().parent.parent
 SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` leaves in the folder of a data set
 
 
@@ -45,17 +49,18 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
     what it downloads and prepares (default: its own cache); nothing is written into a local data set's folder.
     """
     try:
-        from datasets import ClassLabel, Image, load_dataset, load_from_disk  # importing them takes seconds
+        package = import_package()
     except ImportError as error:
         raise UserError(f"--data-set {options.name} needs Hugging Face's package: pip install datasets") from error
+    ClassLabel, Image = package.ClassLabel, package.Image  # noqa: N806
     name, root = options.name.partition("/")[2], options.root
     folder = Path(name).resolve()
     try:
         if any((folder / file).is_file() for file in SAVED):
-            found = load_from_disk(name)
+            found = package.load_from_disk(name)
         else:
             inside = root is not None and folder.is_dir() and root.resolve().is_relative_to(folder)
-            found = load_dataset(name, cache_dir=None if root is None or inside else str(root))
+            found = package.load_dataset(name, cache_dir=None if root is None or inside else str(root))
         parts = found if isinstance(found, dict) else {str(found.split or "train"): found}
         split = next((split for split in options.split_names if split in parts), None)
         if split is None:
@@ -73,6 +78,19 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
         return ImageRows(f"{options.name}/{split}", images, labels, class_names)
     except Exception as error:  # a data set's builder raises anything
         raise UserError(f"--data-set {options.name}: {one_line(error)}") from error
+
+
+def import_package() -> ModuleType:
+    """Hugging Face's `datasets`, which the module of that name in the project's root hides from scripts there."""
+    if not hasattr(sys.modules.get("datasets"), "load_dataset"):
+        sys.modules.pop("datasets", None)
+        path = sys.path
+        sys.path = [entry for entry in path if Path(entry).resolve() != ROOT]
+        try:
+            importlib.import_module("datasets")
+        finally:
+            sys.path = path
+    return sys.modules["datasets"]
 
 
 def _column(features: dict, name: str, kind: type) -> str:

@@ -313,7 +313,7 @@ def test_help_fits_eighty_columns(main):
 def test_every_setting_that_is_read_is_a_flag():
     trees = [
         ast.parse(path.read_text())
-        for path in [ROOT / "engine.py", ROOT / "inputs" / "data.py", *(ROOT / "training").glob("*.py")]
+        for path in [ROOT / "engine.py", ROOT / "datasets.py", *(ROOT / "training").glob("*.py")]
     ]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in nodes if ast.unparse(node.value) in ("args", "self.args", "trainer.args")}

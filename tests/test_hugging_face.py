@@ -10,6 +10,7 @@ from test_datasets import arguments, make_tree, number_of, samples
 
 from inputs.catalogue import build_dataset
 from inputs.data import build_data
+from inputs.hugging_face import import_package
 from runtime.processes import Distributed
 from utils import UserError
 
@@ -41,7 +42,7 @@ def own_cache(tmp_path_factory):
 
 def save(folder: Path, splits: dict, image="image", label="label", kind="class", bare=False) -> str:
     """A data set as `save_to_disk` writes it, of (numbers of images, labels) a split."""
-    import datasets
+    datasets = import_package()
 
     kinds = {"class": datasets.ClassLabel(names=["cat", "dog"]), "text": datasets.Value("string")}
     types = {image: datasets.Value("binary") if bare else datasets.Image()}

@@ -89,7 +89,7 @@ assert type(model).__module__.startswith("{NAME}.")
 assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
 trained = timm.create_model("spectformer_h_n", pretrained=True)
 assert trained.pretrained_cfg["label_names"][3] == "cat"
-ours = ("engine", "inference", "inputs", "runtime", "training", "utils")
+ours = ("datasets", "engine", "inference", "inputs", "runtime", "training", "utils")
 assert not [name for name in ours if name in sys.modules], sys.modules
 """
     run(environment, code, cwd=tmp_path)

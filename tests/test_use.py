@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,12 @@ def test_the_lines_run(block, tmp_path, monkeypatch):
 def test_the_formats_that_are_shown_are_those_that_there_are():
     shown = [shlex.split(line.partition("#")[0]) for line in PAGE.splitlines() if "tools.export CKPT" in line]
     assert {words[words.index("--to") + 1] for words in shown} | {"original"} == set(FORMATS)
+
+
+@pytest.mark.slow
+def test_a_script_in_a_folder_of_its_own_finds_hugging_faces_package(tmp_path):
+    script = tmp_path / "mine" / "script.py"
+    script.parent.mkdir()
+    script.write_text("import datasets\nprint(datasets.load_dataset.__module__)\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "datasets.load", done.stderr
