@@ -1,25 +1,24 @@
 """Draw what the spectral and scattering layers of a checkpoint have learned, as the papers' figures do.
 
 Spectral gates: the magnitude of their frequency response over the whole plane, zero frequency in the centre
-(gates_magnitude), and the kernels with which they convolve (gates_kernels). Scattering layers: the low-pass
-weights (scattering_low_pass), the weights that blend the bands (scattering_blending), and the energy of the
-six oriented bands of one image before and after blending (scattering_orientations). That energy depends on the
-image: Einstein blending has the same weights for all orientations.
+(gates_magnitude), and the kernels with which they convolve, origin in the centre (gates_kernels). Scattering layers:
+the low-pass weights (scattering_low_pass), the weights that blend the bands (scattering_blending), and the amplitude of
+the six oriented bands of one image after blending (scattering_orientations), each with its share of the energy before
+and after. That energy depends on the image: Einstein blending has the same weights for all orientations.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
+from torch.fft import fftshift
 
 from inference.explanations import displayable
 from inference.output_files import as_label, save_figure
@@ -36,41 +35,50 @@ ORIENTATIONS = ("15°", "45°", "75°", "105°", "135°", "165°")
 PANEL = 0.95  # inches
 FONT = 7
 
+Panels = dict[str, np.ndarray]  # the planes (h, w) of a layer by their titles; an image is (h, w, 3)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
-    model = info.model
-    gates, mixers = layers(model, SpectralGate), layers(model, ScatteringMixer)
+    gates, mixers = layers(info.model, SpectralGate), layers(info.model, ScatteringMixer)
     if not gates and not mixers:
         raise UserError(f"{args.checkpoint}: {info.arch} has neither spectral gates nor scattering layers")
-    figures = {}
+    drawn = {}
     if gates:
-        responses = {
-            name: torch.fft.fftshift(transfer_functions(gate).abs(), dim=(1, 2)) for name, gate in gates.items()
-        }
-        kernels = {name: torch.fft.fftshift(spatial_kernels(gate), dim=(1, 2)) for name, gate in gates.items()}
-        title = f"{info.arch}: magnitude of the spectral gates"
-        figures["gates_magnitude"] = draw_planes(responses, args.channels, title, "|W|", "cycles / token")
-        title = f"{info.arch}: spatial kernels of the spectral gates"
-        figures["gates_kernels"] = draw_planes(kernels, args.channels, title, "weight", "tokens")
+        responses = {name: fftshift(transfer_functions(gate).abs(), dim=(1, 2)) for name, gate in gates.items()}
+        kernels = {name: fftshift(spatial_kernels(gate), dim=(1, 2)) for name, gate in gates.items()}
+        drawn["gates_magnitude"] = (
+            {name: channel_panels(planes, args.channels) for name, planes in responses.items()},
+            "magnitude of the spectral gates up to half a cycle a token",
+        )
+        drawn["gates_kernels"] = (
+            {name: channel_panels(planes, args.channels, signed=True) for name, planes in kernels.items()},
+            "spatial kernels of the spectral gates",
+        )
     if mixers:
-        low_pass = {name: mixer.low_pass.detach().permute(2, 0, 1) for name, mixer in mixers.items()}
-        title = f"{info.arch}: low-pass weights"
-        figures["scattering_low_pass"] = draw_planes(low_pass, args.channels, title, "weight", "position (tokens)")
-        title = f"{info.arch}: blending of the bands, |W|; matrices from input (down) to output (across)"
-        figures["scattering_blending"] = draw_blending(mixers, title)
+        drawn["scattering_low_pass"] = (
+            {
+                name: channel_panels(mixer.low_pass.detach().permute(2, 0, 1), args.channels, signed=True)
+                for name, mixer in mixers.items()
+            },
+            "low-pass weights",
+        )
+        drawn["scattering_blending"] = (
+            {name: blending_weights(mixer) for name, mixer in mixers.items()},
+            "blending of the bands, |W|; matrices from input (down) to output (across)",
+        )
         photograph = Image.fromarray(load_sample_image("china.jpg"))
-        picture = photograph if args.image is None else read_image(args.image, upright=True)
-        image = info.transform(picture)
-        energies = orientation_energies(model, list(mixers.values()), image[None])
-        title = f"{info.arch}: oriented bands of an image after blending"
-        shown = displayable(image, info).numpy()
-        named = dict(zip(mixers, energies, strict=True))
-        figures["scattering_orientations"] = draw_orientations(shown, named, title)
+        image = info.transform(photograph if args.image is None else read_image(args.image, upright=True))
+        energies = orientation_energies(info.model, list(mixers.values()), image[None])
+        picture = {"the image": displayable(image, info).numpy()}
+        drawn["scattering_orientations"] = (
+            {name: picture | band_panels(*pair) for name, pair in zip(mixers, energies, strict=True)},
+            "amplitude of oriented bands after blending; % of the energy before and after",
+        )
     make_directory(args.output)
-    for name, figure in figures.items():
-        save_figure(args.output / f"{name}.{args.format}", figure)
+    for name, (panels, title) in drawn.items():
+        save_figure(args.output / f"{name}.{args.format}", draw(panels, f"{info.arch}: {title}"))
         print(args.output / f"{name}.{args.format}")
 
 
@@ -145,8 +153,11 @@ def orientation_energies(
     energies = []
     for mixer in mixers:
         before = bands[mixer.wavelet]
-        after = mixer.blend(before) - mixer.blend(torch.zeros_like(before[:, :, :1]))
-        energies.append(tuple(band.double().square().sum((0, -1)).mean(1) for band in (before, after)))
+        blend = nn.Sequential(*[mixer.get_submodule(name) for name in MIXINGS[mixer.mixing]])
+        after = blend(before) - blend(torch.zeros_like(before[:1]))
+        energies.append(
+            tuple(band.double().square().sum((-2, -1)).mean(0).permute(2, 0, 1) for band in (before, after))
+        )
     return energies
 
 
@@ -181,127 +192,43 @@ def chosen_channels(wanted: Sequence[int], channels: int) -> list[int]:
     return list(wanted)
 
 
-def draw_planes(planes: dict[str, Tensor], channels: Sequence[int], title: str, quantity: str, unit: str) -> Figure:
-    """A row of panels for each layer: the mean over channels, then chosen channels, on the row's colour scale.
-
-    Args:
-        planes: (C, H, W) by layer name.
-        channels: how many (one number), or which.
-        title: of the figure.
-        quantity: what the colours show; a "weight" has a sign, and its first panel is the mean of the magnitudes.
-        unit: of the axes; in "tokens" and "cycles / token" they have their zero in the centre.
-    """
-    signed = quantity == "weight"
-    panels = {}
-    for name, stack in planes.items():
-        chosen = chosen_channels(channels, len(stack))
-        shown = zip(chosen, stack[chosen], strict=True)
-        panels[name] = {"mean of |·|" if signed else "mean": stack.abs().mean(0).numpy()} | {
-            f"channel {channel}": plane.numpy() for channel, plane in shown
-        }
-    figure, rows = draw_rows(panels, title, quantity, signed)
-    for size, axis in zip(stack.shape[1:], (rows[-1, 0].yaxis, rows[-1, 0].xaxis), strict=True):
-        half = size // 2
-        if unit == "tokens":
-            axis.set_ticks([0, half, size - 1], [f"−{half}", "0", str(size - 1 - half)])
-        elif unit == "cycles / token":  # the Nyquist frequency is the first row and column
-            axis.set_ticks([half + part * size for part in (-0.5, -0.25, 0, 0.25)], ["−½", "−¼", "0", "¼"])
-        else:
-            axis.set_ticks([0, size - 1])
-    rows[-1, 0].tick_params(labelsize=FONT - 1, length=2, pad=1)
-    rows[-1, 0].set_xlabel(unit, fontsize=FONT, labelpad=1)
-    return figure
+def channel_panels(planes: Tensor, channels: Sequence[int], signed: bool = False) -> Panels:
+    """The mean over channels, of signed planes (C, h, w) that of their magnitudes, and the chosen channels."""
+    chosen = {f"channel {channel}": planes[channel].numpy() for channel in chosen_channels(channels, len(planes))}
+    return {"mean of |·|" if signed else "mean": planes.abs().mean(0).numpy()} | chosen
 
 
-def draw_blending(mixers: Mapping[str, ScatteringMixer], title: str) -> Figure:
-    """A row for each layer: its `blending_weights`."""
-    panels = {name: blending_weights(mixer) for name, mixer in mixers.items()}
-    return draw_rows(panels, title, "magnitude", signed=False)[0]
+def band_panels(before: Tensor, after: Tensor) -> Panels:
+    """The amplitudes of bands of the energies (6, h, w) after blending; the titles have their shares of the energy."""
+    shares = (100 * energy.sum((1, 2)) / energy.sum().clamp_min(1e-30) for energy in (before, after))
+    return {
+        f"{angle}: {old:.0f} → {new:.0f} %": plane.numpy()
+        for angle, old, new, plane in zip(ORIENTATIONS, *shares, after.sqrt(), strict=True)
+    }
 
 
-def draw_rows(
-    panels: dict[str, dict[str, np.ndarray]], title: str, quantity: str, signed: bool
-) -> tuple[Figure, np.ndarray]:
-    """A row for each layer, of planes by their titles, on one colour scale; the figure and its axes."""
-    columns = max(map(len, panels.values()))
-    size = (columns * PANEL + 1.5, len(panels) * (PANEL + 0.17) + 0.5)
+def draw(layers: dict[str, Panels], title: str) -> Figure:
+    """A row for each layer, on one colour scale, which is symmetric where a plane has negative numbers."""
+    columns = max(map(len, layers.values()))
+    size = (columns * PANEL + 1.5, len(layers) * (PANEL + 0.17) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
-    figure.suptitle(title, fontsize=FONT + 2)
-    axes = figure.subplots(len(panels), columns, squeeze=False)
-    for row, (name, planes) in zip(axes, panels.items(), strict=True):
-        # The first plane of a signed row is a mean, which would narrow the scale.
-        limit = float(np.quantile(np.abs(np.stack([*planes.values()][int(signed) :])), 0.999)) or 1.0
-        style = {"cmap": "RdBu_r", "vmin": -limit} if signed else {"cmap": "magma", "vmin": 0.0}
-        for panel, (label, plane) in zip(row, planes.items(), strict=False):
-            image = panel.imshow(plane, vmax=limit, **style)
-            bare(panel, label)
-        for empty in row[len(planes) :]:
-            empty.set_axis_off()
-        finish_row(figure, row, image, name, quantity)
-    return figure, axes
-
-
-def bare(axes: Axes, title: str) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_title(title, fontsize=FONT, pad=2)
-
-
-def finish_row(figure: Figure, row: Sequence[Axes], image: AxesImage, name: str, quantity: str) -> None:
-    """The layer's name before the row, and its colour bar after it."""
-    row[0].set_ylabel(name, fontsize=FONT + 1, rotation=0, ha="right", va="center")
-    row[0].yaxis.set_label_coords(-0.3, 0.5)  # in line with the rows that have no ticks
-    bar = figure.colorbar(image, ax=list(row), fraction=0.02, pad=0.01, aspect=14)
-    bar.locator = MaxNLocator(3)
-    bar.ax.tick_params(labelsize=FONT - 1, length=2)
-    bar.formatter.set_useMathText(True)
-    bar.ax.yaxis.get_offset_text().set_size(FONT - 1)  # the power of ten
-    bar.set_label(quantity, fontsize=FONT)
-
-
-def draw_orientations(image: np.ndarray, energies: dict[str, tuple[Tensor, Tensor]], title: str) -> Figure:
-    """The image (H, W, 3), and beside it a row a layer: the amplitude of its bands after blending, and shares.
-
-    energies: by layer name those of the image's oriented bands (6, h, w) before and after blending.
-    """
-    rows = len(energies)
-    figure = Figure(figsize=(11.5, max(rows * 1.35, 2.2) + 0.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.02, hspace=0.02)
     figure.suptitle(as_label(title, 100), fontsize=FONT + 2)
-    grid = figure.add_gridspec(rows, 8, width_ratios=[1.7, *[1.0] * 6, 2.2])
-    original = figure.add_subplot(grid[:, 0])
-    original.set_anchor("N")
-    original.imshow(image)
-    bare(original, "the image")
-    for number, (name, (before, after)) in enumerate(energies.items()):
-        amplitude = after.sqrt().numpy()
-        limit = float(np.quantile(amplitude, 0.999)) or 1.0
-        panels = [figure.add_subplot(grid[number, column]) for column in range(1, 7)]
-        for panel, plane, angle in zip(panels, amplitude, ORIENTATIONS, strict=True):
-            shown = panel.imshow(plane, cmap="magma", vmin=0, vmax=limit)
-            bare(panel, angle if number == 0 else "")
-        finish_row(figure, panels, shown, name, "amplitude")
-        bars = figure.add_subplot(grid[number, 7])
-        draw_shares(bars, before, after)
-        if number == 0:
-            bars.legend(fontsize=FONT - 1, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 0.97))
-    bars.set_xlabel("orientation of the band", fontsize=FONT, labelpad=1)
+    for row, (name, planes) in zip(figure.subplots(len(layers), columns, squeeze=False), layers.items(), strict=True):
+        signed = any(plane.min() < 0 for plane in planes.values())
+        # Off the scale: an image, and the mean in a signed row, which would narrow it.
+        scaled = [plane for plane in list(planes.values())[int(signed) :] if plane.ndim == 2]
+        limit = float(np.quantile(np.abs(np.stack(scaled)), 0.999)) or 1.0
+        style = {"cmap": "RdBu_r", "vmin": -limit} if signed else {"cmap": "magma", "vmin": 0.0}
+        for axes, (label, plane) in zip(row, planes.items(), strict=False):
+            drawn = axes.imshow(plane, vmax=limit, **style)
+            axes.set_title(label, fontsize=FONT, pad=2)
+        for axes in row:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        row[0].set_ylabel(name, fontsize=FONT + 1, rotation=0, ha="right", va="center")
+        bar = figure.colorbar(drawn, ax=list(row), fraction=0.02, pad=0.01, aspect=14)
+        bar.locator = MaxNLocator(3)
+        bar.ax.tick_params(labelsize=FONT - 1, length=2)
     return figure
-
-
-def draw_shares(axes: Axes, before: Tensor, after: Tensor) -> None:
-    """Bars: each orientation's part of the energy, in per cent."""
-    positions = np.arange(len(ORIENTATIONS))
-    styles = ((-0.2, before, "before blending", "0.65"), (0.2, after, "after", "#b5367a"))
-    for offset, energy, label, colour in styles:
-        share = 100 * energy.sum((1, 2)) / energy.sum().clamp_min(1e-30)
-        axes.bar(positions + offset, share.numpy(), 0.38, label=label, color=colour)
-    axes.set_xticks(positions, ORIENTATIONS)
-    axes.set_ylabel("% of the energy", fontsize=FONT)
-    axes.tick_params(labelsize=FONT - 1, length=2)
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
