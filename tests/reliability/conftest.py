@@ -14,9 +14,11 @@ from sklearn.datasets import load_digits
 
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """The fork server: a run of the project in about a second."""
-    with Launcher(tmp_path_factory.mktemp("jobs")) as running:
-        yield running
+    """A run of the project in about a second."""
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as environment:  # of the server, which starts with the first child
+        environment.setenv("PYTHONPATH", f"{here}:{here.parent.parent}")
+        yield Launcher(tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,10 @@ knows of these: they hook torch's global hooks, the profiler of the interpreter,
 
 from __future__ import annotations
 
-import builtins
-import errno
 import importlib
-import io
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -20,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
-from harness import children_of
 from matplotlib.figure import Figure
 from torch.optim import optimizer as torch_optimizer
 
@@ -120,7 +118,7 @@ def send(context: Any, signum: int, times: int = 1) -> None:
 
 def kill_worker(context: Any) -> None:
     """SIGKILL a loader worker."""
-    os.kill(children_of(os.getpid())[0], signal.SIGKILL)
+    psutil.Process().children()[0].kill()
 
 
 def kill_self(context: Any) -> None:
@@ -224,64 +222,23 @@ def trace_reads(path: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- disks
-class FullDisk(io.FileIO):
-    """A file on a disk that has a number of bytes left: it takes those, then raises ENOSPC."""
-
-    left = 0
-
-    def write(self, content: Any) -> int:
-        view = memoryview(content).cast("B")
-        if len(view) and FullDisk.left <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
-        written = super().write(view[: FullDisk.left])
-        FullDisk.left -= written
-        return written
-
-
-def full_disk(after: int, match: str = "") -> None:
-    """Let the disk be full after so many bytes more in files whose path contains ``match``."""
-    FullDisk.left = after
-    _replace_open(lambda name: match in name, FullDisk)
-
-
-def _replace_open(applies: Callable[[str], bool], opener: Callable[..., io.FileIO]) -> None:
-    """Let `open` write some files by `opener(path, mode)`."""
-    real_open = builtins.open
-
-    def opened(file: Any, mode: str = "r", *args: Any, **how: Any) -> Any:
-        if isinstance(file, int) or not set(mode) & set("wax+") or not applies(os.fsdecode(file)):
-            return real_open(file, mode, *args, **how)
-        buffered = io.BufferedWriter(opener(file, mode.replace("b", "").replace("t", "")))
-        return buffered if "b" in mode else io.TextIOWrapper(buffered)
-
-    builtins.open = io.open = opened
+def full_disk(after: int) -> None:
+    """Let no file grow beyond so many bytes: the kernel then refuses as for a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 # -------------------------------------------------------------------------------------------- outputs
 def lose_output(streams: Sequence[int], way: str) -> None:
-    """Nobody takes what these descriptors get: their disk is full, they are closed, their reader has left or leaves
-    after the third update."""
-    ends = []
+    """Nobody takes what these descriptors get: their disk is full, they are closed, or their reader has left."""
     for number in streams:
         if way == "closed":
             os.close(number)
             continue
-        if way == "full":
-            end = os.open("/dev/full", os.O_WRONLY)
-        else:
-            reader, end = os.pipe()
-            ends.append(reader)
+        reader, end = (None, os.open("/dev/full", os.O_WRONLY)) if way == "full" else os.pipe()
         os.dup2(end, number)
-        os.close(end)
-
-    def leave(context: Any = None) -> None:
-        while ends:
-            os.close(ends.pop())
-
-    if way == "left":
-        leave()
-    updates = iter(range(3))
-    on_updated(lambda context: leave() if next(updates, None) is None else None)
+        for descriptor in (end, reader):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 FAULTS = {

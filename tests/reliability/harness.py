@@ -1,26 +1,25 @@
-"""Starting, watching and comparing runs: the tests' side of the fork server, and what a run leaves behind."""
+"""Starting and comparing runs, and what a run leaves behind."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import random
-import select
 import shlex
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+
+from models.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FULL = os.environ.get("RELIABILITY") == "full"
@@ -59,13 +58,33 @@ def spread(low: int, high: int, number: int, *key: Any) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------ processes
+# Importing torch and timm takes seconds, a run of the tests one: each child is forked from a server that has them.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["faults", "children", "main_detection", "main_spectformer", "sklearn.datasets"])
+
+
+def run_child(function: str, arguments: dict[str, Any], environment: dict[str, str], output: str) -> None:
+    """Call ``module:function`` in a forked child, which this makes as a fresh process would be."""
+    os.setsid()  # what a job leaves behind is found by its session
+    os.environ.update(environment)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for descriptor, opened in ((1, os.open(f"{output}.out", flags)), (2, os.open(f"{output}.err", flags))):
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    # Inherited states would make every child draw alike, and hide a draw that nothing keyed.
+    random.seed()
+    np.random.seed()
+    torch.seed()
+    module, name = function.split(":")
+    getattr(importlib.import_module(module), name)(**arguments)
+
+
 @dataclass
 class Child:
-    """A process forked by the server; ``code`` is the exit status, negative for a signal."""
+    """A process of the server; its exit code is negative for a signal."""
 
-    pid: int
+    process: multiprocessing.process.BaseProcess
     output: Path
-    server: Launcher = field(repr=False)
 
     @property
     def out(self) -> str:
@@ -77,26 +96,23 @@ class Child:
 
     def wait(self, timeout: float = HANG) -> int:
         """The exit code; a process that is still there after ``timeout`` is killed and reported as a hang."""
-        code = self.server.wait(self.pid, timeout)
-        if code is None:
-            stack = self.err[-2000:]
+        self.process.join(timeout)
+        if self.process.exitcode is None:
             self.kill()
-            self.server.wait(self.pid, 10)
-            raise AssertionError(f"process {self.pid} hung for {timeout} s; its stderr ended:\n{stack}")
-        return code
+            raise AssertionError(f"a process hung for {timeout} s; its stderr ended:\n{self.err[-2000:]}")
+        return self.process.exitcode
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Send a signal, unless the process has ended."""
-        if self.server.codes.get(self.pid) is None:
-            with suppress(ProcessLookupError):  # it ended a moment ago
-                os.kill(self.pid, signum)
+    def kill(self) -> None:
+        """Kill the process, unless it has ended."""
+        self.process.kill()
+        self.process.join()
 
     def left_behind(self) -> list[int]:
         """Processes of its session that still live."""
         return [
             process.pid
             for process in psutil.process_iter()
-            if process.pid != self.pid and session_of(process.pid) == self.pid and alive(process)
+            if process.pid != self.process.pid and session_of(process.pid) == self.process.pid and alive(process)
         ]
 
 
@@ -114,96 +130,31 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def children_of(pid: int) -> list[int]:
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True) if alive(child)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 class Launcher:
-    """The fork server's client; a context manager."""
+    """Starts children whose output goes to files of a directory."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.codes: dict[int, int | None] = {}
         self.started = 0
-        self.unread = b""
-        self.messages: list[dict[str, Any]] = []
 
-    def __enter__(self) -> Launcher:
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        inherited = {key: value for key, value in os.environ.items() if key not in ("PYTEST_CURRENT_TEST",)}
-        self.log = open(self.directory / "server.err", "wb")  # noqa: SIM115 (closed in __exit__)
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forkserver.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=inherited | threads | {"MPLBACKEND": "Agg"},
-            cwd=ROOT,
-        )
-        if self._message("ready", 300) is None:
-            raise RuntimeError((self.directory / "server.err").read_text())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
-        self.process.wait(HANG)
-        self.process.stdout.close()
-        self.log.close()
-
-    def _message(self, kind: str, timeout: float) -> dict[str, Any] | None:
-        """The next message with the key ``kind``; exits are noted on the way."""
-        deadline = time.monotonic() + timeout
-        while True:
-            for message in self.messages:
-                if kind in message:
-                    self.messages.remove(message)
-                    return message
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                return None
-            received = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not received:
-                return None
-            *lines, self.unread = (self.unread + received).split(b"\n")
-            for line in lines:
-                message = json.loads(line)
-                if "code" in message:
-                    self.codes[message["pid"]] = message["code"]
-                self.messages.append(message)
-
-    def start(
-        self,
-        function: str,
-        directory: Path | str | None = None,
-        environment: dict[str, str] | None = None,
-        **arguments: Any,
-    ) -> Child:
-        """Fork a child that calls ``module:function`` with ``arguments`` (JSON)."""
+    def start(self, function: str, environment: dict[str, str] | None = None, **arguments: Any) -> Child:
+        """Fork a child that calls ``module:function`` with ``arguments``."""
         self.started += 1
         output = self.directory / f"job{self.started}"
-        request = {
-            "function": function,
-            "arguments": arguments,
-            "environment": environment or {},
-            "directory": str(directory or ROOT),
-            "output": str(output),
-        }
-        self.process.stdin.write((json.dumps(request) + "\n").encode())
-        self.process.stdin.flush()
-        started = self._message("started", 60)
-        if started is None:
-            raise RuntimeError("the fork server is gone: " + (self.directory / "server.err").read_text()[-2000:])
-        self.codes.setdefault(started["started"], None)
-        return Child(started["started"], output, self)
+        process = SERVER.Process(target=run_child, args=(function, arguments, environment or {}, str(output)))
+        process.start()
+        return Child(process, output)
 
-    def wait(self, pid: int, timeout: float) -> int | None:
-        deadline = time.monotonic() + timeout
-        while self.codes.get(pid) is None and time.monotonic() < deadline:
-            self._message("code", deadline - time.monotonic())
-        return self.codes.get(pid)
+    def start_job(self, function: str, world: int, *arguments: dict[str, Any]) -> list[Child]:
+        """Start the processes of a job, as torchrun does, each with its own arguments."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        children = []
+        for rank, own in enumerate(arguments):
+            job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in job.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            children.append(self.start(function, environment if world > 1 else {}, **own))
+        return children
 
     def train(
         self,
@@ -218,13 +169,8 @@ class Launcher:
     ) -> list[Child]:
         """Start a training in ``world`` processes; ``faults`` strike ``faulty_rank`` (None: every rank)."""
         argv = [*base, "--output-dir", str(run_dir), "--num-workers", str(workers), *flags]
-        port, children = str(free_port()), []
-        for rank in range(world):
-            job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
-            launched = {} if world == 1 else {name: str(value) for name, value in job.items()} | {"MASTER_PORT": port}
-            own = list(faults) if faulty_rank in (None, rank) else []
-            children.append(self.start("faults:train", None, launched, main=main, argv=argv, faults=own))
-        return children
+        own = [list(faults) if faulty_rank in (None, rank) else [] for rank in range(world)]
+        return self.start_job("faults:train", world, *({"main": main, "argv": argv, "faults": each} for each in own))
 
     def complete(self, run_dir: Path, *flags: str, **how: Any) -> list[Child]:
         """A training that has to end with exit code 0."""
@@ -233,12 +179,6 @@ class Launcher:
             code = child.wait()
             assert code == 0, f"exit {code}: {child.err[-3000:]}"
         return children
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------- what a run leaves
@@ -270,8 +210,6 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def outcome(run_dir: Path) -> dict[str, str]:
     """The digests of all that a run has to reproduce: its last checkpoint part by part, and its log."""
-    from models.checkpoints import read_checkpoint
-
     state = read_checkpoint(run_dir / "checkpoint_last.pth")
     parts = {key: digest(value) for key, value in state.items() if key not in ("args", "version")}
     return parts | {"log": digest(rows(run_dir))}
@@ -284,8 +222,6 @@ def differences(got: dict[str, str], expected: dict[str, str]) -> list[str]:
 
 def farthest(run_dir: Path, reference: Path) -> float:
     """The largest difference between two runs' weights."""
-    from models.checkpoints import read_checkpoint
-
     one, other = (read_checkpoint(path / "checkpoint_last.pth")["model"] for path in (run_dir, reference))
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
@@ -310,7 +246,3 @@ def one_line(text: str) -> bool:
     """Whether a message to the user is a single line and no traceback."""
     lines = [line for line in text.splitlines() if line.strip()]
     return len(lines) == 1 and "Traceback" not in text
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from coco_example import write_example
-from harness import TINY, TINY_DETECTION, count, differences, farthest, free_port, one_line, outcome, rows, traced
+from harness import TINY, TINY_DETECTION, count, differences, farthest, one_line, outcome, rows, traced
 from PIL import Image
 
 EXACT = ["--dtype", "float64", "--mixup", "0", "--cutmix", "0", "--drop-path", "0"]
@@ -97,12 +97,9 @@ def test_evaluation_counts_every_image_once(launcher, tmp_path):
     sizes, batches = list(range(1, 68, count(13, 1))), [1, 8, 16] if count(0, 1) == 0 else [1, 3, 8, 16]
     counts = {}
     for world in range(1, count(3, 4) + 1):
-        report, port, children = tmp_path / f"{world}.json", str(free_port()), []
-        for rank in range(world):
-            job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
-            environment = {name: str(value) for name, value in job.items()} | {"MASTER_PORT": port}
-            arguments = {"sizes": sizes, "batches": batches, "report": str(report), "environment": environment}
-            children.append(launcher.start("children:evaluate_sizes", **arguments))
+        report = tmp_path / f"{world}.json"
+        arguments = {"sizes": sizes, "batches": batches, "report": str(report)}
+        children = launcher.start_job("children:evaluate_sizes", world, *[arguments] * world)
         for child in children:
             assert child.wait(600) == 0, child.err
         counts[world] = json.loads(report.read_text())

@@ -31,7 +31,6 @@ def killed_and_resumed(launcher, directory, flags, fault, victim, **how):
     code = children[victim].wait()
     for child in children:
         child.kill()
-        child.wait()
     launcher.complete(directory, *flags, **how)
     return code == -signal.SIGKILL
 
