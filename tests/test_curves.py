@@ -3,9 +3,7 @@
 import pytest
 from tiny_runs import rows, train
 
-from runtime import run_directory
 from runtime.curves import EMA, Panel, Plot, draw_curves
-from runtime.processes import Distributed
 from training.classification import Classification
 
 LOSS = Plot("loss_plot.png", (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),), "A note.")
@@ -26,12 +24,6 @@ def test_curves_have_integer_epochs_labels_and_every_column(epochs):
     assert epochs > 1 or axes.lines[0].get_marker() == "o"  # a single point must be visible
 
 
-def test_the_average_of_the_weights_is_dashed_in_the_colour_of_its_twin():
-    _, weights, average = draw_curves([row(0), row(1)], LOSS).axes[0].lines
-    assert (weights.get_linestyle(), average.get_linestyle()) == ("-", "--")
-    assert weights.get_color() == average.get_color()
-
-
 def test_a_column_without_values_is_left_out():
     figure = draw_curves(
         [{"epoch": 0, "test_acc1": 50.0, "test_acc5": None}, {"epoch": 1, "test_acc1": float("inf")}], TWO
@@ -50,14 +42,6 @@ def test_a_picture_says_what_there_is_to_know_about_it():
     figure = draw_curves([row(0)], LOSS, title="of $run")
     assert (figure.get_supxlabel(), figure.get_suptitle()) == ("A note.", "of $run")
     figure.draw_without_rendering()  # no mathematics
-
-
-def test_a_runs_pictures_are_titled_by_its_directory(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(run_directory, "draw_curves", lambda *given: drawn.append(given[3]) or draw_curves(*given))
-    with run_directory.RunDirectory(tmp_path / "mine", Distributed(), "acc1", [LOSS]) as directory:
-        directory.log_row(row(0))
-    assert drawn == ["mine"]
 
 
 @pytest.mark.slow

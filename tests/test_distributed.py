@@ -76,26 +76,6 @@ def test_two_processes_train_the_weights_of_one_with_twice_the_batch(tmp_path, m
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_digits_as_one_does_within_two_images(tmp_path):
-    """The demonstration with the batch split; unlike above, every process has its own batch statistics."""
-    right = []
-    for processes in (1, 2):
-        directory = tmp_path / str(processes)
-        launch(
-            ["torch.distributed.run"],
-            processes,
-            "--config",
-            "configs/digits_spectformer.yaml",
-            "--batch-size",
-            str(32 // processes),
-            "--output-dir",
-            str(directory),
-        )
-        right.append(rows(directory)[-1]["test_correct1"])
-    assert min(right) >= 350 and abs(right[0] - right[1]) <= 2, right
-
-
-@pytest.mark.slow
 def test_three_processes_of_the_older_launcher_evaluate_every_image_once(tmp_path):
     (row,) = train(tmp_path, *EXACT)
     printed = launch(

@@ -1,19 +1,15 @@
-"""How a script ends: exit codes, one line for each error, and that a broken output changes nothing."""
+"""How a script ends: exit codes, and one line for each error."""
 
 import errno
 import os
 import signal
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, rows
 
 from runtime.cli import run_cli
-from utils import Interrupted, MachineError, NonFiniteError, UserError, say, tell
+from utils import Interrupted, MachineError, NonFiniteError, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,75 +61,3 @@ def test_a_machine_that_has_too_little_of_something_is_one_line_too(work, told, 
         run_cli(lambda argv: work())
     said = capsys.readouterr().err
     assert leave.value.code == 3 and said.startswith("error: ") and said.count("\n") == 1 and told in said
-
-
-# ------------------------------------------------------------------------------------------- broken output
-def full(number):
-    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
-
-
-def hung_up(number):
-    reader, writer = os.pipe()
-    os.dup2(writer, number)
-    os.close(reader)
-    os.close(writer)
-
-
-def in_fork(work, spoil, streams):
-    """The exit code of a script that does `work`, whose `streams` (0, 1, 2) were spoiled before it began."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        for number in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        for number in streams:
-            spoil(number)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            # What the interpreter makes of them when it starts.
-            stream = None if spoil is os.close and number in streams else open(number, "w", closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
-        try:
-            run_cli(work)
-        except SystemExit as leave:
-            os._exit(leave.code)
-    finally:
-        os._exit(99)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spoil", [full, hung_up, os.close])
-@pytest.mark.parametrize("streams", [(1,), (2,), (0, 1, 2)])
-def test_a_full_or_closed_output_ends_nothing_and_changes_no_exit_code(tmp_path, spoil, streams):
-    def work(argv):
-        for number in range(3):
-            say(f"said {number}")
-            tell("told")
-            warnings.warn("of a library", stacklevel=1)
-        (tmp_path / "written").write_text("x")
-        assert os.open(tmp_path / "written", os.O_RDONLY) > 2  # no file of the run is where libraries print
-
-    def fails(argv):
-        work(argv)
-        raise UserError("--lr")
-
-    assert in_fork(work, spoil, streams) == 0
-    assert in_fork(fails, spoil, streams) == 2
-    assert (tmp_path / "written").read_text() == "x"
-
-
-@pytest.mark.slow
-def test_training_goes_on_when_its_output_cannot_be_written(tmp_path):
-    words = [sys.executable, "main_spectformer.py", *TINY, "--epochs", "1", "--print-freq", "1"]
-    with open("/dev/full", "wb") as nowhere:
-        done = subprocess.run(
-            [*words, "--output-dir", str(tmp_path)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=nowhere,
-            stderr=nowhere,
-            timeout=300,
-        )
-    assert done.returncode == 0 and len(rows(tmp_path)) == 1
-    assert (tmp_path / "checkpoint_last.pth").exists()

@@ -70,14 +70,6 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     assert state["model_kwargs"]["embed_dim"] == 32 and state["input_size"] == [32, 32]
 
 
-@pytest.mark.slow
-def test_two_runs_with_one_seed_are_the_same_bits_for_any_number_of_workers(tmp_path):
-    flags = ["--epochs", "1", "--drop-path", "0.3", "--aa", "rand-m5", "--reprob", "0.25"]
-    logs = [train(tmp_path / workers, *flags, "--num-workers", workers) for workers in ("0", "2")]
-    assert timeless(logs[0]) == timeless(logs[1])
-    assert_same(trained_state(tmp_path / "0"), trained_state(tmp_path / "2"))
-
-
 RESUMED = [
     "--epochs",
     "2",
@@ -115,18 +107,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, unin
 
 
 @pytest.mark.slow
-def test_a_run_stopped_in_evaluation_resumes_with_the_evaluation(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        signal_at(patch, "count", 1, signal.SIGINT)
-        with pytest.raises(Interrupted) as caught:
-            train(tmp_path, "--epochs", "1")
-    assert caught.value.exit_code == 130 and last(tmp_path)["step"] == 4
-    steps = signal_at(monkeypatch, "step_loss", -1)
-    assert len(train(tmp_path, "--epochs", "1", "--resume", "auto")) == 1
-    assert not steps
-
-
-@pytest.mark.slow
 def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
     """Killed between log and checkpoint: the epoch is trained again, from the checkpoint within it."""
 
@@ -143,29 +123,6 @@ def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
             train(tmp_path / "killed", "--epochs", "2", "--checkpoint-steps", "3")
     assert len(rows(tmp_path / "killed")) == 1 and last(tmp_path / "killed")["step"] == 3
     assert timeless(train(tmp_path / "killed", "--epochs", "2", "--resume", "auto")) == timeless(expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_loss_or_gradient_changes_nothing_and_names_the_samples(tmp_path, monkeypatch, where):
-    train(tmp_path, "--epochs", "1")
-    before = last(tmp_path)["model"]
-    original, weights = engine.step_loss, {}
-
-    def poisoned(trainer, batch, epoch, step):
-        loss = original(trainer, batch, epoch, step)
-        if (epoch, step) == (1, 2):
-            weights.update(model=trainer.model, copy=[p.detach().clone() for p in trainer.model.parameters()])
-            # The infinite slope at 0 of the square root: a finite loss with a gradient that is not.
-            loss = loss * math.inf if where == "loss" else loss + (loss - loss.detach()).abs().sqrt()
-        return loss
-
-    monkeypatch.setattr(engine, "step_loss", poisoned)
-    with pytest.raises(NonFiniteError, match=r"epoch 1, step 2, lr 0\.00.*DIGITS/train\[\d+\], ") as caught:
-        train(tmp_path, "--epochs", "2", "--resume", "auto")
-    assert caught.value.exit_code == 4 and where in str(caught.value)
-    assert all(torch.equal(a, b) for a, b in zip(weights["model"].parameters(), weights["copy"], strict=True))
-    assert_same(last(tmp_path)["model"], before)
 
 
 @pytest.mark.slow
@@ -218,13 +175,6 @@ def test_an_fp16_gradient_that_overflows_at_the_smallest_scale_ends_the_run(tmp_
     with pytest.raises(NonFiniteError, match="the gradient's norm is inf; no weight was changed"):
         train(tmp_path, "--epochs", "99", "--amp", "fp16", "--checkpoint-epochs", "0")
     assert scales == [2.0**power for power in range(16, -15, -1)]
-
-
-@pytest.mark.slow
-def test_bf16_trains(tmp_path):
-    (row,) = train(tmp_path, "--epochs", "1", "--amp", "bf16")
-    assert math.isfinite(row["train_loss"])
-    assert all(value.dtype != torch.bfloat16 for value in last(tmp_path)["model"].values())
 
 
 EXACT = ["--dtype", "float64", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--epochs", "1"]
@@ -283,12 +233,6 @@ def test_evaluation_alone_prints_and_writes_nothing(tmp_path, capsys):
     assert found["correct1"] == row["test_correct1"]
     assert found["loss"] == pytest.approx(row["test_loss"], rel=1e-6)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-
-
-@pytest.mark.slow
-def test_a_second_run_does_not_overwrite_the_first(one_epoch):
-    with pytest.raises(UserError, match="--resume auto"):
-        train(one_epoch, "--epochs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -364,12 +308,6 @@ def test_resuming_where_later_checkpoints_would_be_lost_is_refused(tmp_path):
     main_spectformer.main([*TINY, "--output-dir", str(tmp_path / "run"), "--eval", "--resume", first])
 
 
-@pytest.mark.slow
-def test_a_runs_own_arguments_are_a_config(tmp_path, one_epoch):
-    log = train(tmp_path, "--config", str(one_epoch / "args.yaml"), model=[])
-    assert timeless(log) == timeless(rows(one_epoch))
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -419,14 +357,6 @@ def test_another_number_of_processes_keeps_the_images_of_an_update(processes, ex
         assert (args.batch_size, args.accum_iter) == expected
 
 
-@pytest.mark.parametrize(
-    ("flags", "multiple"), [("", 2), ("--mixup=0 --cutmix=0", 1), ("--mixup=0 --cutmix=0 --cutmix-minmax 0.1 0.9", 2)]
-)
-def test_batches_are_even_where_images_are_mixed_in_pairs(flags, multiple):
-    args = parse_args(FLAGS, ["--batch-size", "8", *flags.split()])
-    assert classification.Classification.batch_multiple(args) == multiple
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
 def test_any_timm_model_trains(tmp_path, arch):
@@ -467,12 +397,6 @@ def test_a_teacher_of_timm_distils_from_a_file(tmp_path, kind):
     )
     assert math.isfinite(row["train_loss"])
     assert not any("teacher" in name for name in last(tmp_path / "run")["model"])
-
-
-@pytest.mark.slow
-def test_svt_trains_from_its_main_with_repeated_augmentation(tmp_path):
-    (row,) = train(tmp_path, "--epochs", "1", model=TINY_SVT, main=main_svt.main)
-    assert math.isfinite(row["train_loss"]) and row["samples_seen"] == 256
 
 
 class Batches(list):

@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -137,25 +136,6 @@ def test_an_error_of_the_writer_leaves_the_old_file(tmp_path):
     with pytest.raises(ZeroDivisionError):
         atomic_write(tmp_path / "file", lambda file: file.write(b"n") / 0)
     assert (tmp_path / "file").read_text() == "old" and files(tmp_path) == ["file"]
-
-
-@pytest.mark.slow
-def test_a_concurrent_reader_sees_whole_files_only(tmp_path):
-    path, seen, done = tmp_path / "file", set(), threading.Event()
-    contents = [bytes([i]) * 50_000 for i in range(200)]
-    atomic_write(path, contents[0])
-
-    def read():
-        while not done.is_set():
-            seen.add(path.read_bytes())
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for content in contents:
-        atomic_write(path, content)
-    done.set()
-    reader.join()
-    assert len(seen) > 1 and seen <= set(contents)
 
 
 def test_a_write_is_synced_before_and_after_the_rename(tmp_path, monkeypatch):
