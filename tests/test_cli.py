@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -89,72 +90,21 @@ def test_defaults_are_the_vanilla_recipe():
     assert {name: args[name] for name in recipe} == recipe
 
 
+def command(line, main=main_spectformer):
+    return parse(*shlex.split(line), main=main)
+
+
 def test_published_commands_parse_verbatim():
-    args = parse(
-        "--output_dir",
-        "logs/spectformer-xs",
-        "--arch",
-        "spectformer-xs",
-        "--batch-size",
-        "128",
-        "--data-path",
-        "/path/to/ILSVRC2012/",
-    )
-    assert (args.data_set, args.output_dir, args.batch_size) == ("IMNET", "logs/spectformer-xs", 128)
-    args = parse(
-        "--config",
-        "configs/svt/svt_s.yaml",
-        "--data-path",
-        "/imagenet",
-        "--epochs",
-        "310",
-        "--batch-size",
-        "128",
-        "--token-label",
-        "--token-label-size",
-        "7",
-        "--token-label-data",
-        "/maps",
-        main=main_svt,
-    )
+    args = command("--output_dir logs/xs --arch spectformer-xs --batch-size 128 --data-path /path/to/ILSVRC2012/")
+    assert (args.data_set, args.output_dir, args.batch_size) == ("IMNET", "logs/xs", 128)
+    line = "--config configs/svt/svt_s.yaml --data-path /imagenet --epochs 310 --batch-size 128 --token-label "
+    args = command(line + "--token-label-size 7 --token-label-data /maps", main_svt)
     assert (args.mixup, args.cutmix, args.repeated_aug, args.train_interpolation) == (0, 0, False, "random")
     assert (args.reprob, args.eval_crop_pct, args.keep_best, args.clip_grad) == (0.25, 0.96, 10, 0)
-    args = parse(
-        "--arch",
-        "spectformer-xs",
-        "--batch-size",
-        "64",
-        "--data-set",
-        "CARS",
-        "--data-path",
-        "/cars",
-        "--epochs",
-        "1000",
-        "--lr",
-        "0.0001",
-        "--weight-decay",
-        "1e-4",
-        "--clip-grad",
-        "1",
-        "--warmup-epochs",
-        "5",
-        main=main_transfer,
-    )
+    line = "--arch spectformer-xs --batch-size 64 --data-set CARS --data-path /cars --epochs 1000 --lr 0.0001 "
+    args = command(line + "--weight-decay 1e-4 --clip-grad 1 --warmup-epochs 5", main_transfer)
     assert (args.data_set, args.classifier, args.lr) == ("CARS", "new", 1e-4)
-    args = parse(
-        "--input-size",
-        "384",
-        "--batch-size",
-        "64",
-        "--lr",
-        "5e-6",
-        "--weight-decay",
-        "1e-8",
-        "--min-lr",
-        "5e-6",
-        "--epochs",
-        "30",
-    )
+    args = command("--input-size 384 --batch-size 64 --lr 5e-6 --weight-decay 1e-8 --min-lr 5e-6 --epochs 30")
     assert (args.input_size, args.finetune_mode) == ((384, 384), "eval")
 
 
@@ -373,15 +323,7 @@ def test_a_printed_config_is_a_complete_one(main, words, tmp_path, capsys):
 
 
 def test_a_printed_config_of_a_detector_is_a_complete_one(tmp_path, capsys):
-    words = (
-        "--data-path",
-        "coco",
-        "--min-size",
-        "480,640",
-        "--detector-kwargs",
-        "anchor_sizes=(8, 16)",
-        "detections=9",
-    )
+    words = ("--data-path", "coco", "--min-size", "480,640", "--detector-kwargs", "anchor_sizes=(8,16)", "detections=9")
     assert printed_config(main_detection, words, tmp_path, capsys)["data_set"] == "COCO"
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 
@@ -70,20 +71,9 @@ def test_a_run_learns_and_leaves_its_files(tmp_path):
     assert state["model_kwargs"]["embed_dim"] == 32 and state["input_size"] == [32, 32]
 
 
-RESUMED = [
-    "--epochs",
-    "2",
-    "--drop-path",
-    "0.2",
-    "--accum-iter",
-    "2",
-    "--model-ema",
-    "--model-ema-decay",
-    "0.9",
-    "--model-ema-warmup",
-    "--batch-size",
-    "32",
-]
+RESUMED = shlex.split(
+    "--epochs 2 --batch-size 32 --accum-iter 2 --drop-path 0.2 --model-ema --model-ema-decay 0.9 --model-ema-warmup"
+)
 
 
 @pytest.fixture(scope="module")
@@ -384,17 +374,15 @@ def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected
 def test_a_teacher_of_timm_distils_from_a_file(tmp_path, kind):
     teacher = create_model("test_vit", 2, (32, 32), {})
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
-    (row,) = train(
-        tmp_path / "run",
-        "--epochs",
-        "1",
+    flags = [
         "--distillation-type",
         kind,
         "--teacher-model",
         "test_vit",
         "--teacher-path",
         str(tmp_path / "teacher.pth"),
-    )
+    ]
+    (row,) = train(tmp_path / "run", "--epochs", "1", *flags)
     assert math.isfinite(row["train_loss"])
     assert not any("teacher" in name for name in last(tmp_path / "run")["model"])
 

@@ -1,6 +1,7 @@
 """Runs of seconds on a few handwritten digits, in this process."""
 
 import json
+import shlex
 
 import torch
 
@@ -8,37 +9,17 @@ import main_spectformer
 from models.checkpoints import read_checkpoint
 
 # 2 classes, some 290 images: 4 steps of 64 an epoch.
-DIGITS = [
-    "--classes",
-    "0,7",
-    "--input-size",
-    "32",
-    "--batch-size",
-    "64",
-    "--num-workers",
-    "0",
-    "--aa",
-    "none",
-    "--color-jitter",
-    "0",
-    "--unscale-lr",
-    "--warmup-epochs",
-    "0",
-    "--lr",
-    "3e-3",
-]
+DIGITS = shlex.split(
+    "--classes 0,7 --input-size 32 --batch-size 64 --num-workers 0 --aa none --color-jitter 0 --unscale-lr "
+    "--warmup-epochs 0 --lr 3e-3"
+)
 TINY = [*DIGITS, "--arch", "spectformer-ti", "--model-kwargs", "embed_dim=32", "depth=2", "alpha=1", "num_heads=2"]
 TINY_SVT = [
     *DIGITS,
-    "--arch",
-    "svt-s",
-    "--model-kwargs",
-    "stem_width=8",
-    "embed_dims=(8,16,16,16)",
-    "depths=(1,1,1,1)",
-    "spectral_depths=(1,0,0,0)",
-    "num_heads=(1,1,1,1)",
-    "mlp_ratios=(2,2,2,2)",
+    *shlex.split(
+        "--arch svt-s --model-kwargs stem_width=8 embed_dims=(8,16,16,16) depths=(1,1,1,1) spectral_depths=(1,0,0,0) "
+        "num_heads=(1,1,1,1) mlp_ratios=(2,2,2,2)"
+    ),
 ]
 CLOCK = ("seconds", "images_per_second", "wait_seconds", "memory_gib")
 
