@@ -278,7 +278,7 @@ def _native_size(weights: Mapping[str, Tensor], name: str, kwargs: Mapping[str, 
     """The image size that bare weights of ours were made for; None if they do not depend on it.
 
     The grid of the position embeddings, or of a pyramid's first filter, is compared with that of the model at its
-    default size. A spectral gate keeps half of its columns, so an odd width cannot be told from an even one: a square
+    default size. A spectral gate keeps half of its columns, so an odd width looks like an even one: a square
     is assumed where that is possible.
     """
     if name not in ARCHITECTURES:

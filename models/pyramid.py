@@ -87,14 +87,14 @@ class Pyramid(ImageModel):
     the logits are then class + 0.5 * maximum over tokens. In training `forward(x, box)` swaps the stem's
     tokens inside the box with those of the flipped batch (MixToken) and returns class logits, token logits
     (B, h * w, num_classes), swapped back, and the box: (x1, y1, x2, y2) on the last stage's grid
-    `token_label_size`, x along the width, drawn by `sample_mix_box` unless given. It may be a tensor of four
-    integers, for the values of which a compiled model is not compiled anew.
+    `token_label_size`, x along the width, drawn by `sample_mix_box` unless given. Pass a tensor of
+    four integers to avoid recompiling for every box.
 
     Args:
         img_size: in pixels, a side or (height, width). Filters and blending weights fit its grids; `set_input_size`
             resamples them for another one.
         in_chans: of the images.
-        num_classes: 0 for none, and features (B, C) in the place of logits.
+        num_classes: 0 for none, and features (B, C) instead of logits.
         global_pool: what is classified: "token", the class token; "avg", the mean of the others; "", all tokens.
         stem_width: channels of the stem's convolutions.
         stem_stride: of the first stage, 4, 2 or 1; each of the others doubles it.
@@ -105,7 +105,7 @@ class Pyramid(ImageModel):
         spectral_depths: how many of each stage's first blocks have `mixer`, by default all of stages 1 and 2; the rest
             have attention.
         mixer: a name in `models.mixers.MIXERS`, by default "spectral".
-        mixers: in the place of both, what each block has: lists, or "spectral*3/conv*4/attention*6/attention*3".
+        mixers: instead of both, the mixer of each block: lists, or "spectral*3/conv*4/attention*6/attention*3".
         mixer_options: arguments of mixers by their name, such as {"afno": {"blocks": 4}}.
         token_label: see above.
         drop_rate: of dropout before the classifier.

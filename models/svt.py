@@ -3,7 +3,7 @@
 Patro, Agneeswaran: "Scattering Vision Transformer: Spectral Mixing Matters", NeurIPS 2023,
 https://arxiv.org/abs/2311.01310. SVT-H scatters in its first stage (alpha = 1: released code); the paper's figure,
 alpha = 2, is `spectral_depths=(3, 4, 0, 0)` for S. Of the vanilla models only the table was published: these are
-SpectFormer's bodies with scattering in the place of the gate.
+SpectFormer's bodies with scattering instead of the gate.
 """
 
 from timm.models import generate_default_cfgs, register_model

@@ -39,7 +39,7 @@ class Vanilla(ImageModel):
             resamples them for another one.
         patch_size: pixels of a patch's side.
         in_chans: of the images.
-        num_classes: 0 for none, and features (B, embed_dim) in the place of logits.
+        num_classes: 0 for none, and features (B, embed_dim) instead of logits.
         global_pool: what is classified: "avg", the mean of the tokens; "", each of them.
         embed_dim: channels.
         depth: blocks.
@@ -47,7 +47,7 @@ class Vanilla(ImageModel):
         mlp_ratio: hidden channels of the feed-forward networks as a multiple of `embed_dim`.
         alpha: how many of the first blocks have `mixer`, by default the paper's 4; the others have attention.
         mixer: a name in `models.mixers.MIXERS`, by default "spectral".
-        mixers: in the place of both, what each block has: a list of names, or a text like "spectral*4,attention*8".
+        mixers: instead of both, the mixer of each block: a list of names, or a text like "spectral*4,attention*8".
         mixer_options: arguments of mixers by their name, such as {"afno": {"blocks": 4}}.
         drop_rate: of dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
