@@ -70,7 +70,6 @@ def build_data(
         dist.rank,
         dist.world_size,
         args.accum_iter,
-        resumed=args.resume,
         groups=train_set.groups,
     )
     samples = DetectionSamples(train_set, args.seed, TrainTransform(args), args.skip_bad_images)

@@ -25,7 +25,7 @@ class DatasetSpec:
     """How a data set is built, and what it requires of the command line and the augmentation."""
 
     build: Callable[[DatasetOptions], ImageDataset]
-    downloads: bool = False  # takes --download, if only to say what to do instead
+    downloads: bool = False  # takes --download
     needs_path: bool = True  # --data-path must be given
     splits: bool = False  # takes --val-split
     test: bool = False  # a third split may be there
@@ -40,7 +40,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "IMNET": DatasetSpec(class_folders, splits=True, test=True),
     "FOLDER": DatasetSpec(class_folders, splits=True, test=True),
     "FLOWERS": DatasetSpec(flowers, downloads=True),
-    "CARS": DatasetSpec(cars, downloads=True),
+    "CARS": DatasetSpec(cars),
     "PETS": DatasetSpec(pets, downloads=True),
     "INAT": DatasetSpec(inaturalist),
     "INAT19": DatasetSpec(inaturalist),
@@ -100,7 +100,4 @@ def build_dataset(
         raise UserError(f"{where}: {one_line(error)}") from error
     if len(dataset) == 0:
         raise UserError(f"{where}: it contains no images")
-    for class_name in dataset.class_names:  # it goes into logs, results and checkpoints
-        if not class_name.isascii() and class_name != class_name.encode(errors="replace").decode():
-            raise UserError(f"{where}: the class name {ascii(class_name)} is not UTF-8; rename it")
     return dataset if classes is None else choose_classes(dataset, classes)

@@ -73,7 +73,6 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         dist.world_size,
         args.accum_iter,
         REPEATS if args.repeated_aug else 1,
-        args.resume,
         balanced_probabilities(train_set) if args.balanced_sampling else None,
     )
     transform = train_transform(

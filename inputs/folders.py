@@ -63,9 +63,7 @@ def _image_folder(folder: Path, other: Path | None) -> ImageDataset:
     if other is not None and (difference := set(classes) ^ set(_class_names(other))):
         named = ", ".join(sorted(difference)[:10])
         raise UserError(f"{folder} and {other} must contain the same classes; only in one of them: {named}")
-    entered = {os.path.realpath(path) for path in (folder, *folder.resolve().parents)}
-    entered |= {os.path.realpath(folder / name) for name in classes}
-    files = [list(walk_files(folder / name, entered)) for name in classes]
+    files = [list(walk_files(folder / name)) for name in classes]
     images = [[path for path in paths if is_image_name(path)] for paths in files]
     empty = [name for name, paths in zip(classes, images, strict=True) if not paths]
     if empty:
@@ -77,12 +75,12 @@ def _image_folder(folder: Path, other: Path | None) -> ImageDataset:
     return dataset
 
 
-def walk_files(folder: str | os.PathLike, entered: set[str] | None = None) -> Iterator[str]:
+def walk_files(folder: str | os.PathLike) -> Iterator[str]:
     """The files in and below a folder, in the order of torchvision's `ImageFolder`, but for hidden ones.
 
-    Links to folders are followed. No folder is entered twice, nor any of `entered` (real paths).
+    Links to folders are followed, and no folder is entered twice.
     """
-    entered = {os.path.realpath(folder)} if entered is None else entered
+    entered = {os.path.realpath(folder)}
     found = []
     for current, subfolders, names in os.walk(folder, followlinks=True):
         subfolders.sort()

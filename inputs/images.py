@@ -14,18 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from models.pretrained import describe_class, synonyms
 from utils import UserError, key_seed, one_line
 
-# Formats that Pillow identifies without being able to decode them everywhere: videos, documents, containers.
-_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-Image.init()
-IMAGE_SUFFIXES = tuple(
-    sorted(
-        suffix
-        for suffix, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in _NOT_DECODED
-    )
+IMAGE_NAME = re.compile(
+    r"\.(apng|avif|bmp|dib|gif|j2k|jfif|jp2|jpe|jpeg|jpg|pbm|pcx|pgm|png|pnm|ppm|tga|tif|tiff|webp)$", re.IGNORECASE
 )
-
-
 FEWEST_LEVELS = 64  # of 256: an image of more than 8 bits that keeps fewer is an error
 
 
@@ -35,7 +26,7 @@ class BadImage(UserError):
 
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the suffix of a format that Pillow decodes."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    return IMAGE_NAME.search(name) is not None
 
 
 def read_image(

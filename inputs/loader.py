@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -45,22 +45,15 @@ class Batch(NamedTuple):
     skipped: dict[str, str] = {}
 
 
-class NamedImages(Protocol):
-    """A number of images, each with a name: all that a loader needs to know about a data set."""
-
-    def __len__(self) -> int: ...
-
-    def path(self, index: int) -> str:
-        """The image's file, or what names it best."""
-
-
 class KeyedSamples(Dataset, ABC):
     """The samples of a data set by key, without any random state: a key always gives the same sample."""
 
     def __init__(
-        self, dataset: NamedImages, seed: int = 0, skip_bad_images: bool = False, replacements: int = REPLACEMENT_TRIES
+        self, dataset: Any, seed: int = 0, skip_bad_images: bool = False, replacements: int = REPLACEMENT_TRIES
     ):
-        """skip_bad_images: leave out unreadable images; else the first ends the run.
+        """dataset: has a length and, for each image, a name: ``path(index)``.
+
+        skip_bad_images: leave out unreadable images; else the first ends the run.
 
         replacements: for an unreadable image, up to so many others are tried; 0 in evaluation.
         """
@@ -96,12 +89,10 @@ class KeyedSamples(Dataset, ABC):
             try:
                 with seeded(self._seed, key.epoch, index, key.repeat):
                     return self.read(index)._replace(skipped=skipped)
-            except BadImage as error:
-                if not self._skip_bad_images:
+            except UserError as error:
+                if not (self._skip_bad_images and isinstance(error, BadImage)):
                     return error
                 skipped[self.dataset.path(index)] = str(error)
-            except UserError as error:
-                return error
         if not self._replacements:
             return Batch(None, None, key.index, skipped=skipped)
         reason = next(iter(skipped.values()))

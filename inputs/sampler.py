@@ -52,7 +52,6 @@ class KeyedSampler:
         batch_size: samples a rank and micro-step.
         accum_iter: micro-steps an optimiser step; an epoch has whole optimiser steps.
         probabilities: draw samples with replacement, each with its probability, instead of permuting them.
-        resumed: the checkpoint that decided how many samples an optimiser step has, to be named in the error.
 
     Raises:
         UserError: the data set is smaller than one optimiser step.
@@ -65,19 +64,14 @@ class KeyedSampler:
     world_size: int = 1
     accum_iter: int = 1
     repeats: int = 1
-    resumed: str | None = None
     probabilities: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self) == 0:
-            step = self.batch_size * self.world_size * self.accum_iter
-            too_large = (
-                f"an update takes {step} images (--batch-size {self.batch_size} x "
-                f"{self.world_size} processes x --accum-iter {self.accum_iter}) and the training "
-                f"set has {self.size}"
-            )
             raise UserError(
-                f"--resume {self.resumed}: {too_large}" if self.resumed else f"{too_large}: lower --batch-size"
+                f"an update takes {self.batch_size * self.world_size * self.accum_iter} images (--batch-size "
+                f"{self.batch_size} x {self.world_size} processes x --accum-iter {self.accum_iter}) and the training "
+                f"set has {self.size}: lower --batch-size"
             )
 
     def __len__(self) -> int:

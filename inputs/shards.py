@@ -18,10 +18,8 @@ from typing import BinaryIO
 import numpy as np
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
-from inputs.images import IMAGE_SUFFIXES, BadImage, ImageDataset, class_number, count_classes
+from inputs.images import BadImage, ImageDataset, class_number, count_classes, is_image_name
 from utils import UserError, one_line
-
-LABEL_SUFFIXES = (".cls", ".json")
 
 
 class TarImages(ImageDataset):
@@ -111,22 +109,17 @@ def _group_members(tar: tarfile.TarFile) -> tuple[dict[str, TarInfo], dict[str, 
 
     A sample's key is a member's path without its last suffix: .cls, .json or an image's.
     """
-    images: dict[str, TarInfo] = {}
-    labels: dict[str, TarInfo] = {}
+    found: dict[str, dict[str, TarInfo]] = {"image": {}, ".cls": {}, ".json": {}}
     left_out = []
     for member in tar:
-        stem, suffix = os.path.splitext(member.name)
-        if not member.isfile() or any(part.startswith(".") for part in member.name.removeprefix("./").split("/")):
+        key, suffix = os.path.splitext(member.name)
+        kind = "image" if is_image_name(member.name) else suffix.lower()
+        hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
+        if kind not in found or hidden or not member.isfile():
             continue
-        found = images if suffix.lower() in IMAGE_SUFFIXES else labels if suffix.lower() in LABEL_SUFFIXES else None
-        if found is None:
-            continue
-        if stem not in found:
-            found[stem] = member
-        elif {suffix.lower(), os.path.splitext(found[stem].name)[1].lower()} == set(LABEL_SUFFIXES):
-            found[stem] = member if suffix.lower() == ".cls" else found[stem]
-        else:
-            left_out.append(f"{member.name} (a second one of sample {stem})")
+        if found[kind].setdefault(key, member) is not member:
+            left_out.append(f"{member.name} (a second one of sample {key})")
+    images, labels = found["image"], found[".json"] | found[".cls"]
     left_out += [f"{member.name} (there is no .cls or .json)" for key, member in images.items() if key not in labels]
     left_out += [f"{member.name} (there is no image)" for key, member in labels.items() if key not in images]
     return {key: member for key, member in images.items() if key in labels}, labels, left_out
@@ -134,11 +127,8 @@ def _group_members(tar: tarfile.TarFile) -> tuple[dict[str, TarInfo], dict[str, 
 
 def _label(tar: tarfile.TarFile, member: TarInfo) -> int:
     """The class number in a .cls or .json file; raises ValueError."""
-    content = tar.extractfile(member).read()
     try:
-        if member.name.lower().endswith(".json"):
-            return class_number(json.loads(content)["label"])
-        text = content.strip().decode("ascii")
-        return class_number(int(text) if text.isdigit() else text)
+        content = json.loads(tar.extractfile(member).read())
+        return class_number(content["label"] if member.name.lower().endswith(".json") else content)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{member.name}: no label: {one_line(error)}") from error

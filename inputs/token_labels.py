@@ -21,7 +21,6 @@ from torch import Tensor
 from torchvision import transforms
 
 from inputs.label_maps import MAP_SIZE
-from inputs.transforms import ImageToTensor
 from utils import UserError
 
 Record = dict[str, Tensor]  # see `TokenLabelTransform.__call__`
@@ -53,7 +52,6 @@ STATIONARY = (
     transforms.Resize,
     transforms.PILToTensor,
     MaybePILToTensor,
-    ImageToTensor,
 )
 
 
@@ -173,9 +171,6 @@ def dense_targets(
     Returns:
         (B, classes, 1 + 1 + h·w): ground truth, class token, tokens row by row. With size 1, whose one token
         is the class token's region, (B, classes, 2).
-
-    Raises:
-        UserError: the maps name a class that the data does not have (on a CPU; CUDA stops with an assertion).
     """
     height, width = (size, size) if isinstance(size, int) else size
     grids = [(1, 1)] if (height, width) == (1, 1) else [(1, 1), (height, width)]
@@ -195,11 +190,6 @@ def region_logits(record: Record, num_classes: int, grids: Sequence[tuple[int, i
         (B, classes, sum of the grids' h·w).
     """
     values, indices = record["values"].flatten(2), record["indices"].long().flatten(2)
-    if indices.device.type == "cpu" and int(indices.max()) >= num_classes:
-        raise UserError(
-            f"--token-label-data: a label map names class {int(indices.max())}, and there are "
-            f"{num_classes}; python -m tools.generate_token_labels --check finds it"
-        )
     dense = values.new_zeros(len(values), num_classes, MAP_SIZE**2).scatter_(1, indices, values)
     weights = [_region_weights(record["crop"], record["affines"], grid, swapped) for grid in grids]
     return dense @ torch.cat(weights, dim=1).mT

@@ -56,12 +56,6 @@ def flowers(options: DatasetOptions) -> ImageDataset:
 
 def cars(options: DatasetOptions) -> ImageDataset:
     """Stanford Cars: torchvision's layout with the devkit, or a folder with cars_anno.pkl."""
-    if options.download:
-        raise UserError(
-            "--download: Stanford Cars is no longer offered for download; put its files into "
-            f"{options.root}/stanford_cars: devkit/cars_meta.mat, devkit/cars_train_annos.mat, "
-            "cars_test_annos_withlabels.mat, cars_train/*.jpg and cars_test/*.jpg"
-        )
     if (options.root / _CARS_PICKLE).is_file():
         return _cars_with_pickle(options)
     data = _open(StanfordCars, options, split="train" if options.train else "test")

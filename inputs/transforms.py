@@ -43,15 +43,6 @@ def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
 auto_augment.NAME_TO_OP |= dict.fromkeys([name for name in auto_augment.NAME_TO_OP if "Posterize" in name], _posterize)
 
 
-class ImageToTensor:
-    """A PIL image as uint8 (C, H, W). Packed line by line, the channels are copied faster than pixel by pixel."""
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        channels = len(image.getbands())
-        packed = image.tobytes("raw", image.mode if channels == 1 else f"{image.mode};L")
-        return torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(-1, channels, image.width).permute(1, 0, 2)
-
-
 def train_transform(
     input_size: int | Sequence[int],
     *,
@@ -96,7 +87,6 @@ def train_transform(
         vflip=vflip,
         normalize=False,
     )
-    transform.transforms[-1] = ImageToTensor()
     if (glyphs or max(size) <= SMALL_INPUT) and not no_aug:
         resample = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
         crop = transforms.RandomCrop(size, padding=max(1, min(size) // 8))
@@ -111,11 +101,7 @@ def eval_transform(
 
     The shorter side is resized to size / crop_pct, then the centre is cropped; see `evaluation_crop`.
     """
-    transform = create_transform(
-        image_size(input_size), interpolation=interpolation, crop_pct=crop_pct, normalize=False
-    )
-    transform.transforms[-1] = ImageToTensor()
-    return transform
+    return create_transform(image_size(input_size), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
 
 
 def evaluation_crop(glyphs: bool, input_size: int | Sequence[int], crop_pct: float) -> float:

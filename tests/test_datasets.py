@@ -19,11 +19,10 @@ from timm.data import auto_augment, create_transform, random_erasing
 from torchvision import datasets as vision
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import pil_to_tensor
 
 from inputs.catalogue import build_dataset
 from inputs.data import build_data, build_eval
-from inputs.transforms import ImageToTensor, RandomErasing, eval_transform, image_size, train_transform
+from inputs.transforms import RandomErasing, eval_transform, image_size, train_transform
 from runtime.processes import Distributed
 from utils import UserError, seeded
 
@@ -63,7 +62,6 @@ DEFAULTS = {
     "token_label_data": None,
     "seed": 0,
     "accum_iter": 1,
-    "resume": None,
 }
 
 
@@ -271,29 +269,11 @@ def test_images_come_in_torchvisions_order_also_through_links(tmp_path):
     save_image(tmp_path / "elsewhere" / "7.png", 22)
     (tmp_path / "train" / "ant" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train" / "bee" / "again.png").symlink_to("0.png")
-    found = build_dataset("FOLDER", tmp_path, "train")
     expected = ImageFolder(str(tmp_path / "train")).samples
+    (tmp_path / "train" / "ant" / "nest" / "loop").symlink_to("..")
+    found = build_dataset("FOLDER", tmp_path, "train")
     assert [(found.path(i), int(found.labels[i])) for i in range(len(found))] == expected
     assert len(expected) == 3 + 3 + 4
-
-
-@pytest.mark.parametrize("target", [".", "..", "../..", "../bee"])
-def test_links_to_folders_that_are_there_already_give_no_image_twice(tmp_path, target):
-    make_tree(tmp_path, ("ant", "bee"))
-    for name in ("ant", "bee"):
-        save_image(tmp_path / "train" / name / "nest" / "deep" / "9.png", 9)
-    expected = samples(build_dataset("FOLDER", tmp_path, "train"))
-    for name in ("ant", "bee"):
-        (tmp_path / "train" / name / "0 link").symlink_to(target)
-        (tmp_path / "train" / name / "nest" / "link").symlink_to(tmp_path / "train" / "bee")
-    assert samples(build_dataset("FOLDER", tmp_path, "train")) == expected
-
-
-def test_a_class_that_is_a_link_to_all_of_them_is_named(tmp_path):
-    make_tree(tmp_path, splits=("train",))
-    (tmp_path / "train" / "ant").symlink_to(".")
-    with pytest.raises(UserError, match="no images in the folder of class ant"):
-        build_dataset("FOLDER", tmp_path, "train")
 
 
 @pytest.mark.parametrize(
@@ -357,10 +337,11 @@ def test_cifar(tmp_path, monkeypatch, name):
         ("CIFAR100", "cifar-100-python"),
         ("FLOWERS", "flowers-102.*setid.mat"),
         ("PETS", "oxford-iiit-pet.*images"),
+        ("CARS", "stanford_cars.*cars_train_annos.mat.*cars_test_annos_withlabels.mat"),
     ],
 )
 def test_missing_files_are_named_with_the_way_to_get_them(tmp_path, name, expected):
-    with pytest.raises(UserError, match=f"{expected}.*--download"):
+    with pytest.raises(UserError, match=expected + ".*--download" * (name != "CARS")):
         build_dataset(name, tmp_path, "train")
 
 
@@ -449,13 +430,6 @@ def test_the_cars_pickle_executes_nothing_and_is_refused_by_name(tmp_path, monke
         build_dataset("CARS", tmp_path, "train")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
-
-
-def test_cars_cannot_be_downloaded_and_the_message_says_what_goes_where(tmp_path):
-    files = "stanford_cars.*cars_train_annos.mat.*cars_test_annos_withlabels.mat"
-    for options in ({"download": True}, {}):
-        with pytest.raises(UserError, match=files):
-            build_dataset("CARS", tmp_path, "train", **options)
 
 
 def test_pets(tmp_path):
@@ -644,12 +618,6 @@ def test_any_input_size_comes_out(size):
         assert (image.shape, image.dtype) == ((3, *image_size(size)), torch.uint8)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_pixels_become_the_tensor_that_torchvision_makes(mode):
-    image = photo().convert(mode)
-    assert torch.equal(ImageToTensor()(image), pil_to_tensor(image))
-
-
 def test_the_strongest_posterize_of_randaugment_works():
     op = auto_augment.AugmentOp("PosterizeIncreasing", prob=1, magnitude=10, hparams={})
     assert np.asarray(op(photo())).max() == 0
@@ -701,8 +669,6 @@ def test_a_training_set_smaller_than_an_update_is_refused_with_both_numbers():
     numbers = r"takes 2000 images \(--batch-size 500 x 2 processes x --accum-iter 2\) .* has 1437"
     with pytest.raises(UserError, match=numbers):
         build_data(arguments(batch_size=500, accum_iter=2), Distributed(world_size=2))
-    with pytest.raises(UserError, match="^--resume run.pth: an update takes 2000 images .* has 1437$"):
-        build_data(arguments(batch_size=500, accum_iter=2, resume="run.pth"), Distributed(world_size=2))
 
 
 def test_token_label_maps_come_with_their_images(tmp_path):
@@ -721,7 +687,7 @@ def test_token_label_maps_come_with_their_images(tmp_path):
     for index, label, value in zip(batch.indices, labels, values, strict=True):
         assert value.unique().tolist() == [10 * int(label) + int(index) % 2]
     (maps / "dog" / "1.pt").unlink()
-    with pytest.raises(UserError, match="1 of 4 label maps are missing or cut short: .*dog/1.pt"):
+    with pytest.raises(UserError, match="1 of 4 label maps are missing: .*dog/1.pt"):
         build_data(args, Distributed())
 
 

@@ -87,11 +87,6 @@ def test_regions_without_any_image_get_the_uniform_distribution():
     torch.testing.assert_close(targets[..., 1:], torch.full_like(targets[..., 1:], 1 / GOLDEN_CLASSES))
 
 
-def test_a_class_that_the_data_lacks_is_refused():
-    with pytest.raises(UserError, match="--token-label-data: a label map names class 23, and there are 20"):
-        dense_targets(golden_record(), 20, 7)
-
-
 # ----------------------------------------------------------------------------------------------- augmentation
 
 
@@ -267,9 +262,9 @@ def with_index(value: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (torch.zeros(2, 5, 14, 14), r"shape \(2, 5, 14, 14\)"),
-        ({"map": torch.zeros(MAP_SHAPE)}, "a dict"),
-        (small_map() * float("nan"), "not finite"),
+        (torch.zeros(2, 5, 14, 14), "expected finite numbers of shape"),
+        ({"map": torch.zeros(MAP_SHAPE)}, "expected finite"),
+        (small_map() * float("nan"), "expected finite"),
         (with_index(-1), "class indices"),
         (with_index(0.5), "class indices"),
         (with_index(10), "names class 10, and there are 10"),
@@ -326,12 +321,6 @@ def test_missing_and_damaged_maps_are_named_before_training(maps):
         check_label_maps(Images(30), maps, num_classes=9)
     with pytest.raises(UserError, match=f"2 of 32 label .*{maps}/class0/30.pt, {maps}/class1/31.pt;"):
         check_label_maps(Images(32), maps, num_classes=10)
-    (maps / "class1" / "17.pt").write_bytes((maps / "class1" / "17.pt").read_bytes()[:500])
-    with pytest.raises(UserError, match="1 of 30 .* cut short: .*class1/17.pt"):
-        check_label_maps(Images(30), maps, num_classes=10)
-    torch.save(torch.zeros(3, 5, 18, 18), maps / "class1" / "17.pt")
-    with pytest.raises(UserError, match="class1/17.pt: not a label map"):
-        check_label_maps(Images(30), maps, num_classes=10)
     with pytest.raises(UserError, match="no such folder"):
         check_label_maps(Images(30), maps / "nowhere", num_classes=10)
 
