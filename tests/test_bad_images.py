@@ -318,5 +318,5 @@ def test_the_tool_looks_through_any_folder(damaged, capsys):
     with pytest.raises(SystemExit):
         verify_dataset.main(["--folder", str(damaged), "--num-workers", "0"])
     assert len(capsys.readouterr().out.splitlines()) == 2
-    with pytest.raises(UserError, match="--folder nowhere: no such folder"):
+    with pytest.raises(UserError, match="--folder nowhere: there are no images"):
         verify_dataset.main(["--folder", "nowhere"])

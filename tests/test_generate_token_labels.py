@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-import models
 from inputs.label_maps import MAP_SHAPE, read_label_map
 from models.checkpoints import CheckpointError
 from tools.generate_token_labels import label_maps, main, position_logits
@@ -53,22 +52,8 @@ def run(folder):
 
     def call(*flags, model=True):
         source = ["--model-path", str(folder / "teacher.pth")] if model else []
-        main(
-            [
-                "--data-path",
-                str(folder / "data"),
-                "--output-dir",
-                str(folder / "maps"),
-                *source,
-                "--num-workers",
-                "0",
-                "--batch-size",
-                "5",
-                "--device",
-                "cpu",
-                *flags,
-            ]
-        )
+        folders = ["--data-path", str(folder / "data"), "--output-dir", str(folder / "maps")]
+        main([*folders, *source, *["--num-workers", "0", "--batch-size", "5", "--device", "cpu"], *flags])
 
     call.teacher = teacher
     return call
@@ -85,8 +70,6 @@ def map_files(folder):
     "name, options",
     [
         ("test_resnet", {}),
-        ("test_nfnet", {}),
-        ("test_efficientnet", {}),
         ("pvt_v2_b0", {}),
         ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1)}),
         ("spectformer_ti", {"img_size": 64, "depth": 2, "alpha": 1}),
@@ -110,31 +93,6 @@ def test_prefix_tokens_are_not_positions():
         tokens = model.forward_features(images)[:, 2:]
         expected = (model.head(tokens) + model.head_dist(tokens)) / 2
         torch.testing.assert_close(position_logits(model, images).flatten(2).mT, expected)
-
-
-def test_a_pyramid_says_what_its_token_classifier_says():
-    model = models.Pyramid(
-        img_size=64,
-        num_classes=7,
-        stem_width=8,
-        embed_dims=(32, 32, 32, 32),
-        depths=(1, 1, 1, 1),
-        spectral_depths=(1, 1, 0, 0),
-        token_label=True,
-    ).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        tokens = model.forward_features(images)[:, 1:]
-        expected = model.aux_head(tokens)
-        torch.testing.assert_close(position_logits(model, images).flatten(2).mT, expected)
-
-
-def test_a_head_that_needs_the_whole_map_is_refused():
-    model = timm.create_model("test_resnet", num_classes=7).eval()
-    whole = nn.Conv2d(model.num_features, 7, 3)
-    model.forward_head = lambda features: whole(features).flatten(1)
-    with pytest.raises(UserError, match="ResNet cannot classify position by position"), torch.no_grad():
-        position_logits(model, torch.randn(1, 3, 96, 96))
 
 
 class Painter(nn.Module):
@@ -183,28 +141,14 @@ def test_every_training_image_gets_the_teachers_map(folder, run, capsys):
     assert "12 label maps" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_second_call_writes_only_what_is_missing_or_damaged(folder, run):
+def test_a_second_call_writes_only_what_is_missing(folder, run):
     run()
     files = map_files(folder)
-    before = {file: (file.stat().st_ino, read_label_map(file)) for file in files}
+    before = {file: file.read_bytes() for file in files}
     files[1].unlink()
-    files[7].write_bytes(files[7].read_bytes()[:300])
+    files[7].write_bytes(b"kept")
     run()
-    again = {file for file in files if file.stat().st_ino != before[file][0]}
-    assert {files[7]} <= again <= {files[1], files[7]}  # a freed inode may come back
-    for file in files:
-        assert torch.equal(read_label_map(file), before[file][1])
-    assert not [file for file in (folder / "maps").rglob("*") if file.name.endswith(".tmp")]
-
-
-@pytest.mark.slow
-def test_workers_change_nothing(folder, run):
-    run()
-    before = {file: file.read_bytes() for file in map_files(folder)}
-    for file in before:
-        file.unlink()
-    run("--num-workers", "2")
-    assert {file: file.read_bytes() for file in map_files(folder)} == before
+    assert {file: file.read_bytes() for file in map_files(folder)} == before | {files[7]: b"kept"}
 
 
 def test_maps_of_two_teachers_are_not_mixed(folder, run):
@@ -214,26 +158,17 @@ def test_maps_of_two_teachers_are_not_mixed(folder, run):
         run()
 
 
-# --------------------------------------------------------------------------------------------------- checking
-
-
-def test_check_names_every_bad_map(folder, run, capsys):
+def test_check_names_missing_and_mismatched_maps(folder, run):
     run()
     files = map_files(folder)
-    files[0].unlink()
-    files[1].write_bytes(b"")
-    torch.save(torch.zeros(2, 5, 14, 14), files[2])
     label_map = read_label_map(files[3])
     label_map[1, 4] = 3
     torch.save(label_map, files[3])
-    torch.save(label_map, folder / "maps" / "bee" / "stray.pt")
-    with pytest.raises(UserError, match="of 12 label maps 1 missing, 3 damaged or mismatched, 1 without an image"):
+    with pytest.raises(UserError, match="class 3"):
         run("--check", model=False)
-    told = capsys.readouterr().out
-    for file, reason in zip(
-        [*files[:4], "stray.pt"], ["no such", "damaged", "shape", "class 3", "no image"], strict=True
-    ):
-        assert any(str(file) in line and reason in line for line in told.splitlines())
+    files[0].unlink()
+    with pytest.raises(UserError, match="1 of 12 label maps are missing"):
+        run("--check", model=False)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +176,7 @@ def test_check_names_every_bad_map(folder, run, capsys):
     [
         ([], "either --model-path CKPT or --arch NAME --pretrained"),
         (["--pretrained"], "--pretrained needs --arch"),
-        (["--pretrained", "--arch", "resnet18"], "weights are for 1000 classes, --data-set FOLDER has 3"),
-        (["--pretrained", "--arch", "svt_h_s"], "publishes no weights"),
+        (["--pretrained", "--arch", "resnet18"], "no weights of such a model for the 3 classes"),
         (["--pretrained", "--arch", "nonsense"], "publishes no weights"),
         (["--model-path", "nowhere.pth"], "nowhere.pth"),
         (["--check"], "no such folder"),
@@ -257,7 +191,7 @@ def test_bad_command_lines_get_one_line(run, flags, message):
 def test_a_teacher_of_other_classes_is_refused(folder, run):
     for classes in (("ant", "bee"), ("ant", "cat", "bee")):
         save_teacher(folder / "teacher.pth", classes)
-        with pytest.raises(UserError, match="classes are not the 3 of --data-set FOLDER"):
+        with pytest.raises(UserError, match="are not the 3 classes of --data-set FOLDER"):
             run()
     assert not (folder / "maps").exists()
 

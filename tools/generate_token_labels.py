@@ -17,9 +17,8 @@ class indices. So are the published maps (label_top5_train_nfnet, from NFNet-F6 
 map is 18 x 18), which are half floats, e.g. `label_top5_train_nfnet/n01440764/n01440764_18.pt`. With more
 than 2,048 classes, whose indices half floats do not hold, the same tensor is float32.
 
-A second call resumes where the first one stopped: intact maps are kept. Under torchrun each process
-takes its share of the images. `--check` names every map that is missing, damaged, for other classes, or without
-an image.
+A second call resumes where the first one stopped: the maps that are there are kept. Under torchrun each process
+takes its share of the images. `--check` names maps that are missing, damaged or for other classes.
 """
 
 import argparse
@@ -27,13 +26,9 @@ import hashlib
 import io
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -46,18 +41,18 @@ from tqdm import tqdm
 
 from inputs.catalogue import build_dataset
 from inputs.images import ImageDataset
-from inputs.label_maps import MAP_SIZE, encode_label_map, image_map_path, read_label_map
+from inputs.label_maps import MAP_SIZE, check_label_maps, encode_label_map, image_map_path
 from inputs.loader import KeyedImages
 from inputs.sampler import SampleKey
 from models import load_checkpoint
 from runtime.cli import run_cli
 from runtime.processes import Distributed, init_distributed
-from tools.command_line import ToolParser, cores
+from tools.command_line import ToolParser
 from training.arguments import POSITIVE, WORKERS, class_list, image_size
+from training.options import default_workers
 from training.precision import Precision, choose_precision, set_up_device
 from utils import UserError, atomic_write, make_directory, one_line
 
-NAMED = 20  # bad maps that --check lists of each kind
 ORIGIN = "teacher.json"  # beside the maps: the teacher that made them
 WRITERS = 16  # threads; writing a small file is mostly waiting for the disk
 
@@ -69,17 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = build_dataset(
         args.data_set, args.data_path, "train", inat_category=args.inat_category, classes=args.classes
     )
-    paths: dict[Path, int] = {}
+    images: dict[Path, str] = {}  # by their label maps
     for index in range(len(dataset)):
-        path = image_map_path(args.output_dir, dataset.path(index))
-        if path in paths:
-            images = f"{dataset.path(paths[path])} and {dataset.path(index)}"
-            raise UserError(f"{images} would share the label map {path}; rename one of them")
-        paths[path] = index
+        path, image = image_map_path(args.output_dir, dataset.path(index)), dataset.path(index)
+        if images.setdefault(path, image) != image:
+            raise UserError(f"{images[path]} and {image} would share the label map {path}; rename one of them")
     if args.check:
-        check(args, list(paths), len(dataset.class_names))
+        check_label_maps(dataset, args.output_dir, len(dataset.class_names), read=len(dataset))
+        print(f"{len(images)} label maps in {args.output_dir}, all intact")
     else:
-        generate(args, dataset, list(paths), dist)
+        generate(args, dataset, list(images), dist)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -90,7 +84,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--classes", type=class_list, metavar="A,B,...", help="only these classes, as in training")
     add("--inat-category", default="name", metavar="RANK", help="what INAT19 classifies, as in training")
     add("--output-dir", type=Path, required=True, metavar="DIR", help="of the label maps, --token-label-data later")
-    add("--check", action="store_true", help="write nothing; name missing, damaged, mismatched, stray maps")
+    add("--check", action="store_true", help="write nothing; name missing, damaged or mismatched maps")
     add = parser.add_argument_group("teacher").add_argument
     add("--model-path", type=Path, metavar="CKPT", help="a checkpoint of ours, of the authors' or of timm")
     add("--arch", metavar="NAME", help="timm's name, where the checkpoint does not say it")
@@ -99,7 +93,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images a step (default: %(default)s)")
     readers = "processes that read; 0: read in this one (default: %(default)s)"
-    add("--num-workers", type=WORKERS, default=min(10, cores()), metavar="N", help=readers)
+    add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help=readers)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="(default: %(default)s)")
     parser.set_defaults(dtype="float32")
@@ -111,63 +105,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------- checking
-
-
-def check(args: argparse.Namespace, paths: Sequence[Path], num_classes: int) -> None:
-    """Print what is wrong with the maps; raises UserError if anything is."""
-    if not args.output_dir.is_dir():
-        raise UserError(f"--output-dir {args.output_dir}: no such folder")
-    bad = Counter()
-
-    def complain(kind: str, problem: str) -> None:
-        bad[kind] += 1
-        if bad[kind] <= NAMED:
-            tqdm.write(problem)
-
-    for path, problem in zip(paths, problems(paths, num_classes, args.num_workers, show=True), strict=True):
-        if problem is not None:
-            complain("damaged or mismatched" if path.exists() else "missing", problem)
-    expected = set(map(str, paths))
-    for file in sorted(args.output_dir.rglob("[!.]*.pt")):
-        if str(file) not in expected:
-            complain("without an image", f"{file}: there is no image for this label map")
-    if bad:
-        summary = ", ".join(f"{count} {kind}" for kind, count in bad.items())
-        raise UserError(f"--output-dir {args.output_dir}: of {len(paths)} label maps {summary}")
-    print(f"{len(paths)} label maps in {args.output_dir}, all intact and for these {num_classes} classes")
-
-
-def problems(paths: Sequence[Path], num_classes: int, workers: int, show: bool) -> Iterable[str | None]:
-    """What is wrong with each map, in order; None where nothing is."""
-    find = partial(problem_of, num_classes=num_classes)
-    with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
-        found = pool.map(find, paths, chunksize=64) if workers else map(find, paths)
-        yield from tqdm(found, "reading maps", len(paths), unit=" maps", disable=not show)
-
-
-def problem_of(path: Path, num_classes: int) -> str | None:
-    try:
-        read_label_map(path, num_classes)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
 def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Path], dist: Distributed) -> None:
-    """Write the maps that are missing, this process's share of them."""
-    model, transform, origin = load_teacher(args, dataset.class_names)
+    """Write the maps that are missing, this process's share of them.
+
+    Raises:
+        UserError: the maps that are there already are another teacher's.
+    """
+    model, transform, teacher = load_teacher(args, dataset.class_names)
     model, precision = model.to(dist.device), choose_precision(args, dist.device)
-    if dist.is_main:
-        claim(args.output_dir, origin)
+    make_directory(args.output_dir)
+    origin = args.output_dir / ORIGIN
+    if dist.is_main and not origin.exists():
+        atomic_write(origin, teacher)
     dist.barrier()
+    if origin.read_text() != teacher:
+        raise UserError(f"--output-dir {args.output_dir}: its maps are another teacher's, see {origin}")
 
     share = range(dist.rank, len(paths), dist.world_size)
-    found = problems([paths[i] for i in share], len(dataset.class_names), args.num_workers, dist.is_main)
-    wanted = [index for index, problem in zip(share, found, strict=True) if problem is not None]
+    wanted = [index for index in share if not paths[index].exists()]
     for folder in {paths[index].parent for index in wanted}:
         make_directory(folder)
     samples = KeyedImages(dataset, transform, seed=0)
@@ -191,71 +146,41 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
         print(f"{len(paths)} label maps in {args.output_dir}")
 
 
-def claim(folder: Path, origin: dict[str, Any]) -> None:
-    """Put the teacher's identity beside its maps; UserError where the maps are another teacher's."""
-    make_directory(folder)
-    path = folder / ORIGIN
-    try:
-        before = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: it should name the teacher of these maps: {one_line(error)}") from error
-    if before is None:
-        atomic_write(path, json.dumps(origin, indent=1) + "\n")
-    elif before != origin:
-        raise UserError(f"--output-dir {folder}: its maps are another teacher's, see {path}; choose another folder")
-
-
 def write_map(path: Path, label_map: Tensor) -> None:
     buffer = io.BytesIO()
     torch.save(label_map, buffer)
     atomic_write(path, buffer.getvalue())
 
 
-# -------------------------------------------------------------------------------------------------------- the teacher
-
-
-def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> tuple[nn.Module, Callable, dict[str, Any]]:
-    """The teacher in evaluation mode, the transform of its images, and what identifies it.
+def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> tuple[nn.Module, Callable, str]:
+    """The teacher in evaluation mode, the transform of its images, and what identifies it as JSON.
 
     Raises:
         UserError: there is no such teacher, or it does not have the data set's classes.
     """
+    classes = f"the {len(class_names)} classes of --data-set {args.data_set}"
     if args.pretrained:
-        model, config, origin = published_teacher(args, len(class_names))
+        cfg = get_pretrained_cfg(args.arch) if timm.is_model(args.arch.split(".")[0]) else None
+        if cfg is None or not cfg.has_weights or cfg.num_classes != len(class_names):
+            raise UserError(f"--arch {args.arch}: timm publishes no weights of such a model for {classes}")
+        size = {"img_size": args.input_size} if args.input_size and cfg.fixed_input_size else {}
+        try:
+            model = timm.create_model(args.arch, pretrained=True, **size).eval()
+        except (OSError, RuntimeError, ValueError) as error:  # not downloaded, or not for this size
+            raise UserError(f"--arch {args.arch} --pretrained: {one_line(error)}") from error
+        config = resolve_data_config(model=model)
+        input_size, weights = args.input_size or config["input_size"][1:], cfg.hf_hub_id or cfg.url
     else:
         info = load_checkpoint(args.model_path, args.arch, input_size=args.input_size)
-        model, named = info.model, info.checkpoint.get("class_names")
+        named = info.checkpoint.get("class_names")
         if info.num_classes != len(class_names) or named not in (None, list(class_names)):
-            raise UserError(
-                f"--model-path {args.model_path}: its {info.num_classes} classes are not the "
-                f"{len(class_names)} of --data-set {args.data_set}"
-            )
+            raise UserError(f"--model-path {args.model_path}: its {info.num_classes} classes are not {classes}")
+        model, config, input_size = info.model, vars(info), info.input_size
         with open(args.model_path, "rb") as file:
-            origin = {"arch": info.arch, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        config = {name: getattr(info, name) for name in ("input_size", "mean", "std", "interpolation")}
-    transform = create_transform(**config, crop_pct=1.0, crop_mode="squash")
-    return model.eval(), transform, origin | {"input_size": list(config["input_size"]), "classes": len(class_names)}
-
-
-def published_teacher(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """(model, its transform's arguments, its identity) with the weights that timm publishes."""
-    cfg = get_pretrained_cfg(args.arch) if timm.is_model(args.arch.split(".")[0]) else None
-    if cfg is None or not cfg.has_weights:
-        raise UserError(f"--arch {args.arch}: timm publishes no weights of such a model")
-    if cfg.num_classes != num_classes:
-        raise UserError(
-            f"--arch {args.arch}: its published weights are for {cfg.num_classes} classes, "
-            f"--data-set {args.data_set} has {num_classes}"
-        )
-    size = {"img_size": args.input_size} if args.input_size and cfg.fixed_input_size else {}
-    try:
-        model = timm.create_model(args.arch, pretrained=True, **size)
-    except (OSError, RuntimeError, ValueError) as error:  # not downloaded, or not for this size
-        raise UserError(f"--arch {args.arch} --pretrained: {one_line(error)}") from error
-    config = resolve_data_config(model=model)
-    input_size = args.input_size or tuple(config["input_size"][1:])
-    config = {key: config[key] for key in ("mean", "std", "interpolation")} | {"input_size": input_size}
-    return model, config, {"arch": args.arch, "weights": cfg.hf_hub_id or cfg.url}
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+    look = {key: config[key] for key in ("mean", "std", "interpolation")}
+    transform = create_transform(tuple(input_size), **look, crop_pct=1.0, crop_mode="squash")
+    return model, transform, json.dumps({"weights": weights, "input_size": input_size, "classes": len(class_names)})
 
 
 @torch.inference_mode()
@@ -278,14 +203,13 @@ def position_logits(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         UserError: the model has no feature map, or its head needs all of it.
     """
-    name = type(model).__name__
     channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
     prefix = getattr(model, "num_prefix_tokens", 0)
     try:
         features = model.forward_features(images)
         if features.ndim == 4:
             features = features if channels_last else features.permute(0, 2, 3, 1)
-            grid, positions = tuple(features.shape[1:3]), features.flatten(1, 2)
+            grid, positions = features.shape[1:3], features.flatten(1, 2)
         else:
             positions = features[:, prefix:]
             grid = token_grid(model, positions.shape[1])
@@ -298,21 +222,20 @@ def position_logits(model: nn.Module, images: Tensor) -> Tensor:
             else:
                 alone = alone[:, None].expand(-1, 1 + prefix, -1)
             logits = model.forward_head(alone).unflatten(0, positions.shape[:2])
+        return logits.mT.unflatten(2, grid)
     except (AttributeError, RuntimeError, ValueError, TypeError, IndexError) as error:
+        name = type(model).__name__
         raise UserError(f"--arch: {name} cannot classify position by position: {one_line(error)[:200]}") from error
-    if logits.ndim != 3 or logits.shape[2] != model.num_classes:
-        raise UserError(f"--arch: the head of {name} gives {tuple(logits.shape)} position by position")
-    return logits.mT.unflatten(2, grid)
 
 
 def token_grid(model: nn.Module, tokens: int) -> tuple[int, int]:
     """The (h, w) of a token sequence: that of timm's patch embedding, ours, or a square."""
-    grid = tuple(getattr(getattr(model, "patch_embed", None), "grid_size", None) or ())
+    embedding = getattr(model, "patch_embed", None)
     side = math.isqrt(tokens)
-    for candidate in (grid, getattr(model, "token_label_size", ()), (side, side)):
-        if len(candidate) == 2 and math.prod(candidate) == tokens:
-            return tuple(candidate)
-    raise ValueError(f"{tokens} tokens are not a grid")
+    for grid in (getattr(embedding, "grid_size", ()), getattr(model, "token_label_size", ())):
+        if grid and math.prod(grid) == tokens:
+            return tuple(grid)
+    return side, side
 
 
 if __name__ == "__main__":

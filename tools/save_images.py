@@ -4,42 +4,34 @@ python -m tools.save_images --data-set DIGITS --count 5 --output images
 python infer.py --model-path CKPT --image images
 """
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from inputs.catalogue import build_dataset
 from runtime.cli import run_cli
 from tools.command_line import ToolParser
 from training.arguments import POSITIVE
-from utils import UserError, atomic_write, make_directory
+from utils import make_directory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser("save_images", __doc__)
     add = parser.add_argument
-    add("--data-set", default="DIGITS", metavar="NAME", help="as in training (default: %(default)s)")
+    add("--data-set", default="DIGITS", metavar="NAME", help="as in training")
     add("--data-path", metavar="DIR", help="where its files are (DIGITS needs none)")
     add("--count", type=POSITIVE, default=5, metavar="N", help="how many, spread evenly over the data set")
     add("--output", type=Path, required=True, metavar="DIR", help="the folder to write to")
     args = parser.parse_args(argv)
 
     dataset = build_dataset(args.data_set, args.data_path, "val")
-    if args.count > len(dataset):
-        raise UserError(f"--count {args.count}: {args.data_set} has {len(dataset)} validation images")
-    for index in range(0, len(dataset) // args.count * args.count, len(dataset) // args.count):
+    for index in np.linspace(0, len(dataset) - 1, min(args.count, len(dataset))).astype(int).tolist():
         image, label = dataset.load(index)
-        folder = args.output / folder_name(dataset.class_names[label])
+        folder = args.output / (re.sub(r"[^\w -]", "_", dataset.class_names[label]) or "_")
         make_directory(folder)
-        buffer = io.BytesIO()
-        image.save(buffer, format="png")
-        atomic_write(folder / f"{index:05d}.png", buffer.getvalue())
-
-
-def folder_name(class_name: str) -> str:
-    """A class's name as that of a folder in the folder, whatever characters it has."""
-    return re.sub(r"[/\\\0]|^\.*$", "_", class_name)
+        image.save(folder / f"{index:05d}.png")
 
 
 if __name__ == "__main__":

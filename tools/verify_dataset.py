@@ -9,7 +9,6 @@ Exit codes: 0 all can be read, 1 some cannot, 2 a mistake in the flags or in the
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -22,8 +21,9 @@ from inputs.catalogue import build_dataset
 from inputs.folders import walk_files
 from inputs.images import BadImage, ImageDataset, ImageFiles, is_image_name
 from runtime.cli import run_cli
-from tools.command_line import ToolParser, cores
+from tools.command_line import ToolParser
 from training.arguments import WORKERS
+from training.options import default_workers
 from utils import UserError, atomic_write
 
 
@@ -44,44 +44,34 @@ class Problems(Dataset):
         return None
 
 
-def folder_images(folder: Path) -> ImageFiles:
-    """All image files in a folder and below it."""
-    if not folder.is_dir():
-        raise UserError(f"--folder {folder}: no such folder")
-    paths = [path for path in walk_files(folder) if is_image_name(path)]
-    if not paths:
-        raise UserError(f"--folder {folder}: it contains no images")
-    return ImageFiles(paths, [0] * len(paths), [folder.name])
-
-
-def chosen_parts(args: argparse.Namespace) -> dict[str, ImageDataset]:
-    """The data sets to check, by their names in the progress bar."""
-    if args.folder is not None:
-        return {args.folder.name: folder_images(args.folder)}
-    splits = ("train", "val") if args.split == "all" else (args.split,)
-    return {split: build_dataset(args.data_set, args.data_path, split) for split in splits}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser("verify_dataset", __doc__)
     add = parser.add_argument
-    add("--data-set", default="FOLDER", metavar="NAME", help="as in training (default: %(default)s)")
+    add("--data-set", default="FOLDER", metavar="NAME", help="as in training")
     add("--data-path", metavar="DIR", help="where its files are, as in training")
-    add("--split", default="all", choices=["all", "train", "val", "test"], help="(default: %(default)s)")
-    add("--folder", type=Path, metavar="DIR", help="all images below it, instead of a data set")
-    add("--num-workers", type=WORKERS, default=cores(), metavar="N", help="processes (default: %(default)s)")
+    add("--split", default="all", choices=["all", "train", "val", "test"], help="which of its images")
+    add("--folder", metavar="DIR", help="all images below it, instead of a data set")
+    add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help="processes")
     add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     args = parser.parse_args(argv)
 
-    checked, unreadable = 0, []
-    for name, dataset in chosen_parts(args).items():
-        problems = DataLoader(Problems(dataset), 32, num_workers=args.num_workers, collate_fn=list)
-        found = (reason for batch in problems for reason in batch)
+    if args.folder is None:
+        splits = ("train", "val") if args.split == "all" else (args.split,)
+        parts = {split: build_dataset(args.data_set, args.data_path, split) for split in splits}
+    else:
+        paths = [path for path in walk_files(args.folder) if is_image_name(path)]
+        if not paths:
+            raise UserError(f"--folder {args.folder}: there are no images")
+        parts = {args.folder: ImageFiles(paths, [0] * len(paths), ["unknown"])}
+    unreadable = []
+    for name, dataset in parts.items():
+        batches = DataLoader(Problems(dataset), 32, num_workers=args.num_workers, collate_fn=list)
+        found = (reason for batch in batches for reason in batch)
         for index, reason in enumerate(tqdm(found, name, len(dataset), unit=" images", disable=None)):
-            checked += 1
             if reason is not None:
                 tqdm.write(reason, file=sys.stdout)
                 unreadable.append({"path": dataset.path(index), "reason": reason})
+    checked = sum(map(len, parts.values()))
     if args.json is not None:
         atomic_write(args.json, json.dumps({"checked": checked, "unreadable": unreadable}, indent=2) + "\n")
     tqdm.write(f"{checked} images, {len(unreadable)} of them unreadable", file=sys.stderr)
