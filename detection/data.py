@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchvision.transforms import v2
@@ -19,14 +20,8 @@ from utils import UserError
 class DetectionSamples(KeyedSamples):
     """Images with their objects to train on, or alone where there is no transform."""
 
-    def __init__(
-        self,
-        dataset: CocoImages,
-        seed: int = 0,
-        transform: TrainTransform | None = None,
-        skip_bad_images: bool = False,
-    ):
-        super().__init__(dataset, seed, skip_bad_images)
+    def __init__(self, dataset: CocoImages, transform: TrainTransform | None = None, **settings: Any):
+        super().__init__(dataset, **settings)
         self._transform = transform
 
     def read(self, index: int) -> Batch:
@@ -72,7 +67,7 @@ def build_data(
         args.accum_iter,
         groups=train_set.groups,
     )
-    samples = DetectionSamples(train_set, args.seed, TrainTransform(args), args.skip_bad_images)
+    samples = DetectionSamples(train_set, TrainTransform(args), seed=args.seed, skip_bad_images=args.skip_bad_images)
     train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
     return train_set, val_set, train, build_eval_loader(val_set, args, dist)
 

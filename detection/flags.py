@@ -12,14 +12,7 @@ TABLE: FlagTable = {
     "detector": [
         ("--detector", ["mask_rcnn", "faster_rcnn", "retinanet"], "mask_rcnn", None, "torchvision's, on --arch"),
         ("--heads", ["v2", "classic"], "v2", None, "heads of torchvision's v2 builders, or the classic ones"),
-        (
-            "--detector-kwargs",
-            KeyValues,
-            {},
-            "KEY=VALUE",
-            "fpn_channels=256 anchor_sizes=(32,64,128,256,512) detections=100, and numbers that torchvision's "
-            "constructor takes",
-        ),
+        ("--detector-kwargs", KeyValues, {}, "KEY=VALUE", "fpn_channels, anchor_sizes, detections, torchvision's own"),
         ("--backbone-weights", text, None, "PATH", "weights of a classifier, for the backbone"),
     ],
     "data": [
@@ -35,13 +28,7 @@ TABLE: FlagTable = {
         ("--max-size", POSITIVE, 1333, "PIXELS", "upper limit of the long side"),
         ("--hflip", FRACTION, 0.5, "P", "probability of flipping left and right"),
         ("--vflip", FRACTION, 0.0, "P", "probability of flipping top and bottom"),
-        (
-            "--large-scale-jitter",
-            COUNT,
-            0,
-            "PIXELS",
-            "instead of --min-size: scale by 0.1 to 2, crop or pad to a square of this side; 0: off",
-        ),
+        ("--large-scale-jitter", COUNT, 0, "PIXELS", "scale by 0.1 to 2, crop or pad to this square; 0: off"),
     ],
 }
 CHECKS: Checks = [

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import confusion_matrix, precision_score, recall_score
 
 from .output_files import as_label, save_figure, write_csv
 
@@ -14,34 +13,24 @@ NAMED_CLASSES = 60  # up to so many classes a confusion matrix has their names a
 COUNTED_CLASSES = 20  # and up to so many the counts in its cells
 
 
-def class_accuracies(pairs: np.ndarray, classes: int) -> np.ndarray:
-    """The part of each class's images that were recognised, from (2, images); NaN where there are none."""
-    return recall_score(*pairs, labels=range(classes), average=None, zero_division=np.nan)
+def class_accuracies(confusion: np.ndarray) -> np.ndarray:
+    """The part of each class's images that were recognised; NaN where there are none."""
+    with np.errstate(invalid="ignore"):
+        return confusion.diagonal() / confusion.sum(1)
 
 
-def write_report(folder: Path, pairs: np.ndarray, names: Sequence[str], title: str) -> None:
+def write_report(folder: Path, confusion: np.ndarray, names: Sequence[str], title: str) -> None:
     """`confusion_matrix.csv`, `confusion_matrix.png` and `per_class.csv`, the worst class first."""
-    labels = range(len(names))
-    confusion = confusion_matrix(*pairs, labels=labels)
     write_csv(
         folder / "confusion_matrix.csv",
         ["true \\ predicted", *names],
         [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)],
     )
-    accuracies = class_accuracies(pairs, len(names))
-    precisions = precision_score(*pairs, labels=labels, average=None, zero_division=np.nan)
-    rows = [
-        [
-            i,
-            names[i],
-            confusion[i].sum(),
-            confusion[i, i],
-            f"{100 * accuracies[i]:.2f}",
-            f"{100 * precisions[i]:.2f}",
-            most_confused(confusion, i, names),
-        ]
-        for i in np.argsort(accuracies, kind="stable")  # NaN comes last
-    ]
+    accuracies, precisions = 100 * class_accuracies(confusion), 100 * class_accuracies(confusion.T)
+    rows = []
+    for i in np.argsort(accuracies, kind="stable"):  # NaN comes last
+        counts = [confusion[i].sum(), confusion[i, i], f"{accuracies[i]:.2f}", f"{precisions[i]:.2f}"]
+        rows.append([i, names[i], *counts, most_confused(confusion, i, names)])
     header = ["index", "class", "images", "correct", "accuracy", "precision", "most often taken for"]
     write_csv(folder / "per_class.csv", header, rows)
     save_figure(folder / "confusion_matrix.png", draw_confusion(confusion, names, title))

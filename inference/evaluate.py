@@ -2,17 +2,17 @@
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from inputs.data import Data, build_eval
-from inputs.loader import Batch, EvalLoader
 from models import LoadedModel
 from runtime.processes import Distributed
 from training.classification import evaluate
@@ -21,39 +21,6 @@ from utils import UserError, say
 
 from .confusion_report import class_accuracies, write_report
 from .output_files import check_results, write_json
-
-
-class WatchedLoader:
-    """A loader whose targets are numbered as the model's classes, and which records what the model predicts for them.
-
-    It goes to `evaluate` in place of the loader; `watch` is the model's forward hook.
-
-    Args:
-        loader: its targets are indices into `present`.
-        present: the model's indices of the data's classes.
-    """
-
-    def __init__(self, loader: EvalLoader, present: Sequence[int]):
-        self.rounds, self.skipped = loader.rounds, loader.skipped
-        self._loader = loader
-        self._present = torch.tensor(present)
-        self._records: list[list[Tensor]] = []
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            self._present = self._present.to(batch.targets.device)
-            targets = self._present[batch.targets]
-            self._records.append([targets])
-            yield batch._replace(targets=targets)
-
-    def watch(self, _module: nn.Module, _images: tuple[Tensor, ...], logits: Tensor) -> None:
-        among_present = self._present[logits[:, self._present].argmax(1)]
-        self._records[-1] += [logits.argmax(1), among_present]
-
-    def records(self, dist: Distributed) -> np.ndarray:
-        """(3, images) of all processes: true classes, predictions, and predictions among the data's classes alone."""
-        own = [torch.stack(record).cpu().numpy() for record in self._records]
-        return np.concatenate([part for parts in dist.gather_objects(own) for part in parts], axis=1)
 
 
 def average_mirrored(model: nn.Module) -> None:
@@ -73,16 +40,23 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     if dist.is_main:
         check_results(output, args.report)
     model = loaded.model.to(dist.device)
-    watched = WatchedLoader(data.val, present)
-    model.register_forward_hook(watched.watch)
+    data.val.dataset.labels = np.array(present)[data.val.dataset.labels]
+    columns = torch.tensor(present, device=dist.device)
+    own: list[np.ndarray] = []  # for each batch (3, B): true classes, predictions, and those among the data's classes
+
+    def watch(logits: Tensor, targets: Tensor) -> None:
+        among_present = columns[logits[:, columns].argmax(1)]
+        own.append(torch.stack([targets, logits.argmax(1), among_present]).cpu().numpy())
+
     began = time.perf_counter()
-    results = evaluate(model, watched, dist, choose_precision(args, dist.device))
+    results = evaluate(model, data.val, dist, choose_precision(args, dist.device), watch=watch)
     seconds = time.perf_counter() - began
-    true, predicted, among_present = watched.records(dist)
+    gathered = dist.gather_objects(own)
     if not dist.is_main:
         return
-    pairs = np.stack([true, predicted])
-    results["mean_per_class"] = 100 * float(np.nanmean(class_accuracies(pairs, loaded.num_classes)))
+    true, predicted, among_present = np.concatenate([batch for batches in gathered for batch in batches], axis=1)
+    confusion = confusion_matrix(true, predicted, labels=range(loaded.num_classes))
+    results["mean_per_class"] = 100 * float(np.nanmean(class_accuracies(confusion)))
     results |= {"images_per_second": results["images"] / seconds, "seconds": seconds}
     results |= {name: getattr(data, name) for name in ("crop_pct", "interpolation", "mean", "std")}
     name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{', mirrored too,' if args.tta else ''}"
@@ -109,7 +83,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     if args.report is not None:
         correct = f"{results['correct1']} of {results['images']} images"
         title = f"{name} on {args.data_set}: top-1 {results['acc1']:.2f} % ({correct})"
-        write_report(args.report, pairs, [loaded.label(i) for i in range(loaded.num_classes)], title)
+        write_report(args.report, confusion, [loaded.label(i) for i in range(loaded.num_classes)], title)
         say(f"report: {args.report}")
 
 

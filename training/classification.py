@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -224,9 +225,17 @@ def token_label_size(model: nn.Module, requested: int | None = None) -> tuple[in
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: EvalLoader, dist: Distributed, precision: Precision, stop: StopSignals | None = None
+    model: nn.Module,
+    loader: EvalLoader,
+    dist: Distributed,
+    precision: Precision,
+    stop: StopSignals | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Evaluate every image of all processes' loaders once.
+
+    Args:
+        watch: called with each batch's logits and targets.
 
     Returns:
         loss: mean cross-entropy; acc1, acc5: per cent; correct1, correct5, images: counts; skipped: the number of
@@ -247,6 +256,8 @@ def evaluate(
         with precision.autocast():
             logits = model(images)[: len(batch.targets)]
         totals += count(logits.to(precision.dtype), batch.targets)
+        if watch is not None:
+            watch(logits, batch.targets)
     totals = torch.cat([totals, totals.new_tensor([len(loader.skipped)])])
     loss, correct1, correct5, images, skipped = dist.sum(totals).tolist()
     if images == 0:
