@@ -143,13 +143,13 @@ def test_mistakes_are_missed_objects_and_wrong_predictions_outside_crowds():
 # ------------------------------------------------------------------------------------------------ annotation files
 
 
-def respell(cells, root, change, folder="train2017"):
+def respell(cells, root, change):
     """The example's training split with its annotations changed; returns the new root."""
     content = json.loads((cells / "annotations/instances_train2017.json").read_text())
     change(content)
     (root / "annotations").mkdir(parents=True)
     (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
-    (root / folder).symlink_to(cells / "train2017")
+    (root / "train2017").symlink_to(cells / "train2017")
     return root
 
 
@@ -222,11 +222,8 @@ def test_boxes_alone_are_enough_for_detectors_of_boxes(cells, tmp_path, empty):
 
 
 def test_annotations_of_crowds_alone_are_refused_for_training(cells, tmp_path):
-    def crowds_alone(content):
-        for entry in content["annotations"]:
-            entry["iscrowd"] = 1
-
-    root = respell(cells, tmp_path / "data", crowds_alone)
+    root = tmp_path / "data"
+    respell(cells, root, lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]])
     shutil.copy(cells / "annotations/instances_val2017.json", root / "annotations")
     (root / "val2017").symlink_to(cells / "val2017")
     with pytest.raises(UserError, match="instances_train2017.json: it has no object to train on"):
