@@ -42,4 +42,4 @@ def test_images_are_saved_in_folders_of_their_classes_and_nowhere_else(tmp_path,
     save_images.main(["--count", "9", "--output", str(tmp_path / "out")])
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert written == ["out/__/00001.png", "out/a_b/00002.png", "out/cat/00000.png", "out/cat/00003.png"]
-    assert np.array_equal(Image.open(tmp_path / "out" / "cat" / "00003.png"), images[3])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "cat" / "00003.png"))[..., 0], images[3])
