@@ -255,7 +255,9 @@ def test_the_evaluation_crop_is_the_models_own_whichever_main_runs_it():
 
 @pytest.mark.parametrize("main", [*MAINS, main_detection])
 def test_help_fits_eighty_columns(main):
-    first, *lines = build_parser(flags_of(main), main.RECIPE, main.__doc__).format_help().splitlines()
+    first, *lines = (
+        build_parser(flags_of(main), main.RECIPE, main.__doc__, "configs/other.yaml").format_help().splitlines()
+    )
     assert first.endswith(" [flags]") and max(map(len, lines)) <= 80
 
 

@@ -219,7 +219,9 @@ CHECKS: Checks = [
 ]
 
 
-def build_parser(flags: TaskFlags, recipe: str | None = None, description: str | None = None) -> Parser:
+def build_parser(
+    flags: TaskFlags, recipe: str | None = None, description: str | None = None, recipe_without_lr: str | None = None
+) -> Parser:
     """The parser of a task's mains."""
     parser = Parser(description, usage="%(prog)s [flags]")
     for table in (RUN, flags.table, TRAINING):
@@ -227,7 +229,8 @@ def build_parser(flags: TaskFlags, recipe: str | None = None, description: str |
     settings = {action.dest: action for action in parser._actions}
     settings["num_workers"].default = default_workers()
     if recipe:
-        settings["config"].help += f" (default: {recipe}, whose values replace the defaults below)"
+        without_lr = f", without --lr {recipe_without_lr}" if recipe_without_lr else ""
+        settings["config"].help += f" (default: {recipe}{without_lr}, whose values replace the defaults below)"
     return parser
 
 
@@ -255,7 +258,7 @@ def parse_args(
     words = [dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     # torch.distributed.launch without --use_env adds it; LOCAL_RANK says the same.
     words = [word for word in words if not word.startswith("--local-rank=")]
-    parser = build_parser(flags, recipe, description)
+    parser = build_parser(flags, recipe, description, recipe_without_lr)
     on_line = with_mixers(parser.given(words))
     run_directory = Path(resume) if (resume := on_line.get("resume")) and Path(resume).is_dir() else None
     config = on_line.pop("config", None)
