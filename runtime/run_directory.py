@@ -29,6 +29,7 @@ from utils import (
     atomic_write,
     cannot_write,
     make_directory,
+    one_line,
     printable,
     sync_directory,
 )
@@ -50,7 +51,7 @@ class RunDirectory:
     """A run's directory, locked so that one run at a time writes there. Off the main rank every method does nothing.
 
     Args:
-        path: the directory; created if missing, and removed again if nothing was written.
+        path: the directory; created if missing.
         dist: this process's rank and the world size.
         score: the key of a checkpoint's score, by which the best are chosen ("acc1").
         plots: the plots to draw of the log.
@@ -71,12 +72,10 @@ class RunDirectory:
         self._plots = plots
         self._project = wandb
         self._wandb: WeightsAndBiases | None = None
-        self._made: list[Path] = []  # directories, the innermost first
         self._lock: filelock.BaseFileLock | None = None
         self._rows: list[dict[str, Any]] = []
         self._events: Any = None
         if self._active:
-            self._made = [place for place in (self.path, *self.path.parents) if not os.path.exists(place)]
             make_directory(self.path)
             self._lock = lock_directory(self.path)
             try:
@@ -95,7 +94,6 @@ class RunDirectory:
             self._wandb.close()
             self._wandb = None
         if self._lock is not None:
-            self._remove_if_unused()
             self._lock.release()
             self._lock = None
 
@@ -111,14 +109,6 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 left.unlink()
 
-    def _remove_if_unused(self) -> None:
-        """Leave nothing behind if the run ended before it wrote anything."""
-        with contextlib.suppress(OSError):  # somebody else has written there meanwhile, or deleted it
-            if self._made and os.listdir(self.path) == [LOCK]:
-                (self.path / LOCK).unlink()
-                for place in self._made:
-                    place.rmdir()
-
     # --------------------------------------------------------------------------------------------- arguments
     def write_args(
         self, args: argparse.Namespace | Mapping[str, Any], argv: Sequence[str], resuming: bool = False
@@ -133,8 +123,8 @@ class RunDirectory:
         record = describe_run(values, argv, self._processes)
         if self._project is not None and self._wandb is None:
             self._wandb = WeightsAndBiases(self._project, self.path, record["args"])
-        first = self._first_record() if resuming else None
-        if first is not None:
+        if resuming and (self.path / ARGS).exists():
+            first = yaml.safe_load((self.path / ARGS).read_text(encoding="utf-8"))
             later = first.setdefault("resumed", [])
             before = dict(ChainMap(*(entry["changed"] for entry in reversed(later)), first["args"]))
             changed = {name: value for name, value in record.pop("args").items() if before.get(name) != value}
@@ -142,23 +132,14 @@ class RunDirectory:
             record = first
         atomic_write(self.path / ARGS, yaml.safe_dump(record, sort_keys=False, width=100, allow_unicode=True))
 
-    def _first_record(self) -> dict[str, Any] | None:
-        """What args.yaml contains; None if the file is missing or unusable."""
-        try:
-            record = yaml.safe_load((self.path / ARGS).read_text(encoding="utf-8"))
-            return record if isinstance(record["args"], dict) else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-            return None
-
     # --------------------------------------------------------------------------------------------------- log
     def truncate_log(self, epoch: int) -> None:
         """Drop the rows of `epoch` and later ones, which are about to be trained (again)."""
         if not self._active:
             return
-        kept = {row["epoch"]: row for row in self._rows if row["epoch"] < epoch}
-        rows = [kept[number] for number in sorted(kept)]
-        if rows != self._rows:
-            self._rows = rows
+        kept = [row for row in self._rows if row["epoch"] < epoch]
+        if kept != self._rows:
+            self._rows = kept
             self._write_log()
 
     def log_row(self, row: Mapping[str, Any], best_epoch: int | None = None) -> None:
@@ -304,18 +285,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: it is not a log.
     """
-    rows = []
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path}: not a log ({error.strerror}); move it away to start a new one") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            rows.append(None)
-        if not isinstance(rows[-1], dict) or type(rows[-1].get("epoch")) is not int:
-            raise UserError(f"{path}: line {number} is not a row of a log; move the file away to start a new one")
-    return rows
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return sorted((json.loads(line) for line in lines), key=lambda row: row["epoch"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a run's log ({one_line(error)}); move it away to start a new one") from error

@@ -307,7 +307,7 @@ def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_now_and_then(monke
         for progress.step in (6, 8):
             display.show(2.5)
     told = capsys.readouterr()
-    line = "epoch 1 step 8/12: loss 2.5000, lr 1.00e-01, 2 images/s, 40 s to go (the run: 4 min)\n"
+    line = "epoch 1 step 8/12: loss 2.5000, lr 1.00e-01, 2 images/s, 00:40 to go (the run: 04:40)\n"
     assert told.out == ("" if terminal else line)
     assert ("epoch 1: " in told.err) is terminal
 

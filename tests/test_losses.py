@@ -7,7 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from inputs.token_labels import dense_targets
-from training.losses import DistillationLoss, TokenLabelCrossEntropy, balanced_class_weights, build_loss
+from training.losses import (
+    DistillationLoss,
+    TokenLabelCriterion,
+    TokenLabelCrossEntropy,
+    balanced_class_weights,
+    class_loss,
+)
 from utils import UserError
 
 GOLDEN = {
@@ -47,10 +53,10 @@ def test_the_criterion_goes_from_records_to_the_golden_loss():
         "label": GOLDEN["ground_truth"],
         "affines": torch.eye(2, 3).expand(4, 1, 2, 3),
     }
-    criterion = build_loss(num_classes=CLASSES, token_size=(7, 7), smoothing=0.1)
+    criterion = TokenLabelCriterion(TokenLabelCrossEntropy(), CLASSES, (7, 7))
     found = criterion(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), record)
     torch.testing.assert_close(found, GOLDEN["loss_mixed"], atol=1e-5, rtol=0)
-    swapped = build_loss(num_classes=CLASSES, token_size=(7, 7), smoothing=0.1, swapped=True)
+    swapped = TokenLabelCriterion(TokenLabelCrossEntropy(), CLASSES, (7, 7), swapped=True)
     expected = TokenLabelCrossEntropy()((LOGITS, TOKEN_LOGITS, BOX), GOLDEN["target_swapped_7"])
     torch.testing.assert_close(swapped(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), record), expected)
 
@@ -89,8 +95,8 @@ def test_targets_for_another_grid_are_refused():
 @pytest.mark.parametrize(
     "criterion, targets",
     [
-        (build_loss(num_classes=CLASSES, soft_targets=True), TARGETS[..., 0]),
-        (build_loss(num_classes=CLASSES, smoothing=0.1), GOLDEN["ground_truth"]),
+        (class_loss(soft_targets=True), TARGETS[..., 0]),
+        (class_loss(), GOLDEN["ground_truth"]),
     ],
     ids=["soft", "smoothed"],
 )
@@ -100,13 +106,13 @@ def test_soft_targets_and_smoothing_are_the_same_loss(criterion, targets):
 
 
 def test_without_smoothing_the_loss_is_cross_entropy():
-    found = build_loss(num_classes=CLASSES, smoothing=0.0)(torch.zeros(4), LOGITS, GOLDEN["ground_truth"])
+    found = class_loss(smoothing=0.0)(torch.zeros(4), LOGITS, GOLDEN["ground_truth"])
     torch.testing.assert_close(found, F.cross_entropy(LOGITS, GOLDEN["ground_truth"]))
 
 
 def test_a_model_that_mixes_tokens_is_not_trained_on_unmixed_labels():
     with pytest.raises(UserError, match="--token-label"):
-        build_loss(num_classes=CLASSES)(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), GOLDEN["ground_truth"])
+        class_loss()(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), GOLDEN["ground_truth"])
 
 
 # ----------------------------------------------------------------------------------------------- distillation
@@ -127,7 +133,7 @@ IMAGES = draw(4, 3, 2, 2, seed=6)
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_is_deits(kind, pair, alpha, tau):
     net = teacher()
-    criterion = build_loss(num_classes=CLASSES, teacher=net, distillation=kind, alpha=alpha, tau=tau)
+    criterion = DistillationLoss(class_loss(), net, kind, alpha, tau)
     student = draw(4, CLASSES, seed=7) if pair else LOGITS
     found = criterion(IMAGES, (LOGITS, student) if pair else LOGITS, GOLDEN["ground_truth"])
 
@@ -143,19 +149,15 @@ def test_distillation_is_deits(kind, pair, alpha, tau):
 
 def test_the_teacher_is_not_trained():
     logits = LOGITS.clone().requires_grad_()
-    criterion = build_loss(num_classes=CLASSES, teacher=teacher(), distillation="soft", soft_targets=True)
+    criterion = DistillationLoss(class_loss(soft_targets=True), teacher(), "soft")
     criterion(IMAGES, logits, TARGETS[..., 0]).backward()
     assert logits.grad.abs().sum() > 0
     assert all(weight.grad is None for weight in criterion.teacher.parameters())
 
 
 def test_impossible_distillation_is_refused():
-    with pytest.raises(UserError, match="--teacher-model"):
-        build_loss(num_classes=CLASSES, distillation="hard")
-    with pytest.raises(UserError, match="--token-label excludes"):
-        build_loss(num_classes=CLASSES, distillation="hard", teacher=teacher(), token_size=(7, 7))
     with pytest.raises(UserError, match="--teacher-model: it has 24 classes, the data 10"):
-        criterion = build_loss(num_classes=10, distillation="hard", teacher=teacher())
+        criterion = DistillationLoss(class_loss(), teacher(), "hard")
         criterion(IMAGES, draw(4, 10), torch.arange(4))
     with pytest.raises(ValueError, match="soft or hard"):
         DistillationLoss(nn.Identity(), teacher(), "none")
@@ -169,9 +171,9 @@ def test_losses_are_float32_inside_under_autocast(dtype):
     outputs = (LOGITS.to(dtype), TOKEN_LOGITS.to(dtype), BOX)
     criteria = [
         (TokenLabelCrossEntropy(), lambda loss, out: loss(out, TARGETS)),
-        (build_loss(num_classes=CLASSES), lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
+        (class_loss(), lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
         (
-            build_loss(num_classes=CLASSES, teacher=teacher(), distillation="soft"),
+            DistillationLoss(class_loss(), teacher(), "soft"),
             lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"]),
         ),
     ]
@@ -197,7 +199,7 @@ def test_class_weights_apply_to_hard_soft_and_binary_targets():
     soft = 0.7 * torch.nn.functional.one_hot(hard, 3) + 0.3 * torch.nn.functional.one_hot(hard.flip(0), 3)
 
     def found(targets, **options):
-        loss = build_loss(num_classes=3, smoothing=0, soft_targets=targets.ndim == 2, class_weights=weights, **options)
+        loss = class_loss(0, targets.ndim == 2, weights, **options)
         return loss(None, logits, targets)
 
     log = logits.log_softmax(1)

@@ -74,17 +74,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
             opened(tmp_path / path)
 
 
-@pytest.mark.parametrize("end", ["at once", "after a file"])
-def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path, end):
-    with opened(tmp_path / "a" / "run") as run:
-        if end != "at once":
-            run.save_checkpoints(["checkpoint_last.pth"], state(0))
-    assert names(tmp_path) == (set() if end == "at once" else {"a"})
-    (tmp_path / "there").mkdir()
-    opened(tmp_path / "there").close()
-    assert names(tmp_path / "there") == {".lock"}
-
-
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     (tmp_path / ".checkpoint_last.pth.1-ab.tmp").write_bytes(b"half a file")
     with opened(tmp_path):
@@ -108,7 +97,7 @@ def test_a_row_of_an_epoch_appears_once_whatever_was_logged_before(tmp_path):
     assert logged(tmp_path)[3] == row(3)
 
 
-NOT_ROWS = [b"not a row", b'{"epoch": 1.5}', b'{"train_loss": 1}', b'{"name": "\xff"}', b"[1]", None]
+NOT_ROWS = [b"not a row", b'{"train_loss": 1}', b'{"name": "\xff"}', b"[1]", None]
 
 
 @pytest.mark.parametrize("line", NOT_ROWS)
@@ -118,7 +107,7 @@ def test_a_file_that_is_not_a_log_is_named(tmp_path, line):
         log.mkdir()
     else:
         log.write_bytes(json.dumps(row(0)).encode() + b"\n" + line + b"\n")
-    with pytest.raises(UserError, match=f"^{log}: .*(line 2 is not a row|not a log).* move"):
+    with pytest.raises(UserError, match=f"^{log}: not a run's log .* move"):
         opened(tmp_path)
     log.rename(tmp_path / "moved")
     opened(tmp_path).close()  # the refusal has unlocked the directory

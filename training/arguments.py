@@ -235,7 +235,19 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
         ignored = ("config", "output_dir", "resume", "eval")
         content = dict(ChainMap(*(later["changed"] for later in reversed(content.get("resumed", []))), content["args"]))
         content = {key: value for key, value in content.items() if value is not None and key not in ignored}
-    return parser.given(words_of(content, parser, where))
+    settings, words = parser.settings(), []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in settings:
+            raise UserError(f"{where}: unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
+        try:
+            words += _words(settings[name], value)
+        except ValueError as error:
+            raise UserError(f"{where}: {key}: {error}") from error
+    try:
+        return parser.given(words)  # which checks types and choices
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def read_yaml(path: str | Path, where: str) -> dict:
@@ -254,28 +266,6 @@ def read_yaml(path: str | Path, where: str) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected lines of 'flag: value'")
     return content
-
-
-def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
-    """A mapping of flags to values as words of a command line, so that the parser checks types and choices.
-
-    Raises:
-        UserError: naming `where` it is, and the key that is unknown or has a wrong value.
-    """
-    settings, words = parser.settings(), []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in settings:
-            raise UserError(f"{where}: unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
-        try:
-            words += _words(settings[name], value)
-        except ValueError as error:
-            raise UserError(f"{where}: {key}: {error}") from error
-    try:
-        parser.given(words)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return words
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:

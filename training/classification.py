@@ -20,7 +20,13 @@ from runtime.processes import Distributed
 from training.classification_flags import FLAGS, mixes
 from training.evaluation import evaluation_batches
 from training.log import report
-from training.losses import balanced_class_weights, build_loss
+from training.losses import (
+    DistillationLoss,
+    TokenLabelCriterion,
+    TokenLabelCrossEntropy,
+    balanced_class_weights,
+    class_loss,
+)
 from training.model import create_model, labels_tokens, load, load_finetuned
 from training.options import data_name
 from training.precision import Precision, as_input
@@ -179,29 +185,23 @@ def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
 def build_criterion(run: Run, model: nn.Module, data: Data) -> nn.Module:
     """The loss, called as ``criterion(images, outputs, targets)``, on the run's device."""
     args = run.args
-    labels = data.train.dataset.labels
-    weights = balanced_class_weights(labels, data.num_classes) if args.class_weights == "auto" else None
-    teacher = None
+    if args.token_label:
+        loss = TokenLabelCriterion(
+            TokenLabelCrossEntropy(args.cls_weight, args.dense_weight, args.ground_truth),
+            data.num_classes,
+            token_label_size(model, args.token_label_size),
+            args.smoothing,
+            swapped=args.token_label_crop == "reference",
+        )
+    else:
+        labels = data.train.dataset.labels
+        weights = balanced_class_weights(labels, data.num_classes) if args.class_weights == "auto" else None
+        loss = class_loss(args.smoothing, mixes(args), weights, args.bce_loss)
     if args.distillation_type != "none":
         teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, "--teacher-model")
         teacher_weights = weights_of(read_checkpoint(args.teacher_path), path=args.teacher_path)
         load(teacher, teacher_weights, args.teacher_path, new_head=False)
-    loss = build_loss(
-        num_classes=data.num_classes,
-        smoothing=args.smoothing,
-        soft_targets=mixes(args),
-        token_size=token_label_size(model, args.token_label_size) if args.token_label else None,
-        swapped=args.token_label_crop == "reference",
-        cls_weight=args.cls_weight,
-        dense_weight=args.dense_weight,
-        ground_truth=args.ground_truth,
-        teacher=teacher,
-        distillation=args.distillation_type,
-        alpha=args.distillation_alpha,
-        tau=args.distillation_tau,
-        class_weights=weights,
-        bce=args.bce_loss,
-    )
+        loss = DistillationLoss(loss, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     return loss.to(run.dist.device, run.precision.dtype)
 
 
@@ -212,10 +212,8 @@ def token_label_size(model: nn.Module, requested: int | None = None) -> tuple[in
         requested: --token-label-size, if given.
 
     Raises:
-        UserError: the model has no token-labelling head, or a grid of another size.
+        UserError: the model has a grid of another size.
     """
-    if not getattr(model, "token_label", False):
-        raise UserError("--token-label: this model labels no tokens; spectformer_h_* and svt_h_* can")
     height, width = model.token_label_size
     if requested is not None and (requested, requested) != (height, width):
         right = f"it is {height}" if height == width else f"leave it out, the grid is {height}x{width}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sized
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,17 +12,11 @@ from runtime.processes import Distributed
 from utils import Interrupted, StopSignals
 
 
-class EvaluationLoader(Protocol):
-    """This process's batches; `rounds` is how many of them are taken: the largest number that a process has."""
-
-    dataset: Sized  # all processes'
-    rounds: int
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-
-def evaluation_batches(loader: EvaluationLoader, dist: Distributed, stop: StopSignals | None = None) -> Iterator[Any]:
+def evaluation_batches(loader: Any, dist: Distributed, stop: StopSignals | None = None) -> Iterator[Any]:
     """This process's batches, one a round of all processes; with a bar on a terminal.
+
+    Args:
+        loader: its `rounds` are the largest number of batches that a process has.
 
     Raises:
         Interrupted: between two batches, on every process, when one of them was signalled.

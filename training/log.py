@@ -94,7 +94,7 @@ class Display:
             return
         seconds = (time.perf_counter() - self._began) / (step - self._first)
         left = seconds * (self._steps - step)
-        run_left = duration(left + seconds * self._steps * (trainer.epochs - trainer.progress.epoch - 1))
+        run_left = tqdm.format_interval(left + seconds * self._steps * (trainer.epochs - trainer.progress.epoch - 1))
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{trainer.lr:.2e}", run=run_left, refresh=False)
             self._bar.update(trainer.args.accum_iter * self._images)
@@ -102,18 +102,8 @@ class Display:
             report(
                 trainer.dist,
                 f"epoch {trainer.progress.epoch} step {step}/{self._steps}: loss {loss:.4f}, lr {trainer.lr:.2e}, "
-                f"{self._images / seconds:.0f} images/s, {left:.0f} s to go (the run: {run_left})",
+                f"{self._images / seconds:.0f} images/s, {tqdm.format_interval(left)} to go (the run: {run_left})",
             )
-
-
-def duration(seconds: float) -> str:
-    """About how long, in two units at most: ``2 d 3 h``, ``3 h 12 min``, ``12 min``, ``40 s``."""
-    days, hours, minutes = int(seconds // 86400), int(seconds // 3600 % 24), int(seconds // 60 % 60)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:

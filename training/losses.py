@@ -1,7 +1,7 @@
 """What training minimises: class labels hard or mixed, token labels, a teacher's outputs.
 
-`build_loss` gives one criterion for a run, called as ``criterion(images, outputs, targets)``. All of it is
-computed in float32 at least, whatever autocast made of the model's outputs.
+A run has one criterion, called as ``criterion(images, outputs, targets)``. All of it is computed in float32 at least,
+whatever autocast made of the model's outputs.
 """
 
 from __future__ import annotations
@@ -165,60 +165,23 @@ class DistillationLoss(nn.Module):
         return divergence * self.tau**2 / student.numel()  # mean over batch and classes, as DeiT's
 
 
-def build_loss(
-    *,
-    num_classes: int,
-    smoothing: float = 0.1,
-    soft_targets: bool = False,
-    token_size: tuple[int, int] | None = None,
-    swapped: bool = False,
-    cls_weight: float = 1.0,
-    dense_weight: float = 0.5,
-    ground_truth: bool = False,
-    teacher: nn.Module | None = None,
-    distillation: str = "none",
-    alpha: float = 0.5,
-    tau: float = 1.0,
-    class_weights: Tensor | None = None,
-    bce: bool = False,
-) -> nn.Module:
-    """The criterion of a run: ``criterion(images, outputs, targets)``, a scalar.
+def class_loss(
+    smoothing: float = 0.1, soft_targets: bool = False, class_weights: Tensor | None = None, bce: bool = False
+) -> ClassCriterion:
+    """The criterion of class labels.
 
     Args:
         soft_targets: the targets are distributions, which mixup and cutmix smooth themselves.
-        token_size: train on label maps, for this grid (`token_labels.token_label_size`); targets are then
-            records.
-        swapped: as `token_labels.dense_targets`. cls_weight, dense_weight, ground_truth: as
-            `TokenLabelCrossEntropy`.
         class_weights: (classes,), weights of the target's terms, hard or mixed, of cross-entropy and of BCE.
         bce: binary cross-entropy for each class instead of cross-entropy.
-        distillation: "none", "soft" or "hard", with teacher, alpha and tau as `DistillationLoss`.
-
-    Raises:
-        UserError: distillation without a teacher, or together with token labels.
     """
-    if token_size is not None:
-        if distillation != "none":
-            raise UserError("--token-label excludes --distillation-type")
-        loss = TokenLabelCrossEntropy(cls_weight, dense_weight, ground_truth)
-        return TokenLabelCriterion(loss, num_classes, token_size, smoothing, swapped)
-    base = ClassCriterion(_class_loss(smoothing, soft_targets, class_weights, bce))
-    if distillation == "none":
-        return base
-    if teacher is None:
-        raise UserError(f"--distillation-type {distillation} needs --teacher-model and --teacher-path")
-    return DistillationLoss(base, teacher, distillation, alpha, tau)
-
-
-def _class_loss(smoothing: float, soft_targets: bool, class_weights: Tensor | None, bce: bool) -> nn.Module:
-    """The loss of class logits; distributions as targets are smoothed already."""
     if bce:
-        return BinaryCrossEntropy(smoothing, pos_weight=class_weights)
+        return ClassCriterion(BinaryCrossEntropy(smoothing, pos_weight=class_weights))
     if class_weights is not None:
-        return nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
+        return ClassCriterion(nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing))
     if soft_targets:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+        return ClassCriterion(SoftTargetCrossEntropy())
+    return ClassCriterion(LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss())
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> Tensor:

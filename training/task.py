@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from runtime.curves import Plot
-from training.evaluation import EvaluationLoader
 from training.options import TaskFlags
 from utils import StopSignals
 
 
 class Task(ABC):
-    """A model with its data, its loss and its evaluation; the engine makes a run of it that survives.
+    """A model with its data, its loss and its evaluation; the engine trains it and makes the run resumable.
 
     A task is built from an open run, on every process. The engine moves the model to the device and into the run's
     precision, wraps it for several processes, and owns updates, checkpoints, logs and signals.
@@ -29,7 +28,7 @@ class Task(ABC):
         model: what is trained, with the weights it begins from.
         train: batches, by ``train.epoch(epoch, first micro-step)``; its length is the micro-steps of an epoch, its
             `skipped` the unreadable files met so far, path to reason.
-        val: what `evaluate` reads; a dry run sets its `rounds` to 1.
+        val: the batches that `evaluate` reads, of a `dataset` of all processes; a dry run sets its `rounds` to 1.
     """
 
     flags: ClassVar[TaskFlags]
@@ -39,7 +38,7 @@ class Task(ABC):
     fixed_sizes: ClassVar[bool] = True
     model: nn.Module
     train: Any
-    val: EvaluationLoader
+    val: Any
 
     @staticmethod
     def batch_multiple(args: Any) -> int:
