@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib
 import json
@@ -76,7 +77,10 @@ def run_child(function: str, arguments: dict[str, Any], environment: dict[str, s
     np.random.seed()
     torch.seed()
     module, name = function.split(":")
-    getattr(importlib.import_module(module), name)(**arguments)
+    try:
+        getattr(importlib.import_module(module), name)(**arguments)
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter that ends does, and the processes of multiprocessing do not
 
 
 @dataclass
