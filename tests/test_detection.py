@@ -257,15 +257,6 @@ def test_images_are_upright_where_the_annotations_are_and_as_stored_where_those_
         open_split(tmp_path, "train", masks=False).image(0)
 
 
-def test_boxes_and_masks_of_an_object_agree(cells):
-    dataset = open_split(cells, "train", masks=True)
-    for index in range(len(dataset)):
-        _, objects = dataset.load(index)
-        for box, mask in zip(objects["boxes"], objects["masks"].numpy(), strict=True):
-            rows, columns = np.nonzero(mask)
-            np.testing.assert_allclose(box, [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], atol=1)
-
-
 # ----------------------------------------------------------------------------------------------- order, augmentation
 
 GROUPS = np.random.RandomState(0).randint(0, 2, 103).astype(np.uint8)
