@@ -49,12 +49,14 @@ def test_a_process_that_dies_is_named_by_its_contender():
         process.call(os._exit, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spectformer_h_n", "svt_h_n"])
 def test_a_compiled_model_has_no_graph_breaks(name):
     model = timm.create_model(name).eval()
     assert torch._dynamo.explain(model.forward)(torch.randn(2, 3, 32, 32)).graph_break_count == 0
 
 
+@pytest.mark.slow
 def test_layers_are_measured_with_and_without_kernels(tmp_path, capsys):
     words = ["--layers", "--grids", "7", "8", "--channels", "32", "--rounds", "1"]
     rows = report(tmp_path / "out.json", *words)["runs"][0]["layers"]
@@ -73,6 +75,7 @@ def images(tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_errors_of_half_precision_are_measured(tmp_path, images):
     words = ["--exactness", images, "svt_h_n", "spectformer_ti", "--dtype", "bfloat16", "--steps", "2"]

@@ -87,6 +87,7 @@ def test_the_authors_names_come_back_the_same(checkpoint, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------- hub
 @pytest.mark.slow
+@pytest.mark.slow
 def test_timm_reads_the_hubs_layout_bit_for_bit_and_transformers_gives_the_same_logits(checkpoint, tmp_path):
     path, model = checkpoint
     folder = write(path, "hub", tmp_path / "folder")
@@ -161,6 +162,7 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------------------------------------- graphs
 @pytest.mark.slow
+@pytest.mark.slow
 def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path, capsys):
     path, model = checkpoint
     options = onnxruntime.SessionOptions()
@@ -192,6 +194,7 @@ def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["spectformer_ti", "svt_h_s"])
 def test_onnx_of_any_size_resamples_as_torch_does(arch, tmp_path):
     kwargs = untrained.VANILLA if arch == "spectformer_ti" else untrained.PYRAMID
@@ -203,6 +206,7 @@ def test_onnx_of_any_size_resamples_as_torch_does(arch, tmp_path):
         assert torch.allclose(torch.from_numpy(logits), model(images(*size)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_program_gives_the_models_logits_and_one_that_does_not_is_not_written(tmp_path, monkeypatch):
     model = untrained.save(tmp_path / "c.pth")
     told = {"model.json": ""}
@@ -217,6 +221,7 @@ def test_an_exported_program_gives_the_models_logits_and_one_that_does_not_is_no
     assert not (tmp_path / "n.pt2").exists()
 
 
+@pytest.mark.slow
 def test_a_model_of_timms_is_exported_too_but_not_for_any_size(tmp_path):
     model = untrained.save(tmp_path / "c.pth", "deit_tiny_patch16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2})
     session = onnxruntime.InferenceSession(write(tmp_path / "c.pth", "onnx", tmp_path / "m.onnx"))

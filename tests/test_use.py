@@ -27,6 +27,7 @@ def test_there_is_a_block_for_every_use():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of the other libraries
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_the_lines_run(block, tmp_path, monkeypatch):
