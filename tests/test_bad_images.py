@@ -59,15 +59,10 @@ UNREADABLE = {
 def test_unreadable_files_are_refused_by_name_in_one_line(tmp_path, content):
     path = tmp_path / "image.JPEG"
     path.write_bytes(content)
-    with pytest.raises(BadImage, match=f"^{path}: cannot be read as an image: ") as caught:
-        read_image(str(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_files_and_folders_are_refused_by_name(tmp_path):
-    for path in (tmp_path / "gone.jpg", tmp_path):
-        with pytest.raises(BadImage, match=str(path)):
-            read_image(str(path))
+    for bad in (path, tmp_path / "gone.jpg", tmp_path):
+        with pytest.raises(BadImage, match=f"^{bad}: cannot be read as an image: ") as caught:
+            read_image(str(bad))
+        assert "\n" not in str(caught.value)
 
 
 MODES = "L jpeg, CMYK jpeg, RGBA png, LA png, P png, 1 png, RGB bmp, P gif"

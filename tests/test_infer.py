@@ -14,7 +14,7 @@ from pyarrow import parquet
 from sklearn.datasets import load_sample_images
 
 import infer
-from inference import confusion_report, explanations
+from inference import explanations
 from inference.evaluate import average_mirrored
 from models import load_checkpoint
 from tests.untrained import save
@@ -293,15 +293,3 @@ def test_overlays_are_written_and_replace_no_image(tmp_path):
     with pytest.raises(UserError, match="would replace one of the images"):
         run(*words, explained)
     assert all(path.read_bytes() == content for path, content in before.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("classes", [2, 40, 150])
-def test_a_confusion_matrix_of_any_size_is_drawn(tmp_path, classes):
-    confusion = np.random.default_rng(0).integers(0, 9, (classes, classes))
-    confusion[1] = 0  # a class without images
-    confusion_report.write_report(tmp_path, confusion, [f"class {i}" for i in range(classes)], "a model")
-    last = list(csv.DictReader((tmp_path / "per_class.csv").open()))[-1]
-    assert last["class"] == "class 1" and last["accuracy"] == "nan"
-    with Image.open(tmp_path / "confusion_matrix.png") as picture:
-        assert len(picture.convert("RGB").getcolors(2**24)) > 50
