@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import digest
 
-from inputs.data import build_data
 from inputs.images import ImageArrays
 from inputs.loader import EvalLoader, KeyedImages
 from inputs.transforms import eval_transform
 from runtime import checkpoints
-from runtime.processes import Distributed, close_distributed, init_distributed
+from runtime.processes import close_distributed, init_distributed
 from training.classification import evaluate
-from training.classification_flags import FLAGS
-from training.options import parse_args
 from training.precision import Precision
-
-
-@dataclass(frozen=True)
-class Alone(Distributed):
-    """A place in a job whose other processes are not there: for what needs no word from them."""
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
-
-
-def order_traces(argv: Sequence[str], images: int, epochs: Sequence[int], report: str) -> None:
-    """{"workers world": [[index, digest of the augmented image], ...] in the order of the whole job}."""
-    traces = {}
-    for world in range(1, 5):
-        for workers in range(4):
-            args = parse_args(FLAGS, [*argv, "--batch-size", str(images // world), "--num-workers", str(workers)])
-            loaders = [build_data(args, Alone(rank, world)).train for rank in range(world)]
-            trace = []
-            for epoch in epochs:
-                # A later start has to be the same order with its beginning cut off.
-                for steps in zip(*(loader.epoch(epoch, epoch % 2) for loader in loaders), strict=True):
-                    order = [
-                        (int(batch.indices[i]), digest(batch.images[i]))
-                        for i in range(images // world)
-                        for batch in steps
-                    ]
-                    trace += order
-            traces[f"{workers} {world}"] = trace
-    Path(report).write_text(json.dumps(traces))
 
 
 def evaluate_sizes(sizes: Sequence[int], batches: Sequence[int], report: str) -> None:

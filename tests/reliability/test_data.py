@@ -11,23 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from coco_example import write_example
-from harness import TINY, TINY_DETECTION, count, differences, farthest, one_line, outcome, rows, traced
+from harness import TINY_DETECTION, count, differences, farthest, one_line, outcome, rows, traced
 from PIL import Image
 
 EXACT = ["--dtype", "float64", "--mixup", "0", "--cutmix", "0", "--drop-path", "0"]
-
-
-@pytest.mark.promise(2)
-@pytest.mark.parametrize("repeated", [(), ("--repeated-aug",)], ids=["each once", "repeated"])
-def test_order_and_augmentation_do_not_depend_on_workers_or_processes(launcher, tmp_path, flags, repeated):
-    report = tmp_path / "traces.json"
-    argv = [*TINY, *flags, "--mixup", "0", "--cutmix", "0", *repeated]
-    child = launcher.start("children:order_traces", argv=argv, images=12, epochs=[0, 1], report=str(report))
-    assert child.wait() == 0, child.err
-    traces = json.loads(report.read_text())
-    expected = traces["0 1"]
-    assert len({image for _, image in expected}) > 0.9 * len(expected), "the augmentation does not vary"
-    assert len(traces) == 16 and all(trace == expected for trace in traces.values())
 
 
 @pytest.mark.promise(2)
