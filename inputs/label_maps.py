@@ -82,26 +82,27 @@ def encode_label_map(logits: Tensor) -> Tensor:
     return torch.cat([label_map, repeated], dim=1)
 
 
-def check_label_maps(dataset: ImageDataset, root: str | os.PathLike, num_classes: int) -> None:
-    """Verify, before training, that every image has its label map and that the first one fits the data.
+def check_label_maps(dataset: ImageDataset, root: str | os.PathLike, num_classes: int, read: int = 100) -> None:
+    """Verify that every image has its label map, and that the first `read` maps are intact and fit the data.
 
-    Damage in others is found when they are used, and named then; the tool's --check reads all of them.
+    Damage in others is found when they are used, and named then.
 
     Args:
         dataset: the images' files.
         num_classes: class indices must be below it.
 
     Raises:
-        UserError: names the first files that are missing, and how many there are.
+        UserError: names the first maps that are missing, and how many there are, or one that does not fit.
     """
     if not os.path.isdir(root):
         raise UserError(f"--token-label-data {root}: no such folder")
     paths = [image_map_path(root, dataset.path(index)) for index in range(len(dataset))]
-    with ThreadPoolExecutor(32) as pool:  # a million files on a network disk
+    with ThreadPoolExecutor(32) as pool:  # a million files, perhaps on a network disk
         missing = [path for path, found in zip(paths, pool.map(os.path.isfile, paths), strict=True) if not found]
-    if missing:
-        named = ", ".join(map(str, missing[:3])) + (", …" if len(missing) > 3 else "")
-        raise UserError(
-            f"--token-label-data {root}: {len(missing)} of {len(paths)} label maps are missing: {named}; {GENERATE}"
-        )
-    read_label_map(paths[0], num_classes)
+        if missing:
+            named = ", ".join(map(str, missing[:3])) + (", …" if len(missing) > 3 else "")
+            raise UserError(
+                f"--token-label-data {root}: {len(missing)} of {len(paths)} label maps are missing: {named}; {GENERATE}"
+            )
+        for _ in pool.map(lambda path: read_label_map(path, num_classes), paths[:read]):
+            pass
