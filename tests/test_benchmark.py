@@ -45,7 +45,8 @@ def test_models_are_measured_side_by_side(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_process_that_dies_is_named_by_its_contender():
     named = pytest.raises(UserError, match="spectformer_ti: the process that measured it died")
-    with OwnProcess(Contender.parse("spectformer_ti", SMALL)) as process, named:
+    process = OwnProcess(Contender.parse("spectformer_ti", SMALL))
+    with process.pool, named:
         process.call(os._exit, 9)
 
 
@@ -78,13 +79,12 @@ def images(tmp_path):
 @pytest.mark.slow
 @pytest.mark.slow
 def test_errors_of_half_precision_are_measured(tmp_path, images):
-    words = ["--exactness", images, "svt_h_n", "spectformer_ti", "--dtype", "bfloat16", "--steps", "2"]
+    words = ["--exactness", images, "svt_h_n", "--dtype", "bfloat16", "--steps", "2"]
     rows = report(tmp_path / "out.json", *words)["runs"][0]["exactness"]
     for row in rows.values():
         assert len(row["logit_error"]) == len(row["loss_gap"]) == 3
         assert all(1e-4 < error < 0.05 for error in row["logit_error"])
         assert all(0 < gap < 0.2 for gap in row["loss_gap"])
-    assert len(set(rows["svt_h_n"]["logit_error"])) == 1  # it has weights of its own, whatever the seed
     with pytest.raises(UserError, match="--dtype bfloat16 or float16"):
         benchmark.main(["--exactness", images, "spectformer_ti"])
 
@@ -101,11 +101,6 @@ def test_an_unknown_contender_is_named(label):
         benchmark.main([label])
 
 
-def test_models_are_measured_without_stochastic_depth():
-    model = Contender.parse("svt_h_s", SMALL).build().train()
-    assert model.stages[2].blocks[0].drop_path.drop_prob == 0
-
-
 def test_runs_take_turns_there_and_back_and_a_ratio_is_of_medians():
     order = []
     runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
@@ -115,11 +110,10 @@ def test_runs_take_turns_there_and_back_and_a_ratio_is_of_medians():
 
 
 @pytest.mark.slow
-def test_a_suite_runs_each_line_in_a_process_and_ends_with_one_that_fails(tmp_path, monkeypatch, capfd):
+def test_a_suite_keeps_the_figures_of_its_runs_before_one_that_fails(tmp_path, monkeypatch):
     runs = (f"spectformer_ti --rounds 1 --parts inference {' '.join(TINY)}", "no_such_model")
     monkeypatch.setitem(benchmark.SUITES, "cpu", runs)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError, match="no_such_model"):
         benchmark.main(["--suite", "cpu", "--json", str(tmp_path / "out.json")])
     (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert run["command"] == f"python -m tools.benchmark {runs[0]}" and list(run["ratios"]) == ["inference"]
-    assert "no_such_model" in capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import signal
 import statistics
 import subprocess
@@ -75,13 +74,10 @@ def test_a_study_killed_in_the_middle_of_a_run_ends_with_the_same_bits(tmp_path)
     page = (whole / "tiny.md").read_text()
     assert "| peer | " in page and "1 of 1 seeds" in page and "![Tiny](tiny.png)" in page
     assert (whole / "tiny.png").read_bytes().startswith(b"\x89PNG")
-    speeds = json.loads((whole / "tiny_speed.json").read_text())["images_per_s"]
-    assert set(speeds) == set(TINY["cells"]) and all(rate["training"] > 0 for rate in speeds.values())
 
     killed.mkdir()
-    shutil.copy(whole / "tiny_speed.json", killed)
     process = subprocess.Popen([sys.executable, "-m", "tools.study", *words(killed, study, workers=1)], cwd=ROOT)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (len(results(killed)) > 0 and len(list(killed.glob("runs/tiny/*/checkpoint_last.pth"))) > 1):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -95,7 +91,7 @@ def test_a_study_killed_in_the_middle_of_a_run_ends_with_the_same_bits(tmp_path)
 
 
 def initial_weights(study, cell, seed, folder):
-    args = parse_args(Classification.flags, [*study.words(cell), "--seed", str(seed), "--output-dir", str(folder)])
+    args = parse_args(Classification.flags, [*study.words[cell], "--seed", str(seed), "--output-dir", str(folder)])
     with start(Cell, args) as run:
         return Cell(run).model.state_dict()
 
@@ -116,14 +112,10 @@ def test_cells_of_a_seed_start_from_the_same_weights_except_for_their_mixers(tmp
 @pytest.mark.parametrize(
     ("changes", "flags", "expected"),
     [
-        ({"cels": {}}, [], "unknown key 'cels'; did you mean cells"),
-        ({"seeds": "three"}, [], "seeds has to be of type int"),
-        ({"cells": {}}, [], "cells is missing"),
+        ({"cels": {}}, [], "'cels' is missing, unknown or of another type; it has title"),
         ({"cells": {"a": 3}}, [], "cells: a has to be a mapping"),
         ({"cells": {"a": {"alpha": 9}}}, [], "cells: a: .*0 to the depth 2"),
-        ({"cells": {"a": {"mixers": "conv,pol"}}}, [], "cells: a: .*no mixer is called 'pol'"),
-        ({"cells": {"a": {"arch": "pvt_v3"}}}, [], "cells: a: .*pvt_v3: no such model"),
-        ({"recipe": {"arch": "spectformer_ti", "epoch": 3}}, [], "unknown argument --epoch; did you mean --epochs"),
+        ({"recipe": {"arch": "spectformer_ti", "epoch": 3}}, [], "unknown key 'epoch'; did you mean epochs"),
         ({}, ["--epochs", "many"], "--epochs.*many"),
     ],
 )
@@ -162,11 +154,10 @@ def test_results_of_another_recipe_are_not_mixed_in(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_ends_the_study_with_its_last_words_and_its_code(tmp_path):
+def test_a_run_that_fails_ends_the_study_with_its_last_words(tmp_path):
     command = words(tmp_path, written(tmp_path), workers=1)
-    with pytest.raises(tool.RunFailed, match="alpha 1, seed 0: .*nowhere.*") as caught:
+    with pytest.raises(UserError, match="alpha 1, seed 0: .*nowhere.*exit status 2"):
         tool.main([*command, "--data-set", "FOLDER", "--data-path", str(tmp_path / "nowhere")])
-    assert caught.value.exit_code == 2
 
 
 def test_a_difference_counts_if_it_holds_seed_by_seed():

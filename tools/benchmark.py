@@ -14,20 +14,17 @@ A B B A ..., each in a process of its own. A ratio is that of two medians over t
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
@@ -36,6 +33,7 @@ from inputs.catalogue import build_dataset
 from inputs.loader import Batch, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
 from inputs.transforms import RandomErasing, train_transform
+from models import set_cpu_kernels
 from models.flops import count_flops
 from models.mixers import build_mixer
 from runtime.cli import run_cli
@@ -45,10 +43,10 @@ from tools.contenders import (
     DTYPES,
     LATENCY_REPEATS,
     Contender,
+    Runner,
     Settings,
     measure,
     seconds_of,
-    set_cpu_kernels,
     speed_ratio,
     take_turns,
 )
@@ -64,7 +62,7 @@ RECIPE = {"color_jitter": 0.4, "interpolation": "bicubic"}  # of both loaders, l
 POLICY, ERASING = "rand-m9-mstd0.5-inc1", 0.25
 
 DEIT = "deit_small_patch16_224"
-SUITES = {  # the runs that docs/performance.md reports, each in a process of its own
+SUITES = {  # the runs that docs/performance.md reports
     "cpu": (
         "svt_h_s@bfloat16 svt_h_s plain:svt_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
         "spectformer_h_s@bfloat16 spectformer_h_s plain:spectformer_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
@@ -86,13 +84,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if sum(map(bool, (args.models, args.layers, args.loader, args.suite))) != 1:
         parser.error("name models to measure, or one of --layers, --loader and --suite")
+    runs = []
+    for words in map(shlex.split, SUITES[args.suite]) if args.suite else [argv]:
+        command = f"{parser.prog} {shlex.join(words)}"
+        if args.suite:
+            print(f"\n$ {command}", flush=True)
+        runs.append({"command": command} | run(parser.parse_args(words)))
+        if args.json:
+            atomic_write(args.json, json.dumps({"machine": describe_machine(), "runs": runs}, indent=1))
+
+
+def run(args: argparse.Namespace) -> dict:
+    """The settings and figures of one comparison, which are printed too."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
-    if args.suite:
-        return run_suite(args.suite, args.json)
     torch.set_num_threads(args.threads)
     set_up_device(torch.device(args.device))
-    settings = Settings(args.device, args.dtype, args.compile, args.channels_last, args.batch_size, args.img_size)
+    settings = Settings(args.device, args.dtype, batch_size=args.batch_size, img_size=args.img_size)
     if args.layers:
         result = compare_layers(args.grids, args.channels, settings, args.rounds)
     elif args.loader:
@@ -101,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = compare_exactness(args.models, args.exactness, settings, args.steps)
     else:
         result = compare_models(args.models, settings, args.rounds, args.parts)
-    run = {"command": f"{parser.prog} {shlex.join(argv)}", "settings": asdict(settings), "rounds": args.rounds}
-    if args.json:
-        write_report(args.json, describe_machine(), [run | result])
+    return {"settings": asdict(settings), "rounds": args.rounds} | result
 
 
 def build_parser() -> ToolParser:
@@ -117,8 +123,6 @@ def build_parser() -> ToolParser:
     add("--suite", choices=SUITES, metavar="NAME", help=f"a set of runs: {', '.join(SUITES)}")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
     add("--dtype", choices=DTYPES, default="float32", help="of the arithmetic, not the weights")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--channels-last", action="store_true", help="NHWC memory format")
     add("--batch-size", type=POSITIVE, default=16, metavar="N", help="images a step")
     add("--img-size", type=POSITIVE, default=224, metavar="N", help="side of the images, pixels")
     add("--rounds", type=POSITIVE, default=5, metavar="N", help="turns of each contender")
@@ -129,26 +133,6 @@ def build_parser() -> ToolParser:
     add("--threads", type=POSITIVE, default=torch.get_num_threads(), metavar="N", help="of the CPU")
     add("--json", type=Path, metavar="FILE", help="write all figures, with machine and versions, to this file")
     return parser
-
-
-def run_suite(name: str, path: Path | None) -> None:
-    """Every run of a suite, each in a process of its own; SystemExit with the status of one that fails."""
-    runs: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        one = Path(folder, "run.json")
-        for words in SUITES[name]:
-            print(f"\n$ python -m tools.benchmark {words}", flush=True)
-            command = [sys.executable, "-m", "tools.benchmark", *shlex.split(words), "--json", str(one)]
-            if status := subprocess.run(command, cwd=Path(__file__).parents[1]).returncode:
-                raise SystemExit(status)
-            report = json.loads(one.read_text())
-            runs.append(report["runs"][0] | {"command": f"python -m tools.benchmark {words}"})
-            if path:
-                write_report(path, report["machine"], runs)
-
-
-def write_report(path: Path, machine: dict, runs: list[dict]) -> None:
-    atomic_write(path, json.dumps({"machine": machine, "runs": runs}, indent=1))
 
 
 def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
@@ -195,38 +179,35 @@ def compare_layers(grids: Sequence[int], dim: int, settings: Settings, rounds: i
         for name in MIXERS:
             layer = build_mixer(name, dim, (side, side), max(1, dim // 32)).to(settings.device)
             rows.append(row := {"mixer": name, "grid": side, "batch": batch, "channels": dim})
-            cells = ""
-            for part, run in (("training", train_layer), ("inference", infer_layer)):
-                runs = {who: layer_run(run, layer, x, settings, who == "ours") for who in ("ours", "plain")}
+            print(f"{name:26}{side:6}{batch:6}", end="")
+            for part in PARTS[:2]:
+                runs = {
+                    kernels: layer_run(layer, x, settings, part == "training", kernels) for kernels in (True, False)
+                }
                 seconds = take_turns(runs, rounds, settings.device)
-                ours, plain = (1000 * statistics.median(seconds[who]) for who in runs)
+                ours, plain = (1000 * statistics.median(seconds[kernels]) for kernels in runs)
                 row |= {f"{part}_ms": ours, f"{part}_plain_ms": plain, f"{part}_ratio": plain / ours}
-                cells += f"{ours:15.2f}{plain:8.2f}{plain / ours:6.2f}"
-            print(f"{name:26}{side:6}{batch:6}{cells}", flush=True)
+                print(f"{ours:15.2f}{plain:8.2f}{plain / ours:6.2f}", end="", flush=True)
+            print()
     return {"layers": rows}
 
 
-def layer_run(run: Callable, layer: nn.Module, x: Tensor, settings: Settings, kernels: bool) -> Callable[[], float]:
+def layer_run(layer: nn.Module, x: Tensor, settings: Settings, training: bool, kernels: bool) -> Callable[[], float]:
+    def step() -> None:
+        with torch.inference_mode(not training), settings.autocast():
+            y = layer(x.detach().requires_grad_(training))
+        if training:
+            y.backward(torch.ones_like(y))
+            layer.zero_grad()
+
     def timed() -> float:
         set_cpu_kernels(kernels)
         try:
-            return seconds_of(lambda: run(layer, x, settings), settings.device)
+            return seconds_of(step, settings.device)
         finally:
             set_cpu_kernels(True)
 
     return timed
-
-
-def train_layer(layer: nn.Module, x: Tensor, settings: Settings) -> None:
-    with settings.autocast():
-        y = layer(x.detach().requires_grad_())
-    y.backward(torch.ones_like(y))
-    layer.zero_grad()
-
-
-def infer_layer(layer: nn.Module, x: Tensor, settings: Settings) -> None:
-    with torch.inference_mode(), settings.autocast():
-        layer(x)
 
 
 def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) -> dict:
@@ -286,52 +267,36 @@ def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, st
     print(f"{'model':32}{'logits against float64':>24}{'losses against float32':>24}")
     rows = {}
     for label in labels:
-        contender = Contender.parse(label, settings)
+        half = Contender.parse(label, settings)
+        full = replace(half, settings=replace(half.settings, dtype="float32"))
         rows[label] = row = {"logit_error": [], "loss_gap": []}
         for seed in SEEDS:
-            row["logit_error"].append(logit_error(contender, seed, batches[0].images))
-            half, full = (
-                list(training_losses(contender, dtype, seed, batches)) for dtype in (settings.dtype, "float32")
-            )
-            row["loss_gap"].append(statistics.mean(abs(a - b) for a, b in zip(half, full, strict=True)))
+            row["logit_error"].append(logit_error(half, seed, batches[0].images))
+            losses = zip(training_losses(half, seed, batches), training_losses(full, seed, batches), strict=True)
+            row["loss_gap"].append(statistics.mean(abs(a - b) for a, b in losses))
         cells = (" ".join(f"{value:.4f}" for value in values) for values in row.values())
         print(f"{label:32}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
     return {"exactness": rows}
 
 
-def seeded_model(contender: Contender, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model = contender.build()
-    if timm.get_pretrained_cfg_value(contender.arch, "file"):  # weights that come with the package
-        model.load_state_dict(timm.create_model(contender.arch, pretrained=True).state_dict())
-    return model
-
-
 @torch.no_grad()
 def logit_error(contender: Contender, seed: int, images: Tensor) -> float:
-    model = seeded_model(contender, seed).eval()
+    torch.manual_seed(seed)
+    model = contender.build().eval()
     with contender.settings.autocast():
         found = model(images).double()
     exact = model.double()(images.double())
     return ((found - exact).norm() / exact.norm()).item()
 
 
-def training_losses(contender: Contender, dtype: str, seed: int, batches: Sequence[Batch]) -> Iterator[float]:
+def training_losses(contender: Contender, seed: int, batches: Sequence[Batch]) -> Iterator[float]:
     """The losses of training from the seed's weights, one step a batch, at a rate that grows to `RATE`."""
-    model = seeded_model(contender, seed).train()
-    settings = replace(contender.settings, dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    scaler = torch.amp.GradScaler(settings.device, enabled=dtype == "float16")
+    torch.manual_seed(seed)
+    runner = Runner(contender)
     for step, batch in enumerate(batches, 1):
-        optimizer.param_groups[0]["lr"] = RATE * step / len(batches)
-        with settings.autocast():
-            logits = model(batch.images)
-            loss = F.cross_entropy(logits.float(), batch.targets % logits.shape[1])
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        yield loss.item()
+        runner.optimizer.param_groups[0]["lr"] = RATE * step / len(batches)
+        runner.images, runner.targets = batch.images, batch.targets % runner.model.num_classes
+        yield runner.training().item()
 
 
 if __name__ == "__main__":

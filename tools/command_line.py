@@ -1,8 +1,8 @@
 """What all tools share: their command line, and the machine and versions that a measurement names."""
 
 import argparse
-import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 import torch
-import torchvision
 
 from training.arguments import HelpFormatter, Parser, dashed
 
@@ -39,14 +38,8 @@ class ToolParser(Parser):
 def processor() -> str:
     """The processor's name where Linux gives it, otherwise its kind."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    return name[1] if name else platform.machine()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -56,9 +49,6 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
         "timm": timm.__version__,
-        "cuda": torch.version.cuda,
     }

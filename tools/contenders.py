@@ -19,7 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 
 from models import set_cpu_kernels
 from tools.export import in_onnxruntime
@@ -48,12 +48,10 @@ class Settings:
         return torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "float32")
 
 
-OWN_SETTINGS = {
-    **{name: {"dtype": name} for name in DTYPES},
+# What may follow a contender's name.
+OWN_SETTINGS = {name: {"dtype": name} for name in DTYPES} | {
     "compile": {"compile": True},
-    "eager": {"compile": False},
     "channels-last": {"channels_last": True},
-    "contiguous": {"channels_last": False},
 }
 
 
@@ -65,7 +63,6 @@ class Contender:
     arch: str
     settings: Settings
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    num_classes: int | None = None  # None: as many as the model's weights in timm have
     kernels: bool = True
     onnx: bool = False
 
@@ -84,24 +81,19 @@ class Contender:
         prefix, _, arch = model.rpartition(":")
         if not timm.is_model(arch) or prefix not in ("", "plain", "onnx"):
             raise UserError(f"{label}: no such model; write NAME, plain:NAME or onnx:NAME, with NAME one of timm's")
-        size = size_argument(arch, settings.img_size)
+        fixed = timm.get_pretrained_cfg_value(arch, "fixed_input_size")
+        size = {"img_size": settings.img_size} if fixed else {}
         return cls(label, arch, settings, size, kernels=prefix != "plain", onnx=prefix == "onnx")
 
     def build(self) -> nn.Module:
         """The model with random weights, without stochastic depth, in which the defaults of models differ."""
         set_cpu_kernels(self.kernels)
-        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
-        model = timm.create_model(self.arch, **classes, **self.model_kwargs)
+        model = timm.create_model(self.arch, **self.model_kwargs)
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
         memory_format = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         return model.to(self.settings.device, memory_format=memory_format)
-
-
-def size_argument(arch: str, img_size: int) -> dict[str, int]:
-    """The argument by which models of a fixed input size are built for images of another size."""
-    return {"img_size": img_size} if timm.get_pretrained_cfg_value(arch, "fixed_input_size") else {}
 
 
 class Runner:
@@ -120,14 +112,15 @@ class Runner:
         self.images = images.contiguous(memory_format=torch.channels_last) if settings.channels_last else images
         self.targets = torch.randint(self.model.num_classes, (settings.batch_size,), device=settings.device)
 
-    def training(self) -> None:
-        """Forward, cross-entropy, backward, AdamW."""
+    def training(self) -> Tensor:
+        """Forward, cross-entropy, backward, AdamW; the loss."""
         with self.settings.autocast():
-            loss = F.cross_entropy(self.forward(self.images), self.targets)
+            loss = F.cross_entropy(self.forward(self.images).float(), self.targets)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        return loss
 
     def inference(self) -> None:
         with torch.inference_mode(), self.settings.autocast():
@@ -153,24 +146,14 @@ class OwnProcess:
 
     def __init__(self, contender: Contender):
         self.label = contender.label
-        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._built = self._process.submit(_build, contender, torch.get_num_threads())
-
-    def __enter__(self) -> OwnProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.shutdown(cancel_futures=True)
-
-    def seconds(self, part: str) -> float:
-        """As `Runner.seconds`."""
-        return self.call(_seconds, part)
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._built = self.pool.submit(_build, contender, torch.get_num_threads())
 
     def call(self, function: Callable[..., float], *args: object) -> float:
         """Raises UserError if the process died, as one does that needs too much memory."""
         try:
             self._built.result()
-            return self._process.submit(function, *args).result()
+            return self.pool.submit(function, *args).result()
         except BrokenProcessPool:
             raise UserError(f"{self.label}: the process that measured it died (out of memory?)") from None
 
@@ -244,9 +227,11 @@ def measure(
     """(seconds, peak memory in MiB) of each part and contender. Training comes last: it needs the most memory."""
     seconds, memory = {}, {}
     with ExitStack() as stack:
-        processes = [stack.enter_context(OwnProcess(contender)) for contender in contenders]
+        processes = [OwnProcess(contender) for contender in contenders]
+        for process in processes:
+            stack.enter_context(process.pool)
         for part in sorted(parts, key="training".__eq__):
-            runs = {process.label: (lambda p=process, part=part: p.seconds(part)) for process in processes}
+            runs = {process.label: (lambda p=process, part=part: p.call(_seconds, part)) for process in processes}
             seconds[part] = take_turns(runs, rounds, contenders[0].settings.device)
             memory[part] = {process.label: process.call(_peak_memory) for process in processes}
     return seconds, memory

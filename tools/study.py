@@ -7,8 +7,8 @@ data, budget, schedule and augmentation, and those of a seed start from the same
 cell is a mapping of model arguments; with `arch` it is another model, such as one of timm's. Runs go side by side: one
 on each GPU, or one single-threaded run on each core. A study that was stopped or killed resumes where it was.
 
-Each finished run becomes a line of OUTPUT/STUDY.jsonl: commit it, and another machine can continue the study. When all
-runs are there, the speed of the cells is measured; OUTPUT/STUDY.md and .png are the table and the plot.
+Each finished run becomes a line of OUTPUT/STUDY.jsonl: commit it, and another machine can continue the study.
+OUTPUT/STUDY.md and .png are the table and the plot.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ import json
 import math
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-import timm
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -40,14 +39,13 @@ from models import load_checkpoint
 from models.base import ImageModel
 from models.flops import count_flops
 from runtime.cli import run_cli
-from tools.command_line import ToolParser, cores, processor
-from tools.contenders import Contender, Settings, measure, size_argument
-from training.arguments import POSITIVE, dashed, read_yaml, suggestion
+from tools.command_line import ToolParser, processor
+from training.arguments import POSITIVE, dashed, read_yaml, words_of
 from training.classification import Classification, full_model_kwargs
 from training.model import count_parameters, create_model
-from training.options import parse_args
+from training.options import available_cores, build_parser, parse_args
 from training.trainer import Run
-from utils import JobError, NonFiniteError, UserError, atomic_write, make_directory, say
+from utils import UserError, atomic_write, make_directory, say
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"title": str, "data": str, "seeds": int, "recipe": dict, "cells": dict, "against": str}
@@ -57,18 +55,8 @@ MACHINE = {
     "compile", "wandb",
 }  # fmt: skip
 MIXER_ARGUMENTS = {"alpha", "spectral_depths", "mixer", "mixing", "mixers", "mixer_options", "wavelet_backend"}
-SPEED_ROUNDS = 9
-DTYPES = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Line = dict[str, Any]
-
-
-class RunFailed(JobError):
-    """A run ended with an error; the study ends with the same code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.exit_code = code if code > 0 else 128 - code
 
 
 class Study:
@@ -76,28 +64,36 @@ class Study:
 
     Attributes:
         cells: by name, the arguments of the model, and its `arch` where it is not the recipe's.
+        words: by name, the command line of a cell's runs, but for what is a single run's own.
         recipes: by name, the flags that decide the cell's results, except for the seed.
     """
 
     def __init__(self, path: Path, flags: Sequence[str], seeds: int | None, runs: Path):
         """Raises UserError naming what is wrong: the file, a key, a flag or an argument of a cell's model."""
-        content = read_yaml(path, str(path))
-        for key, value in content.items():
-            if key not in KEYS:
-                raise UserError(f"{path}: unknown key {str(key)[:40]!r}{suggestion(str(key), KEYS)}")
-            if not isinstance(value, KEYS[key]):
-                raise UserError(f"{path}: {key} has to be of type {KEYS[key].__name__}, not {value!r:.60}")
-        if missing := [key for key in KEYS if key != "against" and not content.get(key)]:
-            raise UserError(f"{path}: {missing[0]} is missing")
-        self.path, self.name, self.flags, self.runs = path, path.stem, flags, runs / path.stem
-        self.title, self.data, self.against = content["title"], content["data"], content.get("against")
+        content = {"against": ""} | read_yaml(path, str(path))
+        for key in KEYS | content:
+            if not isinstance(content.get(key), KEYS.get(key, ())):
+                keys = ", ".join(f"{name} ({kind.__name__})" for name, kind in KEYS.items())
+                raise UserError(f"{path}: {str(key)[:40]!r} is missing, unknown or of another type; it has {keys}")
+        self.path, self.name, self.runs, self.content = path, path.stem, runs / path.stem, content
         self.seeds, self.cells = seeds or content["seeds"], content["cells"]
-        self._recipe = {key.replace("_", "-"): value for key, value in content["recipe"].items()}
-        self.recipes = {cell: self._checked_recipe(cell) for cell in self.cells}
+        self.words = {cell: [*self._words(cell), *flags] for cell in self.cells}
+        self.recipes = {cell: self._recipe(cell) for cell in self.cells}
 
-    def _checked_recipe(self, cell: str) -> dict[str, str]:
+    def _words(self, cell: str) -> list[str]:
+        where = f"{self.path}: cells: {cell}"
         if not isinstance(self.cells[cell], dict):
-            raise UserError(f"{self.path}: cells: {cell} has to be a mapping of model arguments")
+            raise UserError(f"{where} has to be a mapping of model arguments")
+        recipe = {key.replace("-", "_"): value for key, value in self.content["recipe"].items()}
+        own = dict(self.cells[cell])
+        arch = own.pop("arch", None)
+        shared = {} if arch else recipe.get("model_kwargs", {})
+        if MIXER_ARGUMENTS & own.keys():
+            shared = {name: value for name, value in shared.items() if name not in MIXER_ARGUMENTS}
+        recipe |= ({"arch": arch} if arch else {}) | {"model_kwargs": shared | own}
+        return words_of(recipe, build_parser(Classification.flags), where)
+
+    def _recipe(self, cell: str) -> dict[str, str]:
         try:
             args = self.arguments(cell)
             with torch.device("meta"):
@@ -105,7 +101,7 @@ class Study:
         except UserError as error:
             raise UserError(f"{self.path}: cells: {cell}: {error}") from error
         settings: dict[str, list[str]] = {}
-        for word in self.words(cell):
+        for word in self.words[cell]:
             if word.startswith("--"):
                 name, _, word = word[2:].partition("=")
                 settings[name] = []
@@ -113,25 +109,7 @@ class Study:
         return {name: " ".join(values) for name, values in sorted(settings.items()) if name not in MACHINE}
 
     def arguments(self, cell: str) -> argparse.Namespace:
-        return parse_args(Classification.flags, self.words(cell))
-
-    def words(self, cell: str) -> list[str]:
-        """The command line of a cell's runs, but for what is a single run's own."""
-        own = dict(self.cells[cell])
-        arch = own.pop("arch", None)
-        shared = {} if arch else self._recipe.get("model-kwargs", {})
-        if MIXER_ARGUMENTS & own.keys():
-            shared = {name: value for name, value in shared.items() if name not in MIXER_ARGUMENTS}
-        settings = self._recipe | ({"arch": arch} if arch else {}) | {"model-kwargs": shared | own}
-        words = []
-        for name, value in settings.items():
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            elif isinstance(value, dict):
-                words += [f"--{name}", *(f"{key}={item!r}" for key, item in value.items())] if value else []
-            else:
-                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return [*words, *self.flags]
+        return parse_args(Classification.flags, self.words[cell])
 
     def directory(self, cell: str, seed: int) -> Path:
         """Of a run; the digest keeps runs of different recipes apart."""
@@ -146,30 +124,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser("study", __doc__)
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.yaml", help="the table to fill; comes first")
-    add("--output", type=Path, default=Path("docs/studies"), metavar="DIR", help="results (default: %(default)s)")
-    add("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="run directories (default: %(default)s)")
+    add("--output", type=Path, default=Path("docs/studies"), metavar="DIR", help="results")
+    add("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="run directories")
     add("--workers", type=POSITIVE, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
     add("--seeds", type=POSITIVE, metavar="N", help="runs of each cell (default: the file's)")
-    add("--cells", nargs="+", metavar="NAME", help="train only these")
-    add("--speed", action="store_true", help="train nothing and measure images/s again, on a quiet machine")
     add("--report", action="store_true", help="train nothing and write table and plot of what there is")
     args, flags = parser.parse_known_args([dashed(word) for word in argv])
     study = Study(args.study, flags, args.seeds, args.runs)
-    for cell in args.cells or ():
-        if cell not in study.cells:
-            raise UserError(f"--cells {cell}: {args.study} has {', '.join(study.cells)}")
     make_directory(args.output)
-    results, speed = args.output / f"{study.name}.jsonl", args.output / f"{study.name}_speed.json"
+    results = args.output / f"{study.name}.jsonl"
     lines = read_lines(study, results)
-    if not (args.speed or args.report):
-        jobs = [(cell, seed) for seed in range(study.seeds) for cell in args.cells or study.cells]
-        train(study, [job for job in jobs if job not in lines], results, args.workers)
+    jobs = [(cell, seed) for seed in range(study.seeds) for cell in study.cells if (cell, seed) not in lines]
+    if not args.report:
+        train(study, jobs, results, args.workers)
         lines = read_lines(study, results)
-    if not lines:
-        raise UserError(f"{results}: no results yet")
-    if args.speed or (len(lines) == len(study.cells) * study.seeds and not speed.exists() and not args.report):
-        atomic_write(speed, json.dumps(speeds_of(study, next(iter(lines.values()))["classes"]), indent=1) + "\n")
-    write_report(study, lines, json.loads(speed.read_text()) if speed.exists() else None, args.output)
+    write_report(study, lines, args.output)
     say(f"{args.output / study.name}.md: {len(lines)} of {len(study.cells) * study.seeds} runs")
 
 
@@ -209,82 +178,65 @@ def train(study: Study, jobs: list[tuple[str, int]], results: Path, workers: int
     """Run the jobs, at most one a device or core at a time, and write a line for each that has ended.
 
     Raises:
-        RunFailed: one ended with an error; after a loss that was not finite the others are trained first.
+        UserError: one ended with an error; those that were running are finished, and will be found by the next call.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    free = [gpus[i % len(gpus)] for i in range(workers or (cores() if gpus == ["cpu"] else len(gpus)))]
-    say(f"{study.name}: {len(jobs)} runs, {len(free)} side by side on {', '.join(dict.fromkeys(free))}")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    began, failed, done = time.perf_counter(), None, 0
-    waiting, running = list(jobs), {}
-    try:
-        while waiting or running:
-            while waiting and free:
-                job, device = waiting.pop(0), free.pop()
-                running[start(study, *job, device)] = job, device
-            process = next((process for process in running if process.poll() is not None), None)
-            if process is None:
-                time.sleep(0.05)
-                continue
-            (cell, seed), device = running.pop(process)
-            free.append(device)
-            done += 1
-            if process.returncode:
-                console = study.directory(cell, seed).with_suffix(".log")
-                last = console.read_text(errors="replace").strip().rpartition("\n")[2]
-                failed = RunFailed(f"{cell}, seed {seed}: {last} (see {console})", process.returncode)
-                if process.returncode != NonFiniteError.exit_code:
-                    raise failed
-                say(f"error: {failed}")
-                continue
-            line = line_of(study, cell, seed, device)
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            minutes = (time.perf_counter() - began) / 60 / done * (len(jobs) - done)
-            say(f"{cell}, seed {seed}: top-1 {line['acc1']:.2f} % ({done} of {len(jobs)}, {minutes:.0f} minutes to go)")
-    finally:
-        for process in running:
-            process.send_signal(signal.SIGTERM)  # it saves its state
-        for process in running:
-            process.wait()
-    if failed:
-        raise failed
+    workers = workers or (available_cores() if gpus == ["cpu"] else len(gpus))
+    say(f"{study.name}: {len(jobs)} runs, {workers} side by side on {', '.join(gpus)}")
+    free: SimpleQueue[str] = SimpleQueue()
+    for index in range(workers):
+        free.put(gpus[index % len(gpus)])
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            runs = [pool.submit(train_one, study, *job, free) for job in jobs]
+            for done, ended in enumerate(as_completed(runs), 1):
+                line = ended.result()
+                with results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                say(f"{line['cell']}, seed {line['seed']}: top-1 {line['acc1']:.2f} % ({done} of {len(jobs)})")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def start(study: Study, cell: str, seed: int, device: str) -> subprocess.Popen:
-    """A run's process. On a CPU it has one thread, so that its results do not depend on the other runs."""
+def train_one(study: Study, cell: str, seed: int, free: SimpleQueue[str]) -> Line:
+    """Train in a process of its own on a free device; the results, of the last epoch.
+
+    The best epoch would be chosen by the test images themselves. On a CPU the process has one thread, so that its
+    results do not depend on the other runs.
+    """
     directory = study.directory(cell, seed)
     make_directory(directory.parent)
-    own = ["--seed", str(seed), "--output-dir", str(directory.resolve()), "--resume", "auto", "--device", device]
-    command = [sys.executable, "-m", "tools.study", "cell", *study.words(cell), *own]
+    console = directory.with_suffix(".log")
+    own = ["--seed", str(seed), "--output-dir", str(directory.resolve()), "--resume", "auto"]
+    command = [sys.executable, "-m", "tools.study", "cell", *study.words[cell], *own, "--device"]
+    device = free.get()
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {}
-    with directory.with_suffix(".log").open("ab") as console:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | threads, stdin=subprocess.PIPE, stdout=console, stderr=console
-        )
-
-
-def line_of(study: Study, cell: str, seed: int, device: str) -> Line:
-    """The results of a finished run, of its last epoch: the best one would be chosen by the test images themselves."""
-    directory = study.directory(cell, seed)
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}  # its end of stdin closes when the study ends
+    try:
+        with (
+            console.open("ab") as out,
+            subprocess.Popen([*command, device], cwd=ROOT, env=os.environ | threads, stdout=out, **pipes) as process,
+        ):
+            code = process.wait()
+    finally:
+        free.put(device)
+    if code:
+        last = console.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise UserError(f"{cell}, seed {seed}: {last} (exit status {code}, see {console})")
     rows = [json.loads(row) for row in (directory / "log.txt").read_text(encoding="utf-8").splitlines()]
     loaded = load_checkpoint(directory / "checkpoint_last.pth")
     return {
         "cell": cell,
         "seed": seed,
         "acc1": round(rows[-1]["test_acc1"], 4),
-        "loss": rows[-1]["test_loss"],
-        "train_loss": rows[-1]["train_loss"],
         "parameters": count_parameters(loaded.model),
         "gflops": round(count_flops(loaded.model, loaded.input_size) / 1e9, 6),
         "images": rows[0]["samples_seen"],
         "test_images": rows[-1]["test_images"],
         "classes": loaded.num_classes,
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "finished": time.strftime("%Y-%m-%d"),
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
         "machine": machine(device),
         "torch": torch.__version__,
-        "timm": timm.__version__,
         "recipe": study.recipes[cell],
     }
 
@@ -298,41 +250,16 @@ def read_lines(study: Study, path: Path) -> dict[tuple[str, int], Line]:
     lines = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         line = json.loads(text)
-        key = cell, seed = line["cell"], line["seed"]
+        cell, seed = line["cell"], line["seed"]
         if cell in study.cells and seed < study.seeds:
-            lines[key] = line
-            different = [
-                f"--{name} {line['recipe'].get(name)}, not {study.recipes[cell].get(name)}"
-                for name in sorted({*line["recipe"], *study.recipes[cell]})
-                if line["recipe"].get(name) != study.recipes[cell].get(name)
-            ]
-            if different:
+            lines[cell, seed], old, new = line, line["recipe"], study.recipes[cell]
+            if changed := [name for name in sorted(old | new) if old.get(name) != new.get(name)]:
+                different = "; ".join(f"--{name} {old.get(name)}, not {new.get(name)}" for name in changed)
                 raise UserError(
-                    f"{path}: {cell}, seed {seed} was trained with {'; '.join(different)}; "
+                    f"{path}: {cell}, seed {seed} was trained with {different}; "
                     "write the results of another recipe to another --output"
                 )
     return lines
-
-
-def speeds_of(study: Study, num_classes: int) -> dict[str, Any]:
-    """Images/s of every cell, which take turns, in batches of the recipe's size; on a CPU by one thread."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    contenders = []
-    for cell in study.cells:
-        args = study.arguments(cell)
-        dtype = DTYPES.get(args.amp, "bfloat16" if device == "cuda" else "float32")
-        settings = Settings(device, dtype, batch_size=args.batch_size, img_size=args.input_size[0])
-        kwargs = size_argument(args.arch, args.input_size[0]) | args.model_kwargs
-        contenders.append(Contender(cell, args.arch, settings, kwargs, num_classes))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device == "cpu" else threads)
-    seconds, _ = measure(contenders, SPEED_ROUNDS, ("inference", "training"))
-    torch.set_num_threads(threads)
-    rates = {
-        cell: {part: round(settings.batch_size / statistics.median(times[cell]), 1) for part, times in seconds.items()}
-        for cell in study.cells
-    }
-    return {"machine": machine(device), "batch_size": settings.batch_size, "images_per_s": rates}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -353,71 +280,64 @@ def least_difference(scores: Tensor) -> float:
     return 2 * math.sqrt(2 * variance / seeds) if seeds > 1 else math.nan
 
 
-def write_report(study: Study, lines: dict[tuple[str, int], Line], speeds: dict[str, Any] | None, folder: Path) -> None:
+def write_report(study: Study, lines: dict[tuple[str, int], Line], folder: Path) -> None:
     """STUDY.md (data, budget, machine, table, verdict) and STUDY.png, of the seeds that all cells have."""
     seeds = [seed for seed in range(study.seeds) if all((cell, seed) in lines for cell in study.cells)]
     if not seeds:
         raise UserError(f"{folder}: no seed of {study.path} has been trained in every cell yet")
     scores = torch.tensor([[lines[cell, seed]["acc1"] for seed in seeds] for cell in study.cells])
     means, least = scores.mean(1).tolist(), least_difference(scores)
-    spreads = scores.std(1).nan_to_num().tolist() if len(seeds) > 1 else [0.0] * len(means)
-    best = means.index(max(means))
-    head = ["cell", "top-1 %", "to the best", "parameters", "GFLOPs"]
-    head += ["images/s, training", "inference"] if speeds else []
-    rows, equal = [head, ["---"] * len(head)], []
+    spreads = scores.std(1, correction=min(1, len(seeds) - 1)).tolist()
+    rates, equal = [], []
+    table = f"| cell | top-1 % | to the best | parameters | GFLOPs | images/s |\n{'| --- ' * 6}|\n"
     for cell, mean, spread in zip(study.cells, means, spreads, strict=True):
-        line, gap = lines[cell, seeds[0]], mean - means[best]
-        apart = "best" if gap == 0 else f"{gap:.2f}" if -gap >= least else "equal"
+        line, gap = lines[cell, seeds[0]], max(means) - mean
+        epochs = int(line["recipe"].get("epochs", 300))
+        rates.append(epochs * line["images"] / statistics.median(lines[cell, seed]["seconds"] for seed in seeds))
+        apart = "best" if gap == 0 else f"{-gap:.2f}" if gap >= least else "equal"
         equal += [cell] if apart == "equal" else []
         row = [cell, f"{mean:.2f} ± {spread:.2f}", apart, f"{line['parameters']:,}", f"{line['gflops']:.4f}"]
-        row += [f"{speeds['images_per_s'][cell][part]:.0f}" for part in ("training", "inference")] if speeds else []
-        rows.append(row)
+        table += f"| {' | '.join(row)} | {rates[-1]:.0f} |\n"
     machines = ", ".join(sorted({line["machine"] for line in lines.values()}))
-    minutes = statistics.median(line["seconds"] for line in lines.values()) / 60
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    measured = f" Images/s: {speeds['machine']}, batches of {speeds['batch_size']}, alternating." if speeds else ""
-    text = f"""# {study.title}
+    title = study.content["title"]
+    text = f"""# {title}
 
-Data: {study.data}.
-Budget: {line["recipe"].get("epochs", 300)} epoch(s) of {line["images"]:,} images, {len(seeds)} of {study.seeds} seeds.
-Machine: {machines}; {minutes:.1f} minutes a run (median), torch {line["torch"]}.{measured}
+Data: {study.content["data"]}.
+Budget: {epochs} epoch(s) of {line["images"]:,} images, {len(seeds)} of {study.seeds} seeds.
+Machine: {machines}; torch {line["torch"]}.
 
     python -m tools.study {study.path} --data-path DIR
 
 Top-1 on {line["test_images"]:,} test images after the last epoch, mean ± standard deviation over the seeds. All cells
 have the same data, budget, schedule and augmentation; those of a seed start from the same weights, except for their
 mixers'. Cells whose means differ by less than {least:.2f}, twice the standard error of a difference, are called equal.
+Images/s are those of the training runs, the median over the seeds.
 
 {table}
+Best: {list(study.cells)[means.index(max(means))]}; equal to it: {", ".join(equal) or "none"}.
 
-Best: {list(study.cells)[best]}; equal to it: {", ".join(equal) or "none"}.
-
-![{study.title}]({study.name}.png)
+![{title}]({study.name}.png)
 """
     atomic_write(folder / f"{study.name}.md", text)
-    save_figure(folder / f"{study.name}.png", draw(study, means, spreads, speeds))
+    save_figure(folder / f"{study.name}.png", draw(study, means, spreads, rates))
 
 
-def draw(study: Study, means: list[float], spreads: list[float], speeds: dict[str, Any] | None) -> Figure:
-    """Accuracy along the model argument that the study names, and against images/s in inference."""
-    panels = {}
-    if study.against:
-        panels[study.against] = [arguments.get(study.against) for arguments in study.cells.values()]
-    if speeds or not panels:
-        rates = speeds["images_per_s"] if speeds else {}
-        panels["images/s in inference"] = [rates.get(cell, {}).get("inference") for cell in study.cells]
+def draw(study: Study, means: list[float], spreads: list[float], rates: list[float]) -> Figure:
+    """Accuracy along the model argument that the study names, and against images/s in training."""
+    against = study.content["against"]
+    panels = {against: [arguments.get(against) for arguments in study.cells.values()]} if against else {}
+    panels["images/s in training"] = rates
     figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.5), layout="constrained")
-    for axes, (name, places) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for number, (cell, place, mean, spread) in enumerate(zip(study.cells, places, means, spreads, strict=True)):
+    for axes, (name, positions) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, (cell, position) in enumerate(zip(study.cells, positions, strict=True)):
             style = {"color": f"C{number % 10}", "label": cell}
-            if place is None:  # a cell without that argument
-                axes.axhline(mean, linestyle="--", **style)
+            if position is None:  # a cell without that argument
+                axes.axhline(means[number], linestyle="--", **style)
             else:
-                axes.errorbar(place, mean, spread, fmt="osD^vP*"[number % 7], capsize=3, **style)
-        axes.set_xlabel(name)
-        axes.set_ylabel("Top-1 accuracy (%)")
+                axes.errorbar(position, means[number], spreads[number], fmt="osD^vP*"[number % 7], capsize=3, **style)
+        axes.set(xlabel=name, ylabel="Top-1 accuracy (%)")
         axes.grid(alpha=0.3)
-    figure.suptitle(study.title, fontsize=11)
+    figure.suptitle(study.content["title"], fontsize=11)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
