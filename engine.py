@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from runtime.processes import init_distributed
 from runtime.run_directory import RunDirectory
-from training.log import Display, Profile, describe, log_row, print_summary, report, report_dry_run
+from training.log import describe, log_row, print_summary, profiler, progress_bar, report, report_dry_run, show_progress
 from training.options import with_finetuned_model
 from training.precision import choose_precision, set_up_device
 from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
@@ -97,22 +97,22 @@ def train(trainer: Trainer, run: Run) -> None:
         # The run may have crashed between the files of an epoch's end.
         save_epoch(trainer, run.directory, run.checkpoint)
 
-    profile = Profile(trainer)
-    while progress.epoch < trainer.epochs and not stops_early(trainer):
-        try:
-            train_one_epoch(trainer, run.directory, profile)
-            results = evaluate(trainer)
-        except Interrupted:
-            run.directory.save_checkpoints([LAST], checkpoint_state(trainer))
-            command = shlex.join(["python", sys.argv[0], "--resume", args.output_dir])
-            report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
-            raise
-        row = log_row(trainer, results)
-        progress.end_epoch(*best_of(trainer.task.ranked_by, results))
-        trainer.scheduler.step(progress.epoch - 1, progress.score)  # plateau looks at the score
-        # In this order a crash in between repeats the epoch and writes the same again.
-        run.directory.log_row(row, progress.best_epoch)
-        save_epoch(trainer, run.directory, checkpoint_state(trainer))
+    with profiler(trainer) as profile:
+        while progress.epoch < trainer.epochs and not stops_early(trainer):
+            try:
+                train_one_epoch(trainer, run.directory, profile)
+                results = evaluate(trainer)
+            except Interrupted:
+                run.directory.save_checkpoints([LAST], checkpoint_state(trainer))
+                command = shlex.join(["python", sys.argv[0], "--resume", args.output_dir])
+                report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
+                raise
+            row = log_row(trainer, results)
+            progress.end_epoch(*best_of(trainer.task.ranked_by, results))
+            trainer.scheduler.step(progress.epoch - 1, progress.score)  # plateau looks at the score
+            # In this order a crash in between repeats the epoch and writes the same again.
+            run.directory.log_row(row, progress.best_epoch)
+            save_epoch(trainer, run.directory, checkpoint_state(trainer))
     print_summary(trainer)
 
 
@@ -133,14 +133,14 @@ def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, An
     trainer.dist.barrier()  # or the others would wait in a collective of the next epoch, whose limit is shorter
 
 
-def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: Profile) -> None:
+def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: torch.profiler.profile | None) -> None:
     """Train from `progress.step` to the end of `progress.epoch`; raises Interrupted between two updates."""
     args, progress, dist, task = trainer.args, trainer.progress, trainer.dist, trainer.task
     set_mode(task, trainer.model, args)
     loss, batches, began = 0.0, [], time.perf_counter()
     micro_batches = timed(task.train.epoch(progress.epoch, progress.step), progress)
 
-    with Display(trainer) as display, profile:
+    with progress_bar(trainer) as bar:
         for step, batch in enumerate(micro_batches, progress.step):
             loss = loss + add_gradient(trainer, batch, step)
             batches.append(batch)
@@ -156,8 +156,9 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: Profile)
                 updates=1, overflows=overflow, loss=mean_loss, norm=0.0 if overflow else norm, seconds=now - began
             )
             loss, batches, began = 0.0, [], now
-            display.show(mean_loss)
-            profile.step()
+            show_progress(trainer, bar, mean_loss)
+            if profile is not None:
+                profile.step()
             if stopping:
                 raise Interrupted(dist.max(trainer.stop.signum or 0))
             if args.checkpoint_steps and progress.step // args.accum_iter % args.checkpoint_steps == 0:

@@ -225,15 +225,13 @@ def make_directory(path: str | os.PathLike) -> None:
     """Create the directory `path` and its parents, if they are not there.
 
     Raises:
-        UserError: there is a file in its place, or it is no name.
+        UserError: there is a file in its place.
         MachineError: when the file system refuses.
     """
     try:
         os.makedirs(path, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{os.fspath(path)}: cannot be a directory, a file is in its place") from error
-    except ValueError as error:
-        raise UserError(f"{quote(path)}: cannot be a directory: {one_line(error)}") from error
     except OSError as error:
         raise cannot_write(path, error) from error
 

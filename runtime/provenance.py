@@ -18,17 +18,11 @@ def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -
         "command": shlex.join(["python", *argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "processes": processes,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
         "git": _git_state(),
         "args": {name: plain(value) for name, value in sorted(args.items())},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.classification import evaluate
 from training.evaluation import evaluation_batches
-from training.log import Display
+from training.log import progress_bar, show_progress
 from training.options import TaskFlags, parse_args
 from training.precision import Precision, choose_precision, set_up_device
 from training.task import Task
@@ -292,7 +292,7 @@ def test_every_process_evaluates_with_the_main_ones_batch_statistics(monkeypatch
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_now_and_then(monkeypatch, capsys, terminal):
     """Ten seconds a step of 3 x 8 images; of every second update, without a terminal."""
-    progress = Progress(epoch=1, step=4)
+    progress = Progress(epoch=1)
     trainer = SimpleNamespace(
         args=SimpleNamespace(batch_size=8, accum_iter=2, print_freq=2),
         dist=Distributed(world_size=3),
@@ -302,10 +302,10 @@ def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_now_and_then(monke
         lr=0.1,
     )
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setattr(time, "perf_counter", lambda: 10.0 * progress.step)
-    with Display(trainer) as display:
+    with progress_bar(trainer) as bar:
         for progress.step in (6, 8):
-            display.show(2.5)
+            progress.meters["seconds"] = 10.0 * progress.step
+            show_progress(trainer, bar, 2.5)
     told = capsys.readouterr()
     line = "epoch 1 step 8/12: loss 2.5000, lr 1.00e-01, 2 images/s, 00:40 to go (the run: 04:40)\n"
     assert told.out == ("" if terminal else line)

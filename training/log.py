@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import tempfile
-import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,52 +58,39 @@ def describe(trainer: Trainer) -> None:
         )
 
 
-class Display:
-    """The progress of an epoch: figures on a terminal, plain lines elsewhere, on the main process only."""
+def progress_bar(trainer: Trainer) -> tqdm:
+    """The progress of an epoch in figures, on the main process's terminal; nothing elsewhere."""
+    progress, images = trainer.progress, trainer.args.batch_size * trainer.dist.world_size
+    return tqdm(
+        desc=f"epoch {progress.epoch}",
+        total=len(trainer.task.train) * images,
+        unit=" images",
+        initial=progress.step * images,
+        leave=False,
+        dynamic_ncols=True,
+        bar_format=BAR,
+        disable=not (trainer.dist.is_main and sys.stderr.isatty()),
+    )
 
-    def __init__(self, trainer: Trainer):
-        args, progress = trainer.args, trainer.progress
-        self._trainer = trainer
-        self._images = args.batch_size * trainer.dist.world_size
-        self._steps = len(trainer.task.train)
-        self._bar = None
-        if trainer.dist.is_main and sys.stderr.isatty():
-            self._bar = tqdm(
-                desc=f"epoch {progress.epoch}",
-                total=self._steps * self._images,
-                unit=" images",
-                initial=progress.step * self._images,
-                leave=False,
-                dynamic_ncols=True,
-                bar_format=BAR,
-            )
-        self._began, self._first = time.perf_counter(), progress.step
 
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, loss: float) -> None:
-        """After an update."""
-        trainer, step = self._trainer, self._trainer.progress.step
-        due = step // trainer.args.accum_iter % trainer.args.print_freq == 0
-        if self._bar is None and not due:
-            return
-        seconds = (time.perf_counter() - self._began) / (step - self._first)
-        left = seconds * (self._steps - step)
-        run_left = tqdm.format_interval(left + seconds * self._steps * (trainer.epochs - trainer.progress.epoch - 1))
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.3f}", lr=f"{trainer.lr:.2e}", run=run_left, refresh=False)
-            self._bar.update(trainer.args.accum_iter * self._images)
-        else:
-            report(
-                trainer.dist,
-                f"epoch {trainer.progress.epoch} step {step}/{self._steps}: loss {loss:.4f}, lr {trainer.lr:.2e}, "
-                f"{self._images / seconds:.0f} images/s, {tqdm.format_interval(left)} to go (the run: {run_left})",
-            )
+def show_progress(trainer: Trainer, bar: tqdm, loss: float) -> None:
+    """After an update: on the bar, or where there is none in a line after every --print-freq updates."""
+    args, dist, progress = trainer.args, trainer.dist, trainer.progress
+    if bar.disable and progress.step // args.accum_iter % args.print_freq:
+        return
+    images, steps = args.batch_size * dist.world_size, len(trainer.task.train)
+    seconds = progress.meters["seconds"] / progress.step
+    left = seconds * (steps - progress.step)
+    run_left = tqdm.format_interval(left + seconds * steps * (trainer.epochs - progress.epoch - 1))
+    if not bar.disable:
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{trainer.lr:.2e}", run=run_left, refresh=False)
+        bar.update(args.accum_iter * images)
+        return
+    report(
+        dist,
+        f"epoch {progress.epoch} step {progress.step}/{steps}: loss {loss:.4f}, lr {trainer.lr:.2e}, "
+        f"{images / seconds:.0f} images/s, {tqdm.format_interval(left)} to go (the run: {run_left})",
+    )
 
 
 def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
@@ -157,37 +144,20 @@ def peak_memory(dist: Distributed) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-class Profile:
-    """Traces --profile updates of the main process after three others; a context manager that ends an epoch."""
+def profiler(trainer: Trainer) -> AbstractContextManager[torch.profiler.profile | None]:
+    """What traces --profile updates of the main process after three others; None without --profile."""
+    args, path = trainer.args, Path(trainer.args.output_dir) / "trace.json"
 
-    def __init__(self, trainer: Trainer):
-        args = trainer.args
-        self._path = Path(args.output_dir) / "trace.json"
-        self._profiler = None
-        if args.profile and trainer.dist.is_main:
-            steps = torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1)
-            self._profiler = torch.profiler.profile(schedule=steps, on_trace_ready=self._write)
-
-    def _write(self, profiler: torch.profiler.profile) -> None:
+    def write(profile: torch.profiler.profile) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            profiler.export_chrome_trace(f"{directory}/trace.json")
-            atomic_write(self._path, Path(directory, "trace.json").read_bytes())
-        say(f"wrote {self._path}; open it at https://ui.perfetto.dev")
+            profile.export_chrome_trace(f"{directory}/trace.json")
+            atomic_write(path, Path(directory, "trace.json").read_bytes())
+        say(f"wrote {path}; open it at https://ui.perfetto.dev")
 
-    def step(self) -> None:
-        """After an update."""
-        if self._profiler is not None:
-            self._profiler.step()
-
-    def __enter__(self) -> Profile:
-        if self._profiler is not None:
-            self._profiler.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
+    if not (args.profile and trainer.dist.is_main):
+        return nullcontext()
+    steps = torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1)
+    return torch.profiler.profile(schedule=steps, on_trace_ready=write)
 
 
 def print_summary(trainer: Trainer) -> None:

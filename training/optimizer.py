@@ -20,7 +20,7 @@ LR_BATCH = 512  # --lr is for this many images an update (DeiT)
 MIN_LR, WARMUP_LR, DECAY_EPOCHS = 1e-5, 1e-6, 30  # DeiT's
 SHORTEST_WARMUP = 2  # updates of a --warmup-part; the first two would be lost
 SAMPLED_STEPS = 1000  # of a schedule that is looked at beforehand
-APEX = "build NVIDIA apex from its source, https://github.com/NVIDIA/apex (PyPI's package apex is unrelated)"
+APEX = "build it from https://github.com/NVIDIA/apex (PyPI's package of that name is unrelated)"
 
 
 def images_per_update(args: argparse.Namespace, dist: Distributed) -> int:
@@ -53,10 +53,14 @@ def build_optimizer(
         options["fused"] = True
     if args.layer_decay is not None:
         layers_of(model)
-    check_optimizer(args)
     if "muon" in args.opt.lower() and isinstance(model, nn.Module):
         options["fallback_list"] = no_matrices(model)
     try:
+        info = get_optimizer_info(args.opt.lower().split("_")[-1])
+        if info.second_order:
+            raise ValueError("it needs second derivatives, which no update here computes")
+        if args.opt_betas is not None and not info.has_betas:
+            raise ValueError("it has no betas, leave out --opt-betas")
         return create_optimizer_v2(
             model,
             opt=args.opt,
@@ -66,6 +70,8 @@ def build_optimizer(
             layer_decay=args.layer_decay,
             **options,
         )
+    except ImportError as error:
+        raise UserError(f"--opt {args.opt}: {one_line(error)}; install that package. For apex: {APEX}") from error
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
 
@@ -82,28 +88,6 @@ def no_matrices(model: nn.Module) -> list[str]:
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
     }
     return [name for name, weight in model.named_parameters() if id(weight) not in matrices]
-
-
-def check_optimizer(args: argparse.Namespace) -> None:
-    """Raise UserError for an optimiser timm does not know, whose package is missing, or that takes no betas."""
-    try:
-        info = get_optimizer_info(args.opt.lower().split("_")[-1])
-    except ValueError as error:
-        raise UserError(f"--opt {args.opt}: timm knows no such optimiser") from error
-    if args.opt_betas is not None and not info.has_betas:
-        raise UserError(f"--opt-betas: --opt {args.opt} has none")
-    if info.second_order:
-        raise UserError(f"--opt {args.opt} needs second derivatives, which no update here computes")
-    if not isinstance(info.opt_class, str):
-        return
-    package = info.opt_class.split(".")[0]
-    how = APEX if package == "apex" else f"install {package}"
-    try:
-        __import__(info.opt_class.rpartition(".")[0])
-    except ImportError as error:
-        raise UserError(f"--opt {args.opt} needs {package}: {how}") from error
-    if not torch.cuda.is_available():
-        raise UserError(f"--opt {args.opt} needs a CUDA device")
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
