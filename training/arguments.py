@@ -235,6 +235,15 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
         ignored = ("config", "output_dir", "resume", "eval")
         content = dict(ChainMap(*(later["changed"] for later in reversed(content.get("resumed", []))), content["args"]))
         content = {key: value for key, value in content.items() if value is not None and key not in ignored}
+    return parser.given(words_of(content, parser, where))
+
+
+def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
+    """A mapping of flags to values as words of a command line, of which the parser has checked types and choices.
+
+    Raises:
+        UserError: naming `where` it is, and the key that is unknown or has a wrong value.
+    """
     settings, words = parser.settings(), []
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -245,9 +254,10 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{where}: {key}: {error}") from error
     try:
-        return parser.given(words)  # which checks types and choices
+        parser.given(words)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    return words
 
 
 def read_yaml(path: str | Path, where: str) -> dict:
