@@ -5,38 +5,25 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from inputs.dataset_options import DatasetOptions
-from inputs.images import BadImage, ImageDataset, count_classes
+from inputs.images import BadImage, ImageArrays, ImageDataset, count_classes
 from utils import UserError, one_line
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` leaves in the folder of a data set
 
 
-class ImageRows(ImageDataset):
-    """Images in a column of a table, each the encoded bytes or a path."""
-
-    def __init__(self, name: str, rows: Dataset, labels: np.ndarray, class_names: Sequence[str]):
-        """rows: of a single column, an Image that is not decoded."""
-        super().__init__(labels, class_names)
-        self._name = name
-        self._rows = rows
-
-    def path(self, index: int) -> str:
-        return f"{self._name}[{index}]"
+class ImageRows(ImageArrays):
+    """Images in a table of a single column, an Image that is not decoded: encoded bytes or a path."""
 
     def source(self, index: int) -> str | BinaryIO:
-        (stored,) = self._rows[index].values()
+        (stored,) = self._images[index].values()
         if stored is None:
             raise BadImage(f"{self.path(index)}: there is no image in this row")
         return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]

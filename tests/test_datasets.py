@@ -605,9 +605,6 @@ def test_token_label_maps_come_with_their_images(tmp_path):
     labels, values = batch.targets["label"], batch.targets["values"]
     for index, label, value in zip(batch.indices, labels, values, strict=True):
         assert value.unique().tolist() == [10 * int(label) + int(index) % 2]
-    (maps / "dog" / "1.pt").unlink()
-    with pytest.raises(UserError, match="1 of 4 label maps are missing: .*dog/1.pt"):
-        build_data(args, Distributed())
 
 
 def test_classes_of_imagenet_are_chosen_by_their_words_too(tmp_path):

@@ -147,30 +147,19 @@ def test_balanced_sampling_draws_every_class_as_often_by_the_same_arithmetic():
     accum=st.integers(1, 3),
     epoch=st.integers(0, 5),
 )
-def test_an_epoch_uses_each_sample_once_but_for_less_than_an_update(size, batch, world, accum, epoch):
+def test_an_epoch_is_cut_into_updates_however_these_are_divided(size, batch, world, accum, epoch):
     update = batch * world * accum
     if size < update:
         with pytest.raises(UserError, match=rf"takes {update} images .* has {size}"):
             KeyedSampler(size, batch, 0, 0, world, accum)
         return
     samplers = [KeyedSampler(size, batch, 0, rank, world, accum) for rank in range(world)]
-    used = [key.index for sampler in samplers for keys in sampler.epoch(epoch) for key in keys]
-    assert len(used) == len(set(used)) == size // update * update
-    assert all(len(sampler) % accum == 0 for sampler in samplers)
-
-
-def test_an_update_has_the_same_samples_however_it_is_divided():
-    def updates(batch, world, accum):
-        ranks = [list(KeyedSampler(100, batch, 0, rank, world, accum).epoch(2)) for rank in range(world)]
-        return [
-            sorted(key for rank in ranks for keys in rank[start : start + accum] for key in keys)
-            for start in range(0, len(ranks[0]), accum)
-        ]
-
-    expected = updates(12, 1, 1)
-    assert len(expected) == 8
-    for batch, world, accum in ((6, 2, 1), (6, 1, 2), (3, 4, 1), (2, 3, 2), (4, 1, 3)):
-        assert updates(batch, world, accum) == expected
+    ranks, order = [list(sampler.epoch(epoch)) for sampler in samplers], samplers[0].order(epoch)
+    assert sorted(order) == list(range(size)) and {len(rank) for rank in ranks} == {size // update * accum}
+    for number in range(size // update):
+        steps = slice(number * accum, (number + 1) * accum)
+        used = sorted(key.index for rank in ranks for keys in rank[steps] for key in keys)
+        assert used == sorted(order[number * update : (number + 1) * update])
 
 
 @pytest.mark.parametrize("size", [41, 255, 256, 700])
