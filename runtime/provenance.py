@@ -1,11 +1,11 @@
 """What was run: the command, its arguments, the versions and the state of the code."""
 
-import importlib.metadata
 import platform
 import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -
         "command": shlex.join(["python", *argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "processes": processes,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git": _git_state(),
         "args": {name: plain(value) for name, value in sorted(args.items())},
     }

@@ -8,12 +8,12 @@ import secrets
 import shutil
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import filelock
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from models.checkpoints import CheckpointError, peek
 from runtime import checkpoints
@@ -33,11 +33,6 @@ from utils import (
     printable,
     sync_directory,
 )
-
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # without its package a run writes no events, as it draws no plots without matplotlib
-    SummaryWriter = None
 
 ARGS = "args.yaml"
 LOG = "log.txt"
@@ -164,8 +159,6 @@ class RunDirectory:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
-        if SummaryWriter is None:
-            return
         # TensorBoard's format is the one file here that is appended to. purge_step hides what a killed run
         # wrote at or after this epoch.
         try:
@@ -179,8 +172,6 @@ class RunDirectory:
             raise cannot_write(self.path / "tensorboard", error) from error
 
     def _draw(self, plot: Plot, best_epoch: int | None) -> None:
-        if find_spec("matplotlib") is None:
-            return
         figure = draw_curves(self._rows, plot, best_epoch, printable(self.path.resolve().name))
         atomic_write(self.path / plot.file, lambda file: figure.savefig(file, format="png"))
 

@@ -136,11 +136,6 @@ def test_model_kwargs_of_the_command_line_change_single_ones_of_the_config(tmp_p
     }
 
 
-def test_input_size_takes_a_pair(tmp_path):
-    assert parse("--input-size", "192x256").input_size == (192, 256)
-    assert parse(config(tmp_path, "input-size: 32")).input_size == (32, 32)
-
-
 def test_without_data_path_the_digits_are_trained():
     args = parse()
     assert (args.data_set, args.output_dir) == ("DIGITS", "runs/spectformer_xs-digits")
@@ -179,7 +174,6 @@ def test_without_data_path_the_digits_are_trained():
         (["--classes", "a,,b"], "commas"),
         (["--aa", "rand-q1"], "not a policy"),
         (["--aa", "fancy"], "not a policy"),
-        (["--aa", "rand-m9-nope"], "not a policy"),
         (["--epochs", "0"], r"at least 1 and at most 1000000\b"),
         (["--seed", str(2**63)], "at most 9223372036854775807"),
         (["--arch", ""], "--arch: it is empty"),
@@ -198,17 +192,15 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(words, expected):
         ("learning-rate: 1", "unknown key 'learning-rate'"),
         ("epoch: 1", r"did you mean epochs\?"),
         ("epochs: many", "epochs: 'many' is not an integer"),
-        ("epochs: 1.5", "epochs"),
         ("epochs: true", "epochs"),
         ("epochs: null", "epochs"),
         ("epochs: [1]", "epochs"),
         ("lr: .nan", "lr"),
         ("eval: 1", "true or false"),
-        ("arch: 5", "arch"),
         ("arch: ''", "--arch: it is empty"),
         ("sched: linear", "sched"),
         ("model-kwargs: 3", "mapping"),
-        ("cutmix-minmax: [0.1]", "list of 2"),
+        ("cutmix-minmax: [0.1]", "expected 2"),
         ("config: other.yaml", "unknown key 'config'"),
         ("- epochs", "flag: value"),
         ("", "flag: value"),
@@ -308,10 +300,6 @@ def test_a_runs_own_record_is_read_without_its_places(tmp_path):
     assert args.output_dir != "old"
     with pytest.raises(UserError, match="unknown key 'args'"):
         parse(config(tmp_path, "args: {epochs: 7}\n"))
-
-
-def test_the_largest_seed_that_every_library_takes_is_taken():
-    assert parse("--seed", str(2**63 - 1)).seed == 2**63 - 1
 
 
 @pytest.mark.parametrize(

@@ -255,13 +255,6 @@ def test_a_profile_of_some_updates_is_written(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_average_without_decay_is_the_weights(tmp_path):
-    engine.fit(Regression, args_of(tmp_path, "--model-ema-decay", "0", "--epochs", "1"))
-    state = finished(tmp_path)[0]
-    assert_same(state["model_ema"], state["model"])
-
-
-@pytest.mark.slow
 def test_the_scale_of_fp16_losses_goes_on_where_it_was(tmp_path):
     path = tmp_path / "checkpoint_last.pth"
     engine.fit(Regression, args_of(tmp_path, "--amp", "fp16", "--epochs", "1"))

@@ -64,14 +64,6 @@ def test_other_classes_get_a_new_classifier_and_it_is_said(tmp_path, pretrained,
 
 
 @pytest.mark.slow
-def test_what_is_no_classifier_in_the_file_is_replaced_by_one(tmp_path, pretrained):
-    damaged = tmp_path / "damaged.pth"
-    torch.save({"model": weights(pretrained) | {"head.weight": torch.tensor(1.0)}}, damaged)
-    train(tmp_path / "run", *STILL, "--finetune", str(damaged))
-    assert changed(weights(pretrained), last(tmp_path / "run")["model"]) == {"head.weight", "head.bias"}
-
-
-@pytest.mark.slow
 def test_transfer_always_begins_with_a_new_classifier(tmp_path, pretrained):
     transfer(tmp_path, *STILL, "--finetune", str(pretrained))
     assert "head.weight" in changed(weights(pretrained), last(tmp_path)["model"])
@@ -186,16 +178,6 @@ def test_the_rate_falls_by_a_factor_a_layer_from_the_head_to_the_stem(model):
     for number, (_, members) in enumerate(sorted(layers.items())):
         expected = max(rates.values()) * 0.5 ** (len(layers) - 1 - number)
         assert [rates[name] for name in members] == pytest.approx([expected] * len(members))
-
-
-@pytest.mark.slow
-def test_resuming_a_fine_tuning_does_not_need_its_first_weights(tmp_path, pretrained):
-    copy = tmp_path / "first.pth"
-    copy.write_bytes(pretrained.read_bytes())
-    flags = ["--finetune", str(copy), "--mixup", "0", "--cutmix", "0"]
-    transfer(tmp_path / "run", "--epochs", "1", *flags)
-    copy.unlink()
-    assert len(transfer(tmp_path / "run", "--epochs", "2", *flags, "--resume", "auto")) == 2
 
 
 @pytest.mark.slow

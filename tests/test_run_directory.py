@@ -165,15 +165,6 @@ def test_a_best_of_epochs_that_are_trained_again_does_not_count(tmp_path):
         assert best_files(tmp_path)["checkpoint_best.pth"] == 40.0
 
 
-def test_checkpoints_are_ranked_by_the_score_that_the_task_names(tmp_path):
-    with RunDirectory(tmp_path, MAIN, "box_ap", ()) as run:
-        run.log_row({"epoch": 0, "test_box_ap": 0.3})
-        keep_best(run, state(1), 0.3, key="box_ap")
-        keep_best(run, state(2), 0.2, key="box_ap")
-    assert peek(tmp_path / "checkpoint_best.pth")["box_ap"] == 0.3
-    assert names(tmp_path) == {".lock", "log.txt", "tensorboard", "checkpoint_best.pth", "checkpoint_last.pth"}
-
-
 def test_the_k_best_are_kept(tmp_path):
     with opened(tmp_path) as run:
         for epoch, acc1 in enumerate([50.0, 70.0, 60.0, 55.0, 60.0, 80.0], 1):

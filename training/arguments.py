@@ -6,7 +6,6 @@ import argparse
 import difflib
 import importlib.util
 import math
-import re
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -203,12 +202,9 @@ def policy(text: str) -> str:
     """A policy of timm's auto-augmentation, "" for none."""
     if text in ("", "none"):
         return ""
-    name, *settings = text.split("-")
-    build = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(name, auto_augment_transform)
+    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     try:
-        if any(not re.fullmatch(r"[a-z]+\d.*", setting) for setting in settings):
-            raise ValueError("timm would ignore such a setting")
-        build(text, {})
+        kinds.get(text.split("-")[0], auto_augment_transform)(text, {})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a policy; rand-m9-mstd0.5-inc1 is one") from error
     return text
@@ -291,19 +287,8 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
         return [flag, *(f"{key}={item!r}" for key, item in value.items())]
     if value is None and action.default is None:
         return []
-    if action.nargs is not None:
-        if not (isinstance(value, list) and action.nargs in ("+", len(value))):
-            raise ValueError(f"{quote(value)} is not a list of {str(action.nargs).replace('+', 'values')}")
-        return [flag, *(_word(action, item) for item in value)]
+    if isinstance(value, list) and action.nargs is not None:
+        return [flag, *map(str, value)]
     if isinstance(value, list) and action.type in SEPARATORS:
-        return [f"{flag}={SEPARATORS[action.type].join(map(str, value))}"]
-    return [f"{flag}={_word(action, value)}"]
-
-
-def _word(action: argparse.Action, value: Any) -> str:
-    # Text is accepted where a number is wanted: YAML reads 5e-4 as text.
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{quote(value)} is not a single value")
-    if action.type in (None, text) and not isinstance(value, str):
-        raise ValueError(f"{quote(value)} is not text")
-    return str(value)
+        value = SEPARATORS[action.type].join(map(str, value))
+    return [f"{flag}={value}"]

@@ -95,20 +95,15 @@ def with_global_batch(
         f"{args.resume}: its updates were of {images} images, --batch-size {batch} x --accum-iter {accumulated} "
         f"x {processes} processes"
     )
-    if images % dist.world_size:
-        fitting = ", ".join(str(n) for n in range(1, min(images, 64) + 1) if images % n == 0)
-        raise UserError(f"{before}; {dist.world_size} processes cannot make them; these numbers can: {fitting}")
-    share = images // dist.world_size
-    sizes = [size for size in range(multiple, share + 1, multiple) if share % size == 0]
-    smaller = [size for size in sizes if size <= args.batch_size]
-    if not smaller or dist.world_size == processes:
-        fitting = "; ".join(f"--batch-size {size} --accum-iter {share // size}" for size in sizes[:-5:-1])
+    share, rest = divmod(images, dist.world_size)
+    sizes = [size for size in range(multiple, args.batch_size + 1, multiple) if share % size == 0 and not rest]
+    if not sizes or dist.world_size == processes:
         source = args.output_dir if args.resume == "auto" else args.resume
         raise UserError(
-            f"{before}; {dist.world_size} processes continue with: {fitting or 'none'}; for another number of images "
-            f"start a new run from its weights: --finetune {source}"
+            f"{before}; {dist.world_size} processes of at most --batch-size {args.batch_size} make others; for another "
+            f"number of images start a new run from its weights: --finetune {source}"
         )
-    flags = {"batch_size": smaller[-1], "accum_iter": share // smaller[-1]}
+    flags = {"batch_size": sizes[-1], "accum_iter": share // sizes[-1]}
     report(
         dist,
         f"{before}; continuing with --batch-size {flags['batch_size']} --accum-iter {flags['accum_iter']} "
