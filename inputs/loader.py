@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from inputs.images import BadImage, ImageDataset
 from inputs.label_maps import image_map_path, read_label_map
-from inputs.sampler import BatchOrder, SampleKey, evaluation_batches
+from inputs.sampler import KeyedSampler, SampleKey, evaluation_batches
 from inputs.transforms import RandomErasing
 from runtime.processes import Distributed
 from utils import UserError, key_seed, seeded, tell
@@ -187,7 +187,7 @@ class _Batches:
 
 
 class DeviceLoader:
-    """Reads batches in worker processes and puts them on the device, one ahead of the step on CUDA."""
+    """Reads batches ahead in worker processes and puts them on the device."""
 
     def __init__(self, samples: KeyedSamples, dist: Distributed, num_workers: int = 0, pin_memory: bool = False):
         self.dataset = samples.dataset
@@ -206,41 +206,23 @@ class DeviceLoader:
             multiprocessing_context="fork" if num_workers > 0 else None,  # memory is shared, and starting is quick
             generator=torch.Generator(),  # of its own: the loader draws a number that nothing here uses
         )
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def _read(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
+        """The readable batches, on the device; raises the error that a worker met."""
         self._batches.keys = batches
-        loaded_batches = filter(self._is_readable, iter(self._loader))
+        loaded_batches = iter(self._loader)
         if self._loader.num_workers > 0:
             atexit.unregister(_end_workers)
             atexit.register(_end_workers)  # anew, to be called before torch's own function, which waits
-        if self._stream is None:
-            yield from map(self._on_device, loaded_batches)
-            return
-        ahead = None
         for loaded in loaded_batches:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                batch = self._on_device(loaded)
-            if ahead is not None:
-                yield ahead
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            ahead = batch
-        if ahead is not None:
-            yield ahead
-
-    def _is_readable(self, loaded: Batch | UserError) -> bool:
-        """Report what a worker could not read; whether it read anything. Raises the error it met."""
-        if isinstance(loaded, UserError):
-            raise loaded
-        for path, reason in loaded.skipped.items():
-            if path not in self.skipped:
-                self.skipped[path] = reason
-                tell(f"skipped: {reason}")
-        return loaded.images is not None
-
-    def _on_device(self, loaded: Batch) -> Batch:
-        return self._samples.to_device(loaded, self._device)
+            if isinstance(loaded, UserError):
+                raise loaded
+            for path, reason in loaded.skipped.items():
+                if path not in self.skipped:
+                    self.skipped[path] = reason
+                    tell(f"skipped: {reason}")
+            if loaded.images is not None:
+                yield self._samples.to_device(loaded, self._device)
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -263,7 +245,7 @@ class TrainLoader(DeviceLoader):
     def __init__(
         self,
         samples: KeyedSamples,
-        sampler: BatchOrder,
+        sampler: KeyedSampler,
         dist: Distributed,
         num_workers: int = 0,
         pin_memory: bool = False,

@@ -1,14 +1,13 @@
 """The order of the samples, by arithmetic alone: the same for any number of workers and processes.
 
-A task with batches of its own kind (images grouped by aspect ratio, say) has a sampler of its own with the
-interface of `BatchOrder`.
+A task with batches of its own kind (images grouped by aspect ratio, say) overrides `KeyedSampler.order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,16 +22,6 @@ class SampleKey(NamedTuple):
     epoch: int
     index: int
     repeat: int
-
-
-class BatchOrder(Protocol):
-    """The training batches of one rank. Every rank has as many, and they are a function of the epoch alone."""
-
-    def __len__(self) -> int:
-        """Micro-steps an epoch."""
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[SampleKey]]:
-        """This rank's batches of an epoch, from micro-step `start_step` on."""
 
 
 @dataclass(frozen=True)

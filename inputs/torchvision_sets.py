@@ -12,21 +12,14 @@ from inputs.folders import class_folders, split_folder
 from inputs.images import ImageArrays, ImageDataset, ImageFiles, class_number
 from utils import UserError, one_line
 
-# The folder that torchvision looks for below the root, and what it must contain.
-_LAYOUTS = {
-    CIFAR10: ("cifar-10-batches-py", "the Python version of CIFAR-10"),
-    CIFAR100: ("cifar-100-python", "the Python version of CIFAR-100"),
-    Flowers102: (
-        "flowers-102",
-        "jpg/*.jpg, imagelabels.mat and setid.mat (or, instead of it, class folders in train/ and test/)",
-    ),
-    StanfordCars: (
-        "stanford_cars",
-        "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_train/, "
-        "cars_test_annos_withlabels.mat and cars_test/ (or, instead of "
-        "it, cars_anno.pkl, train/ and test/)",
-    ),
-    OxfordIIITPet: ("oxford-iiit-pet", "images/ and annotations/"),
+# What the folder that torchvision looks for below the root must contain.
+_CONTENTS = {
+    "cifar-10-batches-py": "the Python version of CIFAR-10",
+    "cifar-100-python": "the Python version of CIFAR-100",
+    "flowers-102": "jpg/*.jpg, imagelabels.mat and setid.mat (or, instead of it, class folders in train/ and test/)",
+    "stanford_cars": "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_train/, cars_test_annos_withlabels.mat "
+    "and cars_test/ (or, instead of it, cars_anno.pkl, train/ and test/)",
+    "oxford-iiit-pet": "images/ and annotations/",
 }
 _CARS_PICKLE = "cars_anno.pkl"
 
@@ -34,7 +27,7 @@ _CARS_PICKLE = "cars_anno.pkl"
 def cifar(options: DatasetOptions) -> ImageDataset:
     """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009), the Python version."""
     builder = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[options.name]
-    data = _open(builder, options, train=options.train, download=options.download)
+    data = _open(builder, builder.base_folder, options, train=options.train, download=options.download)
     return ImageArrays(f"{options.name}/{options.split}", data.data, data.targets, data.classes)
 
 
@@ -46,7 +39,7 @@ def flowers(options: DatasetOptions) -> ImageDataset:
     if split_folder(options.root, SPLIT_NAMES["train"] + SPLIT_NAMES["val"]) is not None:
         return class_folders(options)
     parts = [
-        _open(Flowers102, options, split=split, download=options.download)
+        _open(Flowers102, "flowers-102", options, split=split, download=options.download)
         for split in (("train", "val") if options.train else ("test",))
     ]
     paths = [str(path) for part in parts for path in part._image_files]
@@ -58,7 +51,7 @@ def cars(options: DatasetOptions) -> ImageDataset:
     """Stanford Cars: torchvision's layout with the devkit, or a folder with cars_anno.pkl."""
     if (options.root / _CARS_PICKLE).is_file():
         return _cars_with_pickle(options)
-    data = _open(StanfordCars, options, split="train" if options.train else "test")
+    data = _open(StanfordCars, "stanford_cars", options, split="train" if options.train else "test")
     paths, labels = zip(*data._samples, strict=True)
     return ImageFiles(paths, labels, data.classes)
 
@@ -66,8 +59,7 @@ def cars(options: DatasetOptions) -> ImageDataset:
 def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
     """cars_anno.pkl: {"train": [(file, label), ...], "test": [...]}, or a list of (file, label, ..., is_test).
 
-    An entry may also be a dict with "fname", "class" and "test" as in the devkit. Labels count from 0 or 1. The
-    files lie in train/ and test/, or in cars_train/ and cars_test/.
+    Labels count from 0 or 1. The files are in train/ and test/, or in cars_train/ and cars_test/.
     """
     path = options.root / _CARS_PICKLE
     try:
@@ -75,12 +67,9 @@ def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
             content = _PlainUnpickler(file).load()
         if isinstance(content, dict):
             content = [(*entry[:2], split == "test") for split in ("train", "test") for entry in content[split]]
-        entries = [
-            (entry["fname"], entry["class"], entry["test"]) if isinstance(entry, dict) else entry for entry in content
-        ]
-        labels = [class_number(entry[1]) for entry in entries]
+        labels = [class_number(entry[1]) for entry in content]
         first, last = min(labels), max(labels)
-        chosen = [(str(entry[0]), entry[1] - first) for entry in entries if bool(entry[-1]) != options.train]
+        chosen = [(str(entry[0]), entry[1] - first) for entry in content if bool(entry[-1]) != options.train]
     except Exception as error:  # a damaged stream makes the unpickler fail in any way
         raise UserError(
             f"{path}: expected {{'train': [(file, label), ...], 'test': [...]}}: {one_line(error)}"
@@ -101,16 +90,15 @@ class _PlainUnpickler(pickle.Unpickler):
 def pets(options: DatasetOptions) -> ImageDataset:
     """Oxford-IIIT Pets: trained on trainval, validated on test."""
     split = "trainval" if options.train else "test"
-    data = _open(OxfordIIITPet, options, split=split, download=options.download)
+    data = _open(OxfordIIITPet, "oxford-iiit-pet", options, split=split, download=options.download)
     return ImageFiles([str(path) for path in data._images], data._labels, data.classes)
 
 
-def _open(builder: type, options: DatasetOptions, **arguments: str | bool) -> VisionDataset:
+def _open(builder: type, folder: str, options: DatasetOptions, **arguments: str | bool) -> VisionDataset:
     """Open one of torchvision's data sets. --data-path may also be the very folder that it looks for."""
-    folder, content = _LAYOUTS[builder]
     root = options.root.parent if options.root.name == folder else options.root
     try:
         return builder(str(root), **arguments)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         hint = "; --download fetches it" if arguments.get("download") is False else ""
-        raise options.missing(f"{folder}/ with {content}{hint} ({one_line(error)})") from error
+        raise options.missing(f"{folder}/ with {_CONTENTS[folder]}{hint} ({one_line(error)})") from error

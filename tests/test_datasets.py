@@ -319,11 +319,6 @@ def test_cars_with_the_devkit(tmp_path):
 CAR_ANNOTATIONS = {
     "splits": {"train": [("1.jpg", 1), ("2.jpg", 3)], "test": [("3.jpg", 2)]},
     "splits from 0": {"train": [["1.jpg", 0], ["2.jpg", 2]], "test": [["3.jpg", 1]]},
-    "records": [
-        {"fname": "1.jpg", "class": 1, "test": 0},
-        {"fname": "2.jpg", "class": 3, "test": 0},
-        {"fname": "3.jpg", "class": 2, "test": 1},
-    ],
     "boxes and flags": [("1.jpg", 1, 5, 6, False), ("2.jpg", 3, 5, 6, False), ("3.jpg", 2, 5, 6, True)],
 }
 
