@@ -129,7 +129,7 @@ def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, An
     if args.checkpoint_epochs and progress.epoch % args.checkpoint_epochs == 0:
         names.append(f"checkpoint_{progress.epoch:04d}.pth")
     directory.save_checkpoints([*names, LAST], state)
-    directory.remove_worse(progress.epoch, args.keep_best)
+    directory.remove_worse(args.keep_best)
     trainer.dist.barrier()  # or the others would wait in a collective of the next epoch, whose limit is shorter
 
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,6 @@ from utils import (
     make_directory,
     one_line,
     printable,
-    sync_directory,
 )
 
 ARGS = "args.yaml"
@@ -177,13 +175,14 @@ class RunDirectory:
 
     # ------------------------------------------------------------------------------------------- checkpoints
     def save_checkpoints(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
-        """Write `state` once, to the first of `names` in this directory, and link the others to it, in order."""
+        """Write `state` to the first of `names` in this directory, and copy that file to the others, in order."""
         if not self._active:
             return
         first, *others = (self.path / name for name in names)
         checkpoints.save(first, state)
         for path in others:
-            _link(first, path)
+            with open(first, "rb") as file:
+                atomic_write(path, lambda copy, file=file: shutil.copyfileobj(file, copy))
 
     def names_for_best(self, state: Mapping[str, Any], k: int = 1) -> list[str]:
         """The names under which to save `state` if its score, the higher the better, is among the best `k` so far.
@@ -198,36 +197,35 @@ class RunDirectory:
         if not self._active:
             return []
         epoch, score = state["epoch"], state[self._score]
-        best = self._score_of(self.path / BEST, epoch)
+        best = self._score_of(self.path / BEST)
         names = [BEST] if best is None or score > best else []
         if k > 1:
-            ranked = self._ranked(epoch)
+            ranked = self._ranked()
             if len(ranked) < k or score > ranked[k - 1][0]:
                 names.append(f"checkpoint_best_{epoch - 1:04d}.pth")
         return names
 
-    def remove_worse(self, epoch: int, k: int) -> None:
-        """Remove the `checkpoint_best_NNNN.pth` beyond the best `k`, once that of a run at `epoch` is saved."""
+    def remove_worse(self, k: int) -> None:
+        """Remove the `checkpoint_best_NNNN.pth` beyond the best `k`, once the newest is saved."""
         if self._active and k > 1:
-            for _, path in self._ranked(epoch + 1)[k:]:
+            for _, path in self._ranked()[k:]:
                 try:
                     path.unlink(missing_ok=True)
                 except OSError as error:
                     raise MachineError(f"{path}: cannot be removed: {error.strerror}") from error
 
-    def _ranked(self, before: int) -> list[tuple[float, Path]]:
-        """The numbered best checkpoints of epochs up to `before`, the best first, of equals the earliest."""
+    def _ranked(self) -> list[tuple[float, Path]]:
+        """The numbered best checkpoints, the best first, of equals the earliest."""
         paths = sorted(self.path.glob("checkpoint_best_*.pth"))
-        scored = [(score, path) for path in paths if (score := self._score_of(path, before)) is not None]
+        scored = [(score, path) for path in paths if (score := self._score_of(path)) is not None]
         return sorted(scored, key=lambda found: -found[0])
 
-    def _score_of(self, path: Path, before: int) -> float | None:
-        """A checkpoint's score; None if it is missing or damaged, or if the run has yet to reach its epoch."""
+    def _score_of(self, path: Path) -> float | None:
+        """A checkpoint's score; None if it is missing or damaged."""
         try:
-            state = peek(path)
+            return peek(path).get(self._score)
         except CheckpointError:
             return None
-        return state.get(self._score) if state.get("epoch", before) < before else None
 
 
 def lock_directory(directory: Path) -> filelock.BaseFileLock:
@@ -247,27 +245,6 @@ def lock_directory(directory: Path) -> filelock.BaseFileLock:
     except OSError as error:
         raise cannot_write(directory / LOCK, error) from error
     return lock
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where the file system has no hard links, atomically.
-
-    Both are only ever replaced as a whole, so a later write to one of them leaves the other alone.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    try:
-        os.link(source, temporary)
-    except OSError:
-        with open(source, "rb") as file:
-            atomic_write(target, lambda copy: shutil.copyfileobj(file, copy))
-        return
-    try:
-        os.replace(temporary, target)
-        sync_directory(target.parent)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)  # rename(2) leaves it where both are the same file already
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

