@@ -7,12 +7,12 @@ import os
 import shutil
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import filelock
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from models.checkpoints import CheckpointError, peek
 from runtime import checkpoints
@@ -31,6 +31,11 @@ from utils import (
     one_line,
     printable,
 )
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # without its package a run writes no events, as it draws no plots without matplotlib
+    SummaryWriter = None
 
 ARGS = "args.yaml"
 LOG = "log.txt"
@@ -157,6 +162,8 @@ class RunDirectory:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
+        if SummaryWriter is None:
+            return
         # TensorBoard's format is the one file here that is appended to. purge_step hides what a killed run
         # wrote at or after this epoch.
         try:
@@ -170,6 +177,8 @@ class RunDirectory:
             raise cannot_write(self.path / "tensorboard", error) from error
 
     def _draw(self, plot: Plot, best_epoch: int | None) -> None:
+        if find_spec("matplotlib") is None:
+            return
         figure = draw_curves(self._rows, plot, best_epoch, printable(self.path.resolve().name))
         atomic_write(self.path / plot.file, lambda file: figure.savefig(file, format="png"))
 
