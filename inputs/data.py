@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,10 +39,10 @@ class Data:
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str
-    num_classes: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.num_classes = len(self.class_names)
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
 
 def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
