@@ -187,7 +187,7 @@ class _Batches:
 
 
 class DeviceLoader:
-    """Reads batches ahead in worker processes and puts them on the device."""
+    """Reads batches ahead in worker processes and puts them on the device, one ahead of the step on CUDA."""
 
     def __init__(self, samples: KeyedSamples, dist: Distributed, num_workers: int = 0, pin_memory: bool = False):
         self.dataset = samples.dataset
@@ -208,7 +208,13 @@ class DeviceLoader:
         )
 
     def _read(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
-        """The readable batches, on the device; raises the error that a worker met."""
+        """The batches on the device; raises the error that a worker met."""
+        loaded = self._load(batches)
+        on_device = (self._samples.to_device(batch, self._device) for batch in loaded)
+        return one_ahead(on_device, self._device) if self._device.type == "cuda" else on_device
+
+    def _load(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
+        """The batches that the workers could read."""
         self._batches.keys = batches
         loaded_batches = iter(self._loader)
         if self._loader.num_workers > 0:
@@ -222,7 +228,22 @@ class DeviceLoader:
                     self.skipped[path] = reason
                     tell(f"skipped: {reason}")
             if loaded.images is not None:
-                yield self._samples.to_device(loaded, self._device)
+                yield loaded
+
+
+def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, each copied and normalised on a stream of its own while the step before it computes."""
+    stream, ahead = torch.cuda.Stream(device), None
+    while True:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(stream)
+        if batch is None:
+            return
+        ahead = batch
 
 
 def _ignore_signals(_worker: int) -> None:
