@@ -241,7 +241,7 @@ class StopSignals:
     """Remembers the first SIGTERM, SIGINT or SIGUSR1 in `signum` (else None), and does nothing more about it.
 
     The run asks between steps, saves and raises `Interrupted(signum)`. Later signals are ignored, so that a
-    second Ctrl-C does not spoil the save. `close()`, or the end of the `with` block, restores the handlers.
+    second Ctrl-C does not spoil the save. The end of the `with` block restores the handlers.
     With `announced`, the first signal is answered at once in a line on stderr.
     """
 
@@ -258,12 +258,9 @@ class StopSignals:
                 os.write(2, b"\nfinishing this step, then saving\n")
         self.signum = self.signum or signum
 
-    def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
     def __enter__(self) -> "StopSignals":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

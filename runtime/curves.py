@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EMA = "_ema"  # ends the name of a column that tells of the averaged weights what the one without tells
+EMA = "_ema"  # ends the name of a column of the averaged weights
 
 
 @dataclass(frozen=True)

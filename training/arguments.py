@@ -235,7 +235,7 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
 
 
 def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
-    """A mapping of flags to values as words of a command line, of which the parser has checked types and choices.
+    """A mapping of flags to values as words of a command line, whose types and choices the parser has checked.
 
     Raises:
         UserError: naming `where` it is, and the key that is unknown or has a wrong value.

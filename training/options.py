@@ -50,7 +50,7 @@ SCHEDULES = ["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "
 ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
 MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # arguments of models for the same choice
 Settings = dict[str, Any]
-# (what is wrong with some arguments, the message; "{lr}" stands for the value of --lr, "{problem}" for what is wrong)
+# (whether something is wrong with some arguments, the message; "{lr}" stands for the value of --lr)
 Checks = Iterable[tuple[Callable[[argparse.Namespace], Any], str]]
 
 
@@ -280,8 +280,8 @@ def parse_args(
         args = completed(flags, args)
     namespace = argparse.Namespace(**args)
     for check, message in (*CHECKS, *flags.checks):
-        if problem := check(namespace):
-            raise UserError(message.format(problem=problem, **args))
+        if check(namespace):
+            raise UserError(message.format(**args))
     if namespace.print_config:
         shown = {name: value for name, value in args.items() if name not in ACTIONS and value is not None}
         say(yaml.safe_dump(plain(shown), sort_keys=False, allow_unicode=True).rstrip())
