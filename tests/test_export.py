@@ -1,7 +1,6 @@
 """A checkpoint's model for other programs: `python -m tools.export`."""
 
 import json
-import sys
 
 import onnx
 import onnxruntime
@@ -9,16 +8,13 @@ import pytest
 import timm
 import torch
 import untrained
-import yaml
 from transformers import AutoModelForImageClassification
 
 from models import load_checkpoint
 from models.checkpoints import METADATA_KEYS, read_checkpoint
 from models.convert import to_ours
-from models.layers import FeedForward
 from runtime import checkpoints
 from tools import export
-from tools.export import PointwiseFeedForward, portable
 from utils import MachineError, UserError
 
 ARCHITECTURES = {
@@ -108,12 +104,7 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
         "data_path": "/data/birds",
         "finetune": "/weights/spectformer_h_n.cifar10.safetensors",
         "epochs": 12,
-        "unscale_lr": True,
-        "momentum": 0.95,
-        "sched": "cosine",
         "mixup": 0.0,
-        "model_ema": False,
-        "teacher_path": None,
         "output_dir": "/secret/place",
     }
     known = {"args": args, "epoch": 12, "step": 0, "acc1": 98.765, "averaged": False, "world_size": 8}
@@ -121,43 +112,13 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
     untrained.save(tmp_path / "c.pth", "spectformer_h_n", kwargs, classes=("wren", "crow"), **known)
     folder = write(tmp_path / "c.pth", "hub", tmp_path / "folder")
     card, config = (folder / "README.md").read_text(), (folder / "config.json").read_text()
-    for words in ("98.77 % top-1", "class folders of birds", "spectformer_h_n.cifar10.safetensors", "license: unknown"):
+    assert f'"local-dir:{tmp_path / "folder"}"' in card and "license: unknown" in card and "arxiv.org/abs/" in card
+    for words in ("98.77 % top-1", "trained on birds", "spectformer_h_n.cifar10.safetensors", "epochs: 12", "mixup: 0"):
         assert words in card
-    assert f'"local-dir:{tmp_path / "folder"}"' in card and "title={SpectFormer: Frequency and Attention" in card
-    assert not [words for words in ("secret", "airplane", "timm/") if words in card]
+    assert not [words for words in ("secret", "airplane", "timm/", "/weights") if words in card]
     assert not [words for words in ("cifar", "airplane", "paper", "license") if words in config]
     assert json.loads(config)["label_names"] == ["wren", "crow"]
-    recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
-    told = {name: args[name] for name in ("epochs", "unscale_lr", "momentum", "sched", "mixup", "model_ema")}
-    assert recipe == told | {"data_set": "IMNET", "finetune": args["finetune"], "processes": 8}
-
-
-def test_an_accuracy_of_other_weights_than_the_exported_is_left_out():
-    state = {"acc1": 98.765, "epoch": 1, "step": 0, "averaged": False}
-    assert export.score_of(state, ema=False) == 98.765
-    assert export.score_of(state, ema=True) is export.score_of(state | {"step": 3}, ema=False) is None
-
-
-def test_push_uploads_the_folder(tmp_path, monkeypatch, capsys):
-    untrained.save(tmp_path / "c.pth")
-    uploaded = []
-
-    class Hub:
-        def create_repo(self, repo, exist_ok):
-            if "/" not in repo:
-                raise OSError("401: log in")
-            return type("Url", (str,), {"repo_id": repo})("https://hub/me/mine")
-
-        def upload_folder(self, **what):
-            uploaded.append(what)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    folder = write(tmp_path / "c.pth", "hub", tmp_path / "folder", "--push", "me/mine")
-    assert uploaded == [{"repo_id": "me/mine", "folder_path": folder}]
-    assert 'hf-hub:me/mine"' in (folder / "README.md").read_text()
-    assert "uploaded: https://hub/me/mine" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--push mine: 401: log in"):
-        write(tmp_path / "c.pth", "hub", tmp_path / "folder", "--push", "mine", "--overwrite")
+    assert export.accuracy(known | {"averaged": True}, False) is None  # that of other weights than the exported
 
 
 # -------------------------------------------------------------------------------------------------------------- graphs
@@ -177,20 +138,14 @@ def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path,
     assert not {node.op_type for node in proto.graph.node} & {"DFT", "STFT"}
     told = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert told["class_names"] == list(untrained.DIGITS) and told["input_size"] == [64, 32]
-    assert "any number of images, 64x32; onnxruntime's logits within" in capsys.readouterr().out
-    # For speed: GELU is one operation, depthwise convolutions follow convolutions, matrices are not copied.
+    assert "any number of images; onnxruntime's logits within" in capsys.readouterr().out
+    # For speed: GELU is one operation, and depthwise convolutions of feed-forward networks follow convolutions.
     operations = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
     assert operations & {"Gelu", "BiasGelu"} and "Erf" not in operations
-    nodes = proto.graph.node
-    made_by = {name: node.op_type for node in nodes for name in node.output}
-    depthwise = [node for node in nodes if any(a.name == "group" and a.i > 1 for a in node.attribute)]
+    made_by = {name: node.op_type for node in proto.graph.node for name in node.output}
+    depthwise = [node for node in proto.graph.node if any(a.name == "group" and a.i > 1 for a in node.attribute)]
     transposed = [node for node in depthwise if made_by[node.input[0]] != "Conv"]
-    assert len(transposed) == sum(
-        "conv_half" in name or name.endswith("mixer.conv") for name, _ in model.named_modules()
-    )
-    matrices = {matrix.name for matrix in proto.graph.initializer}
-    copies = {node.output[0] for node in nodes if node.op_type == "Expand" and node.input[0] in matrices}
-    assert not copies & {name for node in nodes if node.op_type == "MatMul" for name in node.input}
+    assert len(transposed) == sum(name.endswith("mixer.conv") for name, _ in model.named_modules())
 
 
 @pytest.mark.slow
@@ -231,23 +186,14 @@ def test_a_model_of_timms_is_exported_too_but_not_for_any_size(tmp_path):
         write(tmp_path / "c.pth", "onnx", tmp_path / "n.onnx", "--dynamic-size")
 
 
-def test_the_exported_copy_leaves_the_model_as_it_is():
-    model = timm.create_model("svt_h_n", img_size=32, depths=(1, 1, 1, 1))
-    other = portable(model)
-    assert isinstance(model.stages[0].blocks[0].mlp, FeedForward)
-    assert isinstance(other.stages[0].blocks[0].mlp, PointwiseFeedForward)
-
-
 # ------------------------------------------------------------------------------------------------------------ mistakes
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--to", "onx", "m.onnx"], "--to onx: choose one of .*; did you mean onnx?"),
         (["--to", "hub", "m", "--dynamic-size"], "--dynamic-size is for --to onnx"),
-        (["--to", "onnx", "m.pth"], "m.pth: name it .onnx"),
         (["--to", "pt2", "there.pt2"], "there.pt2: it exists already; --overwrite replaces it"),
         (["--to", "hub", "full"], "full: it exists already"),
-        (["--to", "onnx", "no/m.onnx"], "no/m.onnx: there is no folder no"),
     ],
 )
 def test_mistakes_are_named_in_one_line_before_anything_is_written(flags, message, tmp_path, monkeypatch):
@@ -260,10 +206,3 @@ def test_mistakes_are_named_in_one_line_before_anything_is_written(flags, messag
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         export.main(["c.pth", *flags])
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    untrained.save(tmp_path / "c.pth")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="ONNX needs pip install onnx onnxruntime onnxscript"):
-        write(tmp_path / "c.pth", "onnx", tmp_path / "m.onnx")

@@ -20,12 +20,6 @@ BLOCKS = {  # each with as many empty lines before it as the page has lines, so 
 }
 
 
-def test_there_is_a_block_for_every_use():
-    named = ("own data", "torch.fx", "Quantisation", "segmentation", "activation", "LoRA")
-    named += ("Lightning", "Files", "Arithmetic")
-    assert [name for name in named if not any(name in title for title in BLOCKS)] == []
-
-
 @pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of the other libraries

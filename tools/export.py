@@ -6,7 +6,7 @@
                           .safetensors
   --to hub DIR            Hugging Face's layout, for transformers and
                           timm.create_model("local-dir:DIR", pretrained=True);
-                          --push REPO uploads it
+                          `hf upload REPO DIR` uploads it
   --to onnx FILE          a graph for any number of images (with --dynamic-size
                           of any size), checked against torch in onnxruntime;
                           opset 18, without Fourier operators
@@ -31,7 +31,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 from torch import Tensor, nn
@@ -46,23 +45,17 @@ from models.pretrained import find_checkpoint
 from models.resampling import Grid
 from runtime import checkpoints
 from runtime.cli import run_cli
-from runtime.provenance import plain
 from tools.command_line import ToolParser
 from training.arguments import suggestion
 from training.model import count_parameters
+from training.options import data_name
 from utils import MachineError, UserError, atomic_write, cannot_write, make_directory, one_line
 
 OPSET = 18  # understood by TensorRT, CoreML's converters and onnxruntime 1.18
 TOLERANCE = 1e-4  # of a logit
 LARGEST_SIDE = 4096  # pixels, of images of any size
 BATCHES = (1, 3)  # sizes that a graph is checked with; it is traced with another
-OPTIONS = {"half": "safetensors", "dynamic_size": "onnx", "push": "hub"}  # flag -> its format
-SUFFIXES = {
-    "safetensors": (".safetensors",),
-    "original": (".pth", ".safetensors"),
-    "onnx": (".onnx",),
-    "pt2": (".pt2",),
-}
+OPTIONS = {"half": "safetensors", "dynamic_size": "onnx"}  # flag -> its format
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace what is at PATH")
     add("--half", action="store_true", help="safetensors: in float16")
     add("--dynamic-size", action="store_true", help="onnx: images of any size, multiples of the model's stride")
-    add("--push", metavar="REPO", help="hub: then upload the folder")
     args = parser.parse_args(argv)
 
     name, path = args.to[0], Path(args.to[1])
@@ -84,12 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for option, only in OPTIONS.items():
         if getattr(args, option) and name != only:
             raise UserError(f"--{option.replace('_', '-')} is for --to {only}")
-    if path.suffix not in SUFFIXES.get(name, (path.suffix,)):
-        raise UserError(f"{path}: name it {' or '.join(SUFFIXES[name])}")
-    if not args.overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
+    if path.exists() and not args.overwrite:
         raise UserError(f"{path}: it exists already; --overwrite replaces it")
-    if name != "hub" and not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
+    make_directory(path if name == "hub" else path.parent)
     print(f"{path}: written, {FORMATS[name](args, path)}")
 
 
@@ -133,136 +122,86 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
 
 # ---------------------------------------------------------------------------------------------------------------- hub
 
-CITATIONS = {
-    "arXiv:2304.06446": """@article{patro2023spectformer,
-  title={SpectFormer: Frequency and Attention is what you need in a Vision Transformer},
-  author={Patro, Badri N. and Namboodiri, Vinay P. and Agneeswaran, Vijay Srinivas},
-  journal={arXiv preprint arXiv:2304.06446},
-  year={2023}
-}""",
-    "arXiv:2311.01310": """@inproceedings{patro2023scattering,
-  title={Scattering Vision Transformer: Spectral Mixing Matters},
-  author={Patro, Badri N. and Agneeswaran, Vijay Srinivas},
-  booktitle={Advances in Neural Information Processing Systems},
-  year={2023}
-}""",
+# Keys of timm's `pretrained_cfg` that describe the model and not the registered weights.
+OF_THE_MODEL = {
+    "architecture",
+    "input_size",
+    "fixed_input_size",
+    "num_classes",
+    "pool_size",
+    "first_conv",
+    "classifier",
 }
-# Settings of a run that say where it ran and what it wrote, not how it trained.
-NOT_OF_THE_RECIPE = {
-    "config", "resume", "eval", "dry_run", "print_config", "output_dir", "data_path", "download", "wandb", "device",
-    "num_workers", "pin_mem", "print_freq", "checkpoint_steps", "checkpoint_epochs", "keep_best", "token_label_data",
-}  # fmt: skip
-# Keys of timm's `pretrained_cfg` that describe this model; the others describe the registered weights.
-OF_THIS_MODEL = {
-    "input_size", "fixed_input_size", "num_classes", "mean", "std", "crop_pct", "crop_mode", "interpolation",
-    "pool_size", "first_conv", "classifier", "custom_load",
-}  # fmt: skip
-FOLDERS = ("IMNET", "FOLDER")  # data sets that are whatever class folders --data-path names
+# Settings of a run that a model card has.
+RECIPE = ("epochs", "batch_size", "opt", "lr", "weight_decay", "drop_path", "aa", "mixup", "cutmix", "reprob")
 
 
 def write_hub(args: argparse.Namespace, path: Path) -> str:
-    """config.json, model.safetensors and README.md in a folder; --push uploads the folder."""
+    """config.json, model.safetensors and README.md in a folder."""
     info = load_checkpoint(args.checkpoint, ema=args.ema)
-    model = info.model
+    model, paper = info.model, info.model.pretrained_cfg.get("paper_ids")
     size = {"img_size": info.input_size} if model.pretrained_cfg.get("fixed_input_size") else {}
-    images = ("mean", "std", "crop_pct", "interpolation")
-    pretrained_cfg = {name: getattr(info, name) for name in images} | {"input_size": (3, *info.input_size)}
-    make_directory(path)
+    images = {name: getattr(info, name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key in OF_THE_MODEL}
     try:
         save_for_hf(
             model,
             path,
-            model_config={"label_names": list(info.class_names), "pretrained_cfg": pretrained_cfg},
+            model_config={
+                "label_names": list(info.class_names),
+                "pretrained_cfg": images | {"input_size": (3, *info.input_size)},
+            },
             model_args=info.model_kwargs | size,
             safe_serialization=True,
         )
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config["model_args"].pop("num_classes", None)  # beside the entry of that name, transformers would pass both
-        config["pretrained_cfg"] = {
-            key: config["pretrained_cfg"][key] for key in sorted(config["pretrained_cfg"]) if key in OF_THIS_MODEL
-        }
         (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        card = model_card(info, f"hf-hub:{args.push}" if args.push else f"local-dir:{path}")
-        (path / "README.md").write_text(card, encoding="utf-8")
+        (path / "README.md").write_text(model_card(info, paper, path), encoding="utf-8")
     except OSError as error:
         raise cannot_write(path, error) from error
-    files = "config.json, model.safetensors, README.md"
-    return files if args.push is None else f"{files}; uploaded: {upload(path, args.push)}"
+    return "config.json, model.safetensors, README.md"
 
 
-def upload(folder: Path, repo: str) -> str:
-    """Upload the folder to a repository of Hugging Face's hub; its address."""
-    from huggingface_hub import HfApi
-
-    try:
-        url = HfApi().create_repo(repo, exist_ok=True)
-        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)
-    except (OSError, ValueError) as error:  # what that library raises derives from these
-        raise UserError(f"--push {repo}: {one_line(error)}") from error
-    return str(url)
-
-
-def model_card(info: LoadedModel, source: str) -> str:
-    """README.md: what the checkpoint says of its run. `source` is the name by which timm loads the model."""
-    state, cfg, (height, width) = info.checkpoint, info.model.pretrained_cfg, info.input_size
+def model_card(info: LoadedModel, paper: str | None, folder: Path) -> str:
+    """README.md: what the checkpoint says of its run, and the paper of its architecture."""
+    state, (height, width) = info.checkpoint, info.input_size
     settings = state.get("args") or {}
+    data = data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None
     details: dict[str, Any] = {
         "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
         "Images": f"{height} x {width}, mean {list(info.mean)}, std {list(info.std)}, crop {info.crop_pct:g}, "
         f"{info.interpolation}",
+        "Arguments": {name: f"`{value!r}`" for name, value in info.model_kwargs.items()},
+        "Data": data,
+        "Accuracy": accuracy(state, info.ema),
+        "Began from": settings.get("finetune") and Path(settings["finetune"]).name,
+        "Recipe": {name: settings[name] for name in RECIPE if settings.get(name) is not None},
+        "Paper": paper and f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}",
     }
-    if info.model_kwargs:
-        details["Arguments"] = {name: f"`{value!r}`" for name, value in info.model_kwargs.items()}
-    if (data := data_of(settings)) is not None:
-        details["Data"] = data
-        if (score := score_of(state, info.ema)) is not None:
-            details["Accuracy"] = (
-                f"{score:.2f} % top-1 on the validation images of {data}, after epoch {state['epoch']}"
-            )
-    if settings.get("finetune"):
-        details["Began from"] = f"`{Path(settings['finetune']).name}`"
-    if version := state.get("version"):
-        details["Trained with"] = ", ".join(f"{name} {number}" for name, number in version.items())
-    paper = cfg.get("paper_ids")
-    if paper in CITATIONS:
-        details["Paper of the architecture"] = f"{cfg['paper_name']}: {paper}"
     usage = f"""
 ```python
 import timm
 import spectformer_svt  # registers the models; pip install . in a clone of their repository
 
-model = timm.create_model("{source}", pretrained=True).eval()
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # "hf-hub:REPO" where it was uploaded
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 """
     card: dict[str, Any] = {
         "license": "unknown",
         "description": f"A {info.arch} for image classification" + (f", trained on {data}." if data else "."),
-        "details": details,
+        "details": {name: value for name, value in details.items() if value},
         "usage": usage,
     }
-    text = generate_readme(card | ({"citation": CITATIONS[paper]} if paper in CITATIONS else {}), source.split("/")[-1])
-    recipe = {name: value for name, value in settings.items() if name not in NOT_OF_THE_RECIPE and value is not None}
-    if recipe:
-        recipe["processes"] = state.get("world_size", 1)
-        text += f"\n## Recipe\n```yaml\n{yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True)}```\n"
-    return text
+    return generate_readme(card, folder.name)
 
 
-def data_of(settings: Mapping[str, Any]) -> str | None:
-    """The data that a run trained on, in words; None if it is not known."""
-    name = settings.get("data_set")
-    if name in FOLDERS:
-        path = settings.get("data_path")
-        return f"the class folders of {Path(path).resolve().name}" if path else None
-    classes = settings.get("classes")
-    return name and name + (f", classes {', '.join(classes)}" if classes else "")
-
-
-def score_of(state: Mapping[str, Any], ema: bool) -> float | None:
-    """The accuracy after the checkpoint's epoch, if it is that of the exported weights and not of their average."""
-    at_end = state.get("epoch") and not state.get("step")
-    return state.get("acc1") if at_end and state.get("averaged", False) == ema else None
+def accuracy(state: Mapping[str, Any], ema: bool) -> str | None:
+    """The top-1 after the checkpoint's epoch, if it is that of the exported weights and not of their average."""
+    if not state.get("acc1") or not state.get("epoch") or state.get("step") or state.get("averaged", False) != ema:
+        return None
+    return f"{state['acc1']:.2f} % top-1 on the validation images, after epoch {state['epoch']}"
 
 
 # ------------------------------------------------------------------------------------------------------------- graphs
@@ -270,31 +209,28 @@ def score_of(state: Mapping[str, Any], ema: bool) -> float | None:
 
 def write_onnx(args: argparse.Namespace, path: Path) -> str:
     """An ONNX file, after onnxruntime has given torch's logits with it."""
-    runtime, onnx = package("onnxruntime"), package("onnx")
-    kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
-    info = load_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
-    model = info.model
-    if args.dynamic_size and not isinstance(model, ImageModel):
-        raise UserError(f"--dynamic-size: {info.arch} is not one of this project's models")
+    info = load_checkpoint(
+        args.checkpoint, ema=args.ema, model_kwargs={"dynamic_img_size": True} if args.dynamic_size else {}
+    )
     size, sizes, shape = info.input_size, [info.input_size], {0: Dim("batch")}
     if args.dynamic_size:
-        stride = model.feature_info[-1]["reduction"]
+        if not isinstance(info.model, ImageModel):
+            raise UserError(f"--dynamic-size: {info.arch} is not one of this project's models")
+        stride = info.model.feature_info[-1]["reduction"]
         rows, columns = (Dim(name, min=2, max=LARGEST_SIDE // stride) for name in ("rows", "columns"))
         shape |= {2: stride * rows, 3: stride * columns}
         native = tuple(max(side // stride, 2) * stride for side in info.input_size)
         sizes = [(2 * stride, 3 * stride), (5 * stride, 4 * stride), native]
         size = (native[0] + stride, native[1] + 2 * stride)  # where weights are resampled, so that the graph does it
-    proto = to_onnx(export(portable(model), size, shape))
-    onnx.helper.set_model_props(proto, metadata(info))
+    proto = to_onnx(export(portable(info.model), size, shape))
+    package("onnx").helper.set_model_props(proto, metadata(info))
     content = proto.SerializeToString()
-    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    difference = check(lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model, sizes)
+    difference = check(onnxruntime_forward(content), info.model, sizes)
     atomic_write(path, content)
-    checked = ", ".join(f"{height}x{width}" for height, width in sizes)
-    images = f"images of any size, checked at {checked}" if args.dynamic_size else f"images, {checked}"
+    checked = " and ".join(f"{height}x{width}" for height, width in sizes)
     return (
-        f"opset {OPSET}, {len(content) / 1e6:.1f} MB, any number of {images}; "
-        f"onnxruntime's logits within {difference:.1e} of torch's"
+        f"opset {OPSET}, {len(content) / 1e6:.1f} MB, any number of images{' of any size' * args.dynamic_size}; "
+        f"onnxruntime's logits within {difference:.1e} of torch's at {checked}"
     )
 
 
@@ -320,12 +256,16 @@ FORMATS = {
 
 
 def in_onnxruntime(model: nn.Module, img_size: int) -> Callable[[Tensor], Tensor]:
-    """The model's logits by onnxruntime, with as many threads as torch uses."""
-    runtime = package("onnxruntime")
+    """The model's logits by onnxruntime."""
     program = export(portable(model.eval()), (img_size, img_size), {0: Dim("batch")})
+    return onnxruntime_forward(to_onnx(program).SerializeToString())
+
+
+def onnxruntime_forward(content: bytes) -> Callable[[Tensor], Tensor]:
+    """From images to logits by an ONNX file, on the CPU, with as many threads as torch uses."""
+    runtime = package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    content = to_onnx(program).SerializeToString()
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
@@ -373,11 +313,8 @@ def to_onnx(program: ExportedProgram) -> Any:
 def check(run: Callable[[Tensor], Tensor], model: nn.Module, sizes: list[Grid]) -> float:
     """The largest difference between a graph's logits and the model's; raises MachineError where it is too large."""
     generator = torch.Generator().manual_seed(0)
-    difference = 0.0
-    for size in sizes:
-        for batch in BATCHES:
-            images = torch.randn(batch, 3, *size, generator=generator)
-            difference = max(difference, (run(images) - model(images)).abs().max().item())
+    batches = [torch.randn(batch, 3, *size, generator=generator) for size in sizes for batch in BATCHES]
+    difference = max((run(images) - model(images)).abs().max().item() for images in batches)
     if not difference <= TOLERANCE:
         raise MachineError(f"the graph's logits differ from the model's by {difference:.1e}; nothing was written")
     return difference
