@@ -37,6 +37,7 @@ class Detection(Task):
     flags = FLAGS
     ranked_by = "AP"
     shown = ("AP", "AP50")
+    sample_flags = ("data_set",)
     fixed_sizes = False
     plots = (
         Plot("loss_plot.png", (Panel("Loss", {"train_loss": "training"}),)),
@@ -96,9 +97,6 @@ class Detection(Task):
             "class_names": list(data.class_names),
             "category_ids": list(data.category_ids),
         }
-
-    def sample_settings(self) -> dict[str, Any]:
-        return {"data_set": self.args.data_set}
 
     def record(self) -> dict[str, Any]:
         return {"min_size": self.args.min_size[-1], "max_size": self.args.max_size}

@@ -75,6 +75,7 @@ class Regression(Task):
     flags = TaskFlags({}, lambda given: {}, lambda args: {"data_set": "points"}, [])
     ranked_by = "fit"
     shown = ("fit",)
+    sample_flags = ()
     plots = (Plot("fit.png", (Panel("Error", {"train_loss": "training", "test_error": "test"}),)),)
 
     def __init__(self, run):
@@ -108,9 +109,6 @@ class Regression(Task):
 
     def identity(self):
         return {"width": 8}
-
-    def sample_settings(self):
-        return {}
 
     def record(self):
         return {"about": "a line"}

@@ -42,6 +42,7 @@ class Classification(Task):
     flags = FLAGS
     ranked_by = "acc1"
     shown = ("loss", "acc1")
+    sample_flags = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part", "balanced_sampling")
     plots = (
         Plot(
             "loss_plot.png",
@@ -115,10 +116,6 @@ class Classification(Task):
             "input_size": list(self.args.input_size),
             "class_names": list(self.data.class_names),
         }
-
-    def sample_settings(self) -> dict[str, Any]:
-        names = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part", "balanced_sampling")
-        return {name: getattr(self.args, name) for name in names}
 
     def record(self) -> dict[str, Any]:
         data = self.data

@@ -161,7 +161,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     # Older files do not say what reached the score.
     require_keys(state, path, "model", "optimizer", "args", "world_size", *(set(stored.values()) - {"averaged"}))
     check_same(state, task.identity(), path)
-    check_same(state["args"], task.sample_settings(), path)
+    check_same(state["args"], {name: getattr(trainer.args, name) for name in task.sample_flags}, path)
     if state["step"]:
         check_same(state["args"], {"seed": trainer.args.seed}, path)
     if state["args"].get("opt") != trainer.args.opt:

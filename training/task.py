@@ -24,6 +24,7 @@ class Task(ABC):
         ranked_by: the result of `evaluate` by which checkpoints are ranked; the larger the better.
         shown: results of `evaluate` in an epoch's line on the console.
         plots: the plots of the log that the run directory contains.
+        sample_flags: what decides, beside the seed, which samples a run has; a run that resumes must have the same.
         fixed_sizes: whether all images of a run have one size.
         model: what is trained, with the weights it begins from.
         train: batches, by ``train.epoch(epoch, first micro-step)``; its length is the micro-steps of an epoch, its
@@ -35,6 +36,7 @@ class Task(ABC):
     ranked_by: ClassVar[str]
     shown: ClassVar[Sequence[str]]
     plots: ClassVar[Sequence[Plot]]
+    sample_flags: ClassVar[Sequence[str]]
     fixed_sizes: ClassVar[bool] = True
     model: nn.Module
     train: Any
@@ -81,10 +83,6 @@ class Task(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes from it must have in common; part of every checkpoint."""
-
-    @abstractmethod
-    def sample_settings(self) -> dict[str, Any]:
-        """Flags that decide, beside the seed, which samples a run has; a run that resumes must have the same."""
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
