@@ -278,6 +278,12 @@ def test_parsing_reads_no_checkpoint_and_the_finetuned_model_is_completed_later(
     assert with_finetuned_model(FLAGS, args).arch == "spectformer_xs"  # a run that resumes can do without the file
     with pytest.raises(CheckpointError, match=gone):
         with_finetuned_model(FLAGS, parse("--finetune", gone))
+    checkpoints.save(
+        tmp_path / "checkpoint_last.pth", {"arch": "svt_h_s", "model_kwargs": {"stem_width": 8}, "model": {}}
+    )
+    for resume in ("auto", str(tmp_path / "checkpoint_last.pth")):
+        args = with_finetuned_model(FLAGS, parse("--finetune", gone, "--resume", resume, "--output-dir", str(tmp_path)))
+        assert (args.finetune, args.arch, args.model_kwargs) == (gone, "svt_h_s", {"stem_width": 8})
     told = {"arch": "spectformer_ti", "model_kwargs": {"depth": 2, "alpha": 1, "token_label": True}}
     checkpoints.save(gone, told | {"model": {}})
     args = with_finetuned_model(FLAGS, parse("--finetune", gone, "--model-kwargs", "depth=3"))

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -305,20 +306,23 @@ def data_name(data_set: str, data_path: str | None) -> str:
 def with_finetuned_model(flags: TaskFlags, args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with --finetune's model, unless they name another, and with what depends on the model.
 
-    A run that resumes can do without that file.
+    If that file is gone, a run that resumes takes its own checkpoint's model.
 
     Raises:
         CheckpointError: it cannot be read, or its arguments would make timm read other files.
     """
     if args.finetune is None:
         return args
+    path, state = args.finetune, {}
     try:
         path = str(find_checkpoint(args.finetune))
         state = peek(path)
     except CheckpointError:
         if not args.resume:
             raise
-        path, state = args.finetune, {}
+        resumed = args.output_dir if args.resume == "auto" else args.resume
+        with suppress(CheckpointError):
+            state = peek(find_checkpoint(resumed)) if resumed is not None else {}
     settings = vars(args) | {
         "finetune": path,
         "arch": args.arch or state.get("arch"),
