@@ -31,17 +31,8 @@ def folder(tmp_path):
 def save_teacher(path, classes=CLASSES, seed=0):
     torch.manual_seed(seed)
     model = timm.create_model("test_resnet", num_classes=len(classes)).eval()
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "arch": "test_resnet",
-            "model_kwargs": {},
-            "input_size": [96, 96],
-            "num_classes": len(classes),
-            "class_names": list(classes),
-        },
-        path,
-    )
+    known = {"arch": "test_resnet", "model_kwargs": {}, "input_size": [96, 96]}
+    torch.save(known | {"model": model.state_dict(), "num_classes": len(classes), "class_names": list(classes)}, path)
     return model
 
 
@@ -70,7 +61,6 @@ def map_files(folder):
     "name, options",
     [
         ("test_resnet", {}),
-        ("pvt_v2_b0", {}),
         ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "depths": (1, 1, 1, 1)}),
         ("spectformer_ti", {"img_size": 64, "depth": 2, "alpha": 1}),
     ],
@@ -151,10 +141,13 @@ def test_a_second_call_writes_only_what_is_missing(folder, run):
     assert {file: file.read_bytes() for file in map_files(folder)} == before | {files[7]: b"kept"}
 
 
-def test_maps_of_two_teachers_are_not_mixed(folder, run):
+def test_maps_of_two_teachers_are_not_mixed_and_a_teacher_of_other_classes_is_refused(folder, run):
     run()
     save_teacher(folder / "teacher.pth", seed=1)
     with pytest.raises(UserError, match="another teacher's"):
+        run()
+    save_teacher(folder / "teacher.pth", ("ant", "cat", "bee"))
+    with pytest.raises(UserError, match="are not the 3 classes of --data-set FOLDER"):
         run()
 
 
@@ -188,21 +181,12 @@ def test_bad_command_lines_get_one_line(run, flags, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_teacher_of_other_classes_is_refused(folder, run):
-    for classes in (("ant", "bee"), ("ant", "cat", "bee")):
-        save_teacher(folder / "teacher.pth", classes)
-        with pytest.raises(UserError, match="are not the 3 classes of --data-set FOLDER"):
-            run()
-    assert not (folder / "maps").exists()
-
-
 @pytest.mark.slow
 def test_a_bad_image_is_named(folder, run):
     bad = folder / "data" / "train" / "cat" / "cat_1.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    for workers in ("0", "1"):
-        with pytest.raises(UserError, match="cat_1.png"):
-            run("--num-workers", workers)
+    with pytest.raises(UserError, match="cat_1.png"):
+        run("--num-workers", "1")
 
 
 def test_two_images_do_not_share_a_map(folder, run):

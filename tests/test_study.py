@@ -137,20 +137,16 @@ def with_lines(tmp_path, accuracies):
     return [*words(tmp_path, tmp_path / "tiny.yaml", workers=1), "--report"]
 
 
-def test_the_report_of_an_unfinished_study_has_the_seeds_that_all_cells_have(tmp_path):
+def test_a_report_has_the_seeds_that_all_cells_have_and_results_of_one_recipe(tmp_path):
     scores = {(cell, 0): 70.0 + place for place, cell in enumerate(TINY["cells"])} | {("peer", 1): 10.0}
     tool.main(with_lines(tmp_path, scores))
     page = (tmp_path / "tiny.md").read_text()
     assert "1 of 2 seeds" in page and "| peer | 71.00 ± 0.00 | best |" in page
+    with pytest.raises(UserError, match="seed 0 was trained with --epochs 1, not 2; .* another --output"):
+        tool.main([*with_lines(tmp_path, scores), "--epochs", "2"])
     scores.pop(("alpha 1", 0))
     with pytest.raises(UserError, match="no seed of .* in every cell"):
         tool.main(with_lines(tmp_path, scores))
-
-
-def test_results_of_another_recipe_are_not_mixed_in(tmp_path):
-    command = with_lines(tmp_path, {("alpha 1", 0): 71.5})
-    with pytest.raises(UserError, match="alpha 1, seed 0 was trained with --epochs 1, not 2; .* another --output"):
-        tool.main([*command, "--epochs", "2"])
 
 
 @pytest.mark.slow

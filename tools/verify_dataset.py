@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inputs.catalogue import build_dataset
@@ -27,21 +28,16 @@ from training.options import default_workers
 from utils import UserError, atomic_write
 
 
-class Problems(Dataset):
+def problems(dataset: ImageDataset, indices: Sequence[int]) -> list[str | None]:
     """Why each image cannot be read, beginning with its name; None if it can."""
-
-    def __init__(self, dataset: ImageDataset):
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> str | None:
+    found: list[str | None] = []
+    for index in indices:
         try:
-            self._dataset.load(index)
+            dataset.load(index)
+            found.append(None)
         except BadImage as error:
-            return str(error)
-        return None
+            found.append(str(error))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = {args.folder: ImageFiles(paths, [0] * len(paths), ["unknown"])}
     unreadable = []
     for name, dataset in parts.items():
-        batches = DataLoader(Problems(dataset), 32, num_workers=args.num_workers, collate_fn=list)
+        images = range(len(dataset))
+        batches = DataLoader(images, 32, num_workers=args.num_workers, collate_fn=partial(problems, dataset))
         found = (reason for batch in batches for reason in batch)
         for index, reason in enumerate(tqdm(found, name, len(dataset), unit=" images", disable=None)):
             if reason is not None:
