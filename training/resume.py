@@ -47,32 +47,26 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
                 )
         return None
     directory = Path(args.output_dir if args.resume == "auto" else args.resume)
+    found, path = None, args.resume
     if args.resume == "auto" or directory.is_dir():
         found = newest_intact(directory) if dist.is_main else None
         path = dist.broadcast_object(None if found is None else str(found[0]))
+        if path is None and args.resume == "auto":
+            return None
         if path is None:
-            if args.resume == "auto":
-                return None
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
-        state = found[1] if found is not None else read_checkpoint(path)
-        announce(args, dist, path, state)
-        if directory == Path(args.output_dir):  # what is further in training there is damaged
-            return state
-    else:
-        state = read_checkpoint(args.resume)
-        announce(args, dist, args.resume, state)
-    later = None if args.eval or args.dry_run else later_checkpoint(args.output_dir, state)
+    state = read_checkpoint(path) if found is None else found[1]
+    where = f", epoch {state['epoch']}, step {state.get('step', 0)}" if "epoch" in state else ""
+    report(dist, f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
+    if args.eval or args.dry_run or directory == Path(args.output_dir):  # what is later there is damaged
+        return state
+    later = later_checkpoint(args.output_dir, state)
     if later is not None:
         raise UserError(
             f"--resume {args.resume}: {later} is further in training and would be overwritten; choose another "
             "--output-dir, or continue from there with --resume auto"
         )
     return state
-
-
-def announce(args: argparse.Namespace, dist: Distributed, path: str, state: Mapping[str, Any]) -> None:
-    where = f", epoch {state['epoch']}, step {state.get('step', 0)}" if "epoch" in state else ""
-    report(dist, f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
 
 
 def with_global_batch(
