@@ -9,15 +9,17 @@ Exit codes: 0 every file has its copy, 1 some have none, 2 a mistake in the flag
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inputs.folders import walk_files
@@ -31,45 +33,36 @@ SETTINGS = ".shrink_dataset.json"  # in the copy: what it was made with
 PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")
 
 
-class Shrinking(Dataset):
-    """Item i makes the copy of file i, and is the reason why an image was not shrunk, if there is one."""
-
-    def __init__(self, source: Path, target: Path, names: Sequence[str], short_side: int, quality: int):
-        self._source, self._target, self._names = source, target, names
-        self._short_side, self._quality = short_side, quality
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> str | None:
-        source, target = (root / self._names[index] for root in (self._source, self._target))
+def copy_files(args: argparse.Namespace, names: Sequence[str]) -> list[str | None]:
+    """Make the copies of some files; for each the reason why an image was not shrunk, if there is one."""
+    problems: list[str | None] = []
+    for source, target in ((args.source / name, args.target / name) for name in names):
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.tmp")
-        problem = None
+        problems.append(None)
         try:
-            shrunk = is_image_name(source.name) and self._shrink(source, unfinished)
+            shrunk = is_image_name(source.name) and shrink(source, unfinished, args.short_side, args.quality)
         except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
-            shrunk, problem = False, f"{source}: copied as it is: {error}"
+            shrunk, problems[-1] = False, f"{source}: copied as it is: {error}"
         if not shrunk:
             shutil.copyfile(source, unfinished)
         os.replace(unfinished, target)
-        return problem
+    return problems
 
-    def _shrink(self, source: Path, target: Path) -> bool:
-        """Save a smaller image; False if it is small enough, or its format cannot be written."""
-        with Image.open(source) as image:
-            ratio = self._short_side / min(image.size)
-            if ratio >= 1 or image.format not in Image.SAVE or getattr(image, "is_animated", False):
-                return False
-            kept = {name: image.info[name] for name in ("exif", "icc_profile") if name in image.info}
-            size = [max(self._short_side, round(side * ratio)) for side in image.size]
-            if image.mode not in PLAIN_MODES:
-                image_mode = "RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"
-                smaller = image.convert(image_mode).resize(size, Image.Resampling.BICUBIC)
-            else:
-                smaller = image.resize(size, Image.Resampling.BICUBIC)
-            smaller.save(target, image.format, quality=self._quality, **kept)
-        return True
+
+def shrink(source: Path, target: Path, short_side: int, quality: int) -> bool:
+    """Save a smaller image; False if it is small enough, or its format cannot be written."""
+    with Image.open(source) as image:
+        ratio = short_side / min(image.size)
+        if ratio >= 1 or image.format not in Image.SAVE or getattr(image, "is_animated", False):
+            return False
+        kept = {name: image.info[name] for name in ("exif", "icc_profile") if name in image.info}
+        size = [max(short_side, round(side * ratio)) for side in image.size]
+        smaller = image
+        if image.mode not in PLAIN_MODES:
+            smaller = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
+        smaller.resize(size, Image.Resampling.BICUBIC).save(target, image.format, quality=quality, **kept)
+    return True
 
 
 def check_target(source: Path, target: Path, settings: dict[str, int]) -> None:
@@ -98,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_target(args.source, args.target, {"short_side": args.short_side, "quality": args.quality})
     names = [os.path.relpath(path, args.source) for path in walk_files(args.source)]
     missing = [name for name in names if not (args.target / name).exists()]
-    copies = Shrinking(args.source, args.target, missing, args.short_side, args.quality)
+    copies = DataLoader(missing, 16, num_workers=args.num_workers, collate_fn=partial(copy_files, args))
     with tqdm(
         desc="shrinking", total=len(names), initial=len(names) - len(missing), unit=" files", disable=None
     ) as bar:
-        for problems in DataLoader(copies, 16, num_workers=args.num_workers, collate_fn=list):
+        for problems in copies:
             bar.update(len(problems))
             for problem in filter(None, problems):
                 tqdm.write(problem, file=sys.stderr)
