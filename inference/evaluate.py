@@ -16,6 +16,7 @@ from inputs.data import Data, build_eval
 from models import LoadedModel
 from runtime.processes import Distributed
 from training.classification import evaluate
+from training.options import data_name
 from training.precision import choose_precision
 from utils import UserError, say
 
@@ -61,9 +62,10 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     results |= {name: getattr(data, name) for name in ("crop_pct", "interpolation", "mean", "std")}
     name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{', mirrored too,' if args.tta else ''}"
     height, width = loaded.input_size
+    source = data_name(args.data_set, args.data_path)
     skipped = f" ({results['skipped']} unreadable ones skipped)" if "skipped" in results else ""
     line = (
-        f"{name} on {args.data_set} at {height}x{width}, {results['images']} images{skipped}: "
+        f"{name} on {source} at {height}x{width}, {results['images']} images{skipped}: "
         f"loss {results['loss']:.4f}, acc@1 {results['acc1']:.2f} %, acc@5 {results['acc5']:.2f} %, "
         f"mean per class {results['mean_per_class']:.2f} %, {results['images_per_second']:.1f} images/s"
     )
@@ -82,7 +84,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         say(f"results: {output}")
     if args.report is not None:
         correct = f"{results['correct1']} of {results['images']} images"
-        title = f"{name} on {args.data_set}: top-1 {results['acc1']:.2f} % ({correct})"
+        title = f"{name} on {source}: top-1 {results['acc1']:.2f} % ({correct})"
         write_report(args.report, confusion, [loaded.label(i) for i in range(loaded.num_classes)], title)
         say(f"report: {args.report}")
 
@@ -95,10 +97,11 @@ def setting(args: argparse.Namespace, dist: Distributed, loaded: Any) -> dict[st
 
 
 def default_output(args: argparse.Namespace, path: Path) -> Path | None:
-    """Beside a run's checkpoint, named after it and the data set; None for a file that is not in a run directory."""
+    """Beside a run's checkpoint, named after it, the data and the split; None for a file outside run directories."""
     if not (path.parent / "args.yaml").is_file():
         return None
-    return path.with_name(f"{path.stem}_{args.data_set.lower().replace('/', '-')}.json")
+    data = data_name(args.data_set, args.data_path).lower().replace("/", "-")
+    return path.with_name(f"{path.stem}_{data}{'_test' if args.split == 'test' else ''}.json")
 
 
 def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> tuple[Data, list[int]]:

@@ -158,7 +158,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
     for prefix in _COMMON_PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
             return {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+    ours = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    return ours or weights  # Lightning's files also contain tensors of losses and metrics, beside the model
 
 
 def _without_wrappers(name: str) -> str:

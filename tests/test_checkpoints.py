@@ -99,6 +99,7 @@ def deit_args():
         lambda sd: {"state_dict": {f"module.{k}": v for k, v in sd.items()}, "metric": np.float64(0.8)},
         lambda sd: {"model_state_dict": {f"_orig_mod.{k}": v for k, v in sd.items()}, "max": np.int64(3)},
         lambda sd: {"net": {f"model.{k}": v for k, v in sd.items()}, "version": torch.__version__},
+        lambda sd: {"state_dict": {f"model.{k}": v for k, v in sd.items()} | {"criterion.weight": torch.ones(3)}},
         lambda sd: {"state_dict": {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in sd.items()}},
     ],
 )

@@ -42,7 +42,7 @@ def test_grey_scans_of_twelve_bits_are_trained_on_and_evaluated(tmp_path, capsys
     assert state["model"]["patch_embed.proj.weight"].shape[1] == 1
     assert (state["mean"], state["std"]) == ([0.5], [0.25])
     infer.main(["--model-path", str(tmp_path / "run" / "checkpoint_last.pth"), "--data-path", str(tmp_path / "scans")])
-    found = json.loads((tmp_path / "run" / "checkpoint_last_folder.json").read_text())
+    found = json.loads((tmp_path / "run" / "checkpoint_last_scans.json").read_text())
     assert found["acc1"] == pytest.approx(rows(tmp_path / "run")[-1]["test_acc1"])
     assert found["loss"] == pytest.approx(rows(tmp_path / "run")[-1]["test_loss"], abs=1e-5)
     scan = str(tmp_path / "scans" / "val" / "dark" / "0.png")
@@ -192,6 +192,7 @@ def test_a_table_is_trained_on_and_another_evaluated_by_its_classes_names(tmp_pa
     [
         (["--in-chans", "4", "--aa", "rand-m9"], "--in-chans 4 excludes --aa"),
         (["--mean", "0.5", "0.5"], "one number, or one for each of --in-chans 3"),
+        (["--mean", "123.7", "116.3", "103.5"], "from 0 to 1: divide those of values from 0 to 255"),
         (["--pixel-range", "5", "5"], "--pixel-range: MIN must be below MAX"),
     ],
 )

@@ -116,6 +116,13 @@ def test_files_are_written_where_a_run_directory_or_the_command_line_says(tmp_pa
     (tmp_path / "a.pth").rename(tmp_path / "run/checkpoint_best.pth")
     run("--model-path", "run")
     assert json.loads((tmp_path / "run/checkpoint_best_digits.json").read_text())["data_set"] == "DIGITS"
+    for split in ("val", "test"):  # results of another folder or split do not overwrite the former
+        class_folders(tmp_path / "Clinic", ("0", "1"), split=split)
+        run("--model-path", "run", "--data-set", "IMNET", "--data-path", "Clinic", "--split", split)
+    assert {file.name for file in (tmp_path / "run").glob("*clinic*")} == {
+        "checkpoint_best_clinic.json",
+        "checkpoint_best_clinic_test.json",
+    }
 
 
 def test_mirrored_images_have_their_part_in_the_logits(tmp_path, capsys):

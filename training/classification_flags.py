@@ -163,6 +163,10 @@ CHECKS: Checks = [
         lambda a: any(len(values) not in (1, a.in_chans) for values in (a.mean, a.std) if values),
         "--mean and --std need one number, or one for each of --in-chans {in_chans}",
     ),
+    (
+        lambda a: any(value > 1 for value in (*(a.mean or ()), *(a.std or ()))),
+        "--mean and --std are of values from 0 to 1: divide those of values from 0 to 255 by 255",
+    ),
     (lambda a: a.pixel_range and a.pixel_range[0] >= a.pixel_range[1], "--pixel-range: MIN must be below MAX"),
     (
         lambda a: a.in_chans == 4 and a.aa,
