@@ -20,7 +20,7 @@ from inputs.label_maps import check_label_maps
 from inputs.loader import EvalLoader, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
 from inputs.token_labels import TokenLabelTransform
-from inputs.transforms import RandomErasing, eval_transform, evaluation_crop, image_size, train_transform
+from inputs.transforms import RandomErasing, eval_transform, image_size, train_transform
 from runtime.processes import Distributed
 from utils import UserError, tell
 
@@ -120,13 +120,12 @@ def build_eval(
     dataset = _open(args, split)
     report_left_out(dataset, dist)
     size = image_size(args.input_size)
-    crop_pct = evaluation_crop(dataset_spec(args.data_set).glyphs, size, args.eval_crop_pct)
-    transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)
+    transform = eval_transform(size, crop_pct=args.eval_crop_pct, interpolation=interpolation)
     samples = KeyedImages(
         dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std, pixel_range=args.pixel_range
     )
     val = EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
-    return Data(None, val, dataset.class_names, size, tuple(mean), tuple(std), crop_pct, interpolation)
+    return Data(None, val, dataset.class_names, size, tuple(mean), tuple(std), args.eval_crop_pct, interpolation)
 
 
 def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:

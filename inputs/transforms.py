@@ -99,14 +99,9 @@ def eval_transform(
 ) -> transforms.Compose:
     """The evaluation transform from a PIL image to a uint8 tensor (C, H, W): timm's.
 
-    The shorter side is resized to size / crop_pct, then the centre is cropped; see `evaluation_crop`.
+    The shorter side is resized to size / crop_pct, then the centre is cropped.
     """
     return create_transform(image_size(input_size), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
-
-
-def evaluation_crop(glyphs: bool, input_size: int | Sequence[int], crop_pct: float) -> float:
-    """The crop of evaluation: 1 for small inputs and glyphs, which are seen whole, else --eval-crop-pct."""
-    return 1.0 if glyphs or max(image_size(input_size)) <= SMALL_INPUT else crop_pct
 
 
 @dataclass(frozen=True)

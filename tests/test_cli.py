@@ -240,9 +240,12 @@ def test_a_config_says_all_whichever_main_runs_it(path):
 
 def test_the_evaluation_crop_is_the_models_own_whichever_main_runs_it():
     for main in MAINS:
-        assert parse("--arch", "svt_h_s", main=main).eval_crop_pct == 0.96
-        assert parse("--arch", "spectformer_xs", main=main).eval_crop_pct == 0.875
+        data = ("--data-path", "photos")
+        assert parse("--arch", "svt_h_s", *data, main=main).eval_crop_pct == 0.96
+        assert parse("--arch", "spectformer_xs", *data, main=main).eval_crop_pct == 0.875
         assert parse("--arch", "svt_h_s", "--eval-crop-pct", "0.9", main=main).eval_crop_pct == 0.9
+        assert parse("--arch", "svt_h_s", *data, "--input-size", "32", main=main).eval_crop_pct == 1
+        assert parse("--input-size", "32", "--crop-pct", "0.9", main=main).eval_crop_pct == 0.9
 
 
 @pytest.mark.parametrize("main", [*MAINS, main_detection])

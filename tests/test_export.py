@@ -105,6 +105,8 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
         "finetune": "/weights/spectformer_h_n.cifar10.safetensors",
         "epochs": 12,
         "mixup": 0.0,
+        "unscale_lr": False,
+        "sched": "cosine",
         "output_dir": "/secret/place",
     }
     known = {"args": args, "epoch": 12, "step": 0, "acc1": 98.765, "averaged": False, "world_size": 8}
@@ -113,7 +115,15 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
     folder = write(tmp_path / "c.pth", "hub", tmp_path / "folder")
     card, config = (folder / "README.md").read_text(), (folder / "config.json").read_text()
     assert f'"local-dir:{tmp_path / "folder"}"' in card and "license: unknown" in card and "arxiv.org/abs/" in card
-    for words in ("98.77 % top-1", "trained on birds", "spectformer_h_n.cifar10.safetensors", "epochs: 12", "mixup: 0"):
+    for words in (
+        "98.77 % top-1",
+        "trained on birds",
+        "spectformer_h_n.cifar10.safetensors",
+        "epochs: 12",
+        "mixup: 0",
+        "unscale_lr: False",
+        "cosine",
+    ):
         assert words in card
     assert not [words for words in ("secret", "airplane", "timm/", "/weights") if words in card]
     assert not [words for words in ("cifar", "airplane", "paper", "license") if words in config]

@@ -133,7 +133,12 @@ OF_THE_MODEL = {
     "classifier",
 }
 # Settings of a run that a model card has.
-RECIPE = ("epochs", "batch_size", "opt", "lr", "weight_decay", "drop_path", "aa", "mixup", "cutmix", "reprob")
+RECIPE = (
+    *("epochs", "batch_size", "accum_iter", "opt", "momentum", "lr", "unscale_lr", "sched", "min_lr", "warmup_lr"),
+    *("warmup_epochs", "warmup_updates", "weight_decay", "layer_decay", "clip_grad", "drop", "drop_path", "smoothing"),
+    *("bce_loss", "class_weights", "balanced_sampling", "token_label", "scale", "ratio", "hflip", "vflip", "aa"),
+    *("color_jitter", "mixup", "cutmix", "reprob", "seed"),
+)
 
 
 def write_hub(args: argparse.Namespace, path: Path) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 from timm.models import get_pretrained_cfg
 
 import models
+from inputs.catalogue import dataset_spec
 from inputs.inaturalist import RANKS
+from inputs.transforms import SMALL_INPUT
 from training.arguments import (
     ABOVE_ZERO,
     AMOUNT,
@@ -136,12 +138,15 @@ def default_data_set(path: str | None) -> str:
 
 
 def derived(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The data set, which depends on --data-path, and the evaluation crop of the model's authors."""
+    """The data set, which depends on --data-path, and the evaluation crop of the model's authors.
+
+    Small images and glyphs are seen whole.
+    """
     found = get_pretrained_cfg(models.resolve_arch(args["arch"]))
-    return {
-        "data_set": default_data_set(args["data_path"]),
-        "eval_crop_pct": 0.875 if found is None else found.crop_pct,
-    }
+    data_set = args["data_set"] or default_data_set(args["data_path"])
+    crop_pct = 0.875 if found is None else found.crop_pct
+    whole = max(args["input_size"]) <= SMALL_INPUT or dataset_spec(data_set).glyphs
+    return {"data_set": data_set, "eval_crop_pct": 1.0 if whole else crop_pct}
 
 
 def mixes(args: argparse.Namespace) -> bool:
