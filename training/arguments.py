@@ -95,11 +95,6 @@ def add_flags(parser: Parser, table: FlagTable) -> None:
             group.add_argument(*name.split(), default=default, help=text, **options)
 
 
-def switch(group: argparse._ArgumentGroup, flag: str, default: bool | None, text: str) -> None:
-    """Add a flag with its ``--no-`` twin."""
-    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-
-
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the closest known word, or nothing."""
     close = difflib.get_close_matches(word.split("=")[0], list(known), n=1)
