@@ -51,11 +51,11 @@ IMAGENETTE = (
 # taking half of the time.
 TINY = {
     "img_size": 128,
-    "stem_width": 16,
+    "stem_width": 32,
     "embed_dims": (32, 64, 160, 160),
     "depths": (1, 2, 4, 1),
     "num_heads": (1, 2, 5, 5),
-    "mlp_ratios": (4, 4, 4, 4),
+    "mlp_ratios": (4, 4, 4, 3),
 }
 Box = tuple[int, int, int, int] | Tensor
 
