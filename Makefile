@@ -1,4 +1,4 @@
-# The commands of the README. Each builds the virtual environment it needs; VENV and PYTHON can be set.
+# The README's commands. Each target builds the virtual environment that it needs. VENV and PYTHON can be set.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -6,7 +6,7 @@ export PYTHONUNBUFFERED := 1
 
 .PHONY: help demo demo-svt demo-detection demo-detection-svt demo-transfer weights test test-fast reliability lint clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-19s %s\n", $$1, $$2}'
 
 $(VENV)/installed: requirements.txt
@@ -20,23 +20,23 @@ $(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
 		-r requirements.txt -r tests/requirements.txt
 	@touch $@
 
-# Train, evaluate, predict: $(1) is the main, $(2) the config, $(3) the run directory. `--resume auto` lets
-# a second `make` resume where the first was stopped.
+# Train, evaluate, predict. $(1): the script, $(2): the config, $(3): the run directory. With `--resume auto`, a second
+# `make` resumes a run that was stopped.
 define demo
 	$(RUN) $(1) --config $(2) --output-dir $(3) --resume auto
 	$(RUN) infer.py --model-path $(3)/checkpoint_best.pth --data-set DIGITS
 	$(RUN) -m tools.save_images --data-set DIGITS --count 5 --output $(3)/images
 	$(RUN) infer.py --model-path $(3)/checkpoint_best.pth --image $(3)/images
-	@echo; echo "Curves: $(3)/loss_plot.png and $(3)/acc_plot.png; one line an epoch: $(3)/log.txt"
+	@echo; echo "Curves: $(3)/loss_plot.png and $(3)/acc_plot.png; one line per epoch: $(3)/log.txt"
 endef
 
-demo: $(VENV)/installed  ## train SpectFormer on handwritten digits, evaluate, predict (CPU, minutes)
+demo: $(VENV)/installed  ## train SpectFormer on handwritten digits, evaluate, predict (CPU, 3 minutes)
 	$(call demo,main_spectformer.py,configs/digits_spectformer.yaml,runs/digits_spectformer)
 
-demo-svt: $(VENV)/installed  ## the same with SVT
+demo-svt: $(VENV)/installed  ## the same demo with SVT
 	$(call demo,main_svt.py,configs/digits_svt.yaml,runs/digits_svt)
 
-# Train a detector on cells, evaluate it, draw what it finds in a few images: $(1) is the config, $(2) the run directory.
+# Train a detector on cell nuclei, evaluate it, draw its predictions. $(1): the config, $(2): the run directory.
 CELLS = $(wordlist 1,4,$(sort $(wildcard detection/nuclei/val/*.png)))
 define demo_detection
 	$(RUN) main_detection.py --config $(1) --output-dir $(2) --resume auto
@@ -45,14 +45,14 @@ define demo_detection
 	@echo; echo "Cells: $(2)/drawings; the worst images: $(2)/report; curves: $(2)/ap_plot.png"
 endef
 
-demo-detection: $(VENV)/installed  ## train a detector on cells in microscope images, evaluate, draw (CPU, minutes)
+demo-detection: $(VENV)/installed  ## train a detector on cell nuclei, evaluate, draw predictions (CPU, minutes)
 	$(call demo_detection,configs/detection/nuclei_spectformer.yaml,runs/nuclei_spectformer)
 
-demo-detection-svt: $(VENV)/installed  ## the same with SVT
+demo-detection-svt: $(VENV)/installed  ## the same detection demo with SVT
 	$(call demo_detection,configs/detection/nuclei_svt.yaml,runs/nuclei_svt)
 
 WEIGHTS = models/weights/spectformer_h_n.cifar10.safetensors
-demo-transfer: $(VENV)/installed  ## digits from a tenth of their images: from CIFAR-10's weights, and from nothing
+demo-transfer: $(VENV)/installed  ## digits from a tenth of the images: from CIFAR-10 weights and from random weights
 	$(RUN) main_transfer.py --config configs/digits_transfer.yaml --output-dir runs/transfer/from_pretrained \
 		--finetune $(WEIGHTS) --resume auto
 	$(RUN) main_transfer.py --config configs/digits_transfer.yaml --output-dir runs/transfer/from_scratch \
@@ -60,7 +60,7 @@ demo-transfer: $(VENV)/installed  ## digits from a tenth of their images: from C
 	@echo; for run in from_pretrained from_scratch; do \
 		echo "$$run: $$(tail -n 1 runs/transfer/$$run/log.txt)"; done
 
-# DATA_SET=FOLDER for class folders. Hours on a CPU; a second `make` resumes where the first was stopped.
+# Set DATA_SET=FOLDER for class folders. Takes hours on a CPU. A second `make` resumes a run that was stopped.
 DATA_SET ?= CIFAR10
 DATA_FLAGS = --data-set $(DATA_SET) --data-path "$(DATA)"
 define train_weights
@@ -70,23 +70,23 @@ define train_weights
 	$(RUN) -m tools.export runs/$(2)_again/checkpoint_last.pth --half --overwrite --to safetensors runs/$(2).cifar10.safetensors
 	$(RUN) infer.py --model-path runs/$(2).cifar10.safetensors $(DATA_FLAGS) --amp none
 endef
-weights: $(VENV)/installed  ## train the models of models/weights on CIFAR-10 in DATA, write float16 weights, evaluate
+weights: $(VENV)/installed  ## retrain the models of models/weights on CIFAR-10 (in DATA), export in float16, evaluate
 	$(call train_weights,main_spectformer.py,spectformer_h_n)
 	$(call train_weights,main_svt.py,svt_h_n)
 
-test: $(VENV)/installed-tests  ## the whole suite
+test: $(VENV)/installed-tests  ## run the whole test suite
 	$(RUN) -m pytest -q -n 2 --dist worksteal
 
-test-fast: $(VENV)/installed-tests  ## the tests that start no process and take less than 0.25 s: a minute
+test-fast: $(VENV)/installed-tests  ## run the tests that take less than 0.25 s and start no process (about a minute)
 	$(RUN) -m pytest -q -n 2 -m "not slow"
 
-reliability: $(VENV)/installed-tests  ## the tests of docs/reliability.md at their full counts
+reliability: $(VENV)/installed-tests  ## run the tests of docs/reliability.md at full counts
 	RELIABILITY=full $(RUN) -m pytest -q -n 2 --dist worksteal tests/reliability
 
-lint: $(VENV)/installed-tests  ## format and lint of every file
+lint: $(VENV)/installed-tests  ## check format and lint rules
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 
-clean:  ## remove the environment and caches (runs/ stays)
+clean:  ## remove the environment and caches, but not runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

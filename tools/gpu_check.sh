@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What only a GPU shows, in one call of at most 8 minutes, with torch, torchvision and timm alone.
+# Check and measure the models on a GPU, in one call of at most 8 minutes. Needs only torch, torchvision and timm.
 #
 #     tools/gpu_check.sh OUTPUT_DIR
 #
-# The most important questions come first: are the results those of a CPU, which formulation of the spectral mixers
-# is the fastest, how fast are the models beside their peers (eager, compiled), does training learn, does it run
-# over NCCL. Every result is a line of OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or runs
-# out of time does not stop the others; the exit status counts them. PYTHON names the interpreter; DEVICE=cpu
-# rehearses all parts with small sizes.
+# The parts, in this order: agreement with results on a CPU, speed of the spectral mixers in half precision and in
+# float32, speed of the models and of timm's models (eager), a short training run, the same speeds compiled, training
+# over NCCL. Each result is appended to OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or runs
+# out of time does not stop the others; the exit status is the number of such parts. PYTHON sets the interpreter.
+# DEVICE=cpu runs all parts with small sizes, to test the script.
 set -u
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: tools/gpu_check.sh OUTPUT_DIR}"
@@ -17,7 +17,7 @@ device=${DEVICE:-cuda}
 small=
 if [ "$device" = cpu ]; then
     small=--small
-    export OMP_NUM_THREADS=1 # two threads on a busy machine wait for each other
+    export OMP_NUM_THREADS=1 # on a busy machine, two threads wait for each other
 fi
 deadline=$((SECONDS + ${LIMIT:-470}))
 failures=0
