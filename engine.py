@@ -24,7 +24,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from runtime.processes import init_distributed
 from runtime.run_directory import RunDirectory
 from training.log import describe, log_row, print_summary, profiler, progress_bar, report, report_dry_run, show_progress
-from training.options import with_finetuned_model
 from training.precision import choose_precision, set_up_device
 from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
 from training.task import Task
@@ -68,7 +67,6 @@ def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
             using the directory. Nothing has been written then.
     """
     dist = init_distributed(args.device)
-    args = with_finetuned_model(kind.flags, args)
     if args.sync_bn and dist.device.type != "cuda":
         raise UserError("--sync-bn needs CUDA; on a CPU, --freeze-bn trains alike on any number of processes")
     set_up_device(dist.device, kind.fixed_sizes)
@@ -124,12 +122,9 @@ def stops_early(trainer: Trainer) -> bool:
 
 def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, Any]) -> None:
     """Write `state`, of the end of an epoch, as its checkpoints; doing it twice changes nothing."""
-    args, progress = trainer.args, trainer.progress
-    names = directory.names_for_best(state, args.keep_best)
-    if args.checkpoint_epochs and progress.epoch % args.checkpoint_epochs == 0:
-        names.append(f"checkpoint_{progress.epoch:04d}.pth")
-    directory.save_checkpoints([*names, LAST], state)
-    directory.remove_worse(args.keep_best)
+    args, epoch = trainer.args, trainer.progress.epoch
+    kept = args.checkpoint_epochs and epoch % args.checkpoint_epochs == 0
+    directory.save_epoch([f"checkpoint_{epoch:04d}.pth", LAST] if kept else [LAST], state, args.keep_best)
     trainer.dist.barrier()  # or the others would wait in a collective of the next epoch, whose limit is shorter
 
 

@@ -18,13 +18,7 @@ TABLE: FlagTable = {
     "data": [
         ("--data-set", ["COCO", "NUCLEI"], None, None, "(default: COCO with --data-path, else the embedded NUCLEI)"),
         ("--data-path", text, None, "DIR", "annotations/instances_train*.json, train*/, and the same for val"),
-        (
-            "--min-size",
-            integers,
-            (800,),
-            "PIXELS,...",
-            "short side: one of these in training, the last in evaluation (default: 800)",
-        ),
+        ("--min-size", integers, (800,), "PIXELS,...", "short side: training any, evaluation the last (default: 800)"),
         ("--max-size", POSITIVE, 1333, "PIXELS", "upper limit of the long side"),
         ("--hflip", FRACTION, 0.5, "P", "probability of flipping left and right"),
         ("--vflip", FRACTION, 0.0, "P", "probability of flipping top and bottom"),

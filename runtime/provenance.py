@@ -20,26 +20,28 @@ def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -
         "processes": processes,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git": _git_state(),
-        "args": {name: plain(value) for name, value in sorted(args.items())},
+        "args": plain(dict(sorted(args.items()))),
     }
+
+
+def last_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run's last command, by the content of its args.yaml."""
+    args = dict(record["args"])
+    for later in record.get("resumed", []):
+        args |= later["changed"]
+    return args
 
 
 def _git_state() -> dict[str, Any] | None:
     """The commit of this code and whether it was changed since; None without git or a repository."""
 
     def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *command],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=True,
-            timeout=20,
-        ).stdout.strip()
+        words = ["git", "-C", str(Path(__file__).parent), *command]
+        return subprocess.check_output(words, stderr=subprocess.DEVNULL, encoding="utf-8", timeout=20).strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 

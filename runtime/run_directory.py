@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +17,10 @@ from models.checkpoints import CheckpointError, peek
 from runtime import checkpoints
 from runtime.curves import Plot, draw_curves
 from runtime.processes import Distributed
-from runtime.provenance import describe_run
+from runtime.provenance import describe_run, last_arguments
 from runtime.weights_and_biases import WeightsAndBiases
 from utils import (
     TEMPORARY_SUFFIX,
-    JobError,
-    MachineError,
     UserError,
     atomic_write,
     cannot_write,
@@ -40,7 +37,7 @@ except ImportError:  # without its package a run writes no events, as it draws n
 ARGS = "args.yaml"
 LOG = "log.txt"
 LOCK = ".lock"
-BEST = "checkpoint_best.pth"
+BEST, NUMBERED = "checkpoint_best.pth", "checkpoint_best_*.pth"
 # Seconds to wait for the lock: the loader workers of a run that was killed keep it until they notice, 5 s later.
 LOCK_PATIENCE = 10.0
 
@@ -70,30 +67,22 @@ class RunDirectory:
         self._plots = plots
         self._project = wandb
         self._wandb: WeightsAndBiases | None = None
-        self._lock: filelock.BaseFileLock | None = None
         self._rows: list[dict[str, Any]] = []
         self._events: Any = None
-        if self._active:
-            make_directory(self.path)
-            self._lock = lock_directory(self.path)
-            try:
-                self._remove_temporaries()
+        with contextlib.ExitStack() as opened:
+            if self._active:
+                make_directory(self.path)
+                opened.callback(lock_directory(self.path).release)
+                opened.callback(self._remove_if_empty)
+                # What a run that was killed while writing has left: only the owner of the lock writes here.
+                for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
+                    left.unlink(missing_ok=True)
                 self._rows = read_log(self.path / LOG)
-            except JobError:
-                self.close()
-                raise
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Close the event files and unlock the directory."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        """Close the event files and unlock the directory; one without any file of the run is removed."""
+        self._opened.close()
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -101,11 +90,11 @@ class RunDirectory:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _remove_temporaries(self) -> None:
-        """Remove what a run that was killed while writing has left; only the owner of the lock writes here."""
-        for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
+    def _remove_if_empty(self) -> None:
+        if os.listdir(self.path) == [LOCK]:
             with contextlib.suppress(OSError):
-                left.unlink()
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
     # --------------------------------------------------------------------------------------------- arguments
     def write_args(
@@ -121,13 +110,12 @@ class RunDirectory:
         record = describe_run(values, argv, self._processes)
         if self._project is not None and self._wandb is None:
             self._wandb = WeightsAndBiases(self._project, self.path, record["args"])
+            self._opened.callback(self._wandb.close)
         if resuming and (self.path / ARGS).exists():
             first = yaml.safe_load((self.path / ARGS).read_text(encoding="utf-8"))
-            later = first.setdefault("resumed", [])
-            before = dict(ChainMap(*(entry["changed"] for entry in reversed(later)), first["args"]))
+            before = last_arguments(first)
             changed = {name: value for name, value in record.pop("args").items() if before.get(name) != value}
-            later.append(record | {"changed": changed})
-            record = first
+            record = first | {"resumed": [*first.get("resumed", []), record | {"changed": changed}]}
         atomic_write(self.path / ARGS, yaml.safe_dump(record, sort_keys=False, width=100, allow_unicode=True))
 
     # --------------------------------------------------------------------------------------------------- log
@@ -169,6 +157,7 @@ class RunDirectory:
         try:
             if self._events is None:
                 self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=row["epoch"])
+                self._opened.callback(self._events.close)
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "epoch":
                     self._events.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
@@ -193,48 +182,33 @@ class RunDirectory:
             with open(first, "rb") as file:
                 atomic_write(path, lambda copy, file=file: shutil.copyfileobj(file, copy))
 
-    def names_for_best(self, state: Mapping[str, Any], k: int = 1) -> list[str]:
-        """The names under which to save `state` if its score, the higher the better, is among the best `k` so far.
+    def save_epoch(self, names: Sequence[str], state: Mapping[str, Any], keep_best: int = 1) -> None:
+        """Write `state`, of the end of an epoch, to `names`, and to those of the best checkpoints if it is one.
 
-        `checkpoint_best.pth` is the best one; with k > 1 there is also a `checkpoint_best_NNNN.pth` for each of the
-        best k, where NNNN is the epoch they were trained to. Of two equal ones the earlier stays.
+        `checkpoint_best.pth` has the highest score. With keep_best > 1 there is also a `checkpoint_best_NNNN.pth` for
+        each of that many best ones, where NNNN is the epoch they were trained to. Of two equal ones the earlier stays.
 
         Args:
             state: a checkpoint, with its score under the key that this directory ranks by.
-            k: how many to keep.
         """
         if not self._active:
-            return []
-        epoch, score = state["epoch"], state[self._score]
-        best = self._score_of(self.path / BEST)
-        names = [BEST] if best is None or score > best else []
-        if k > 1:
-            ranked = self._ranked()
-            if len(ranked) < k or score > ranked[k - 1][0]:
-                names.append(f"checkpoint_best_{epoch - 1:04d}.pth")
-        return names
+            return
+        best = []
+        if all(state[self._score] > score for score, _ in self._ranked(BEST)):
+            best.append(BEST)
+        if keep_best > 1 and sum(score >= state[self._score] for score, _ in self._ranked(NUMBERED)) < keep_best:
+            best.append(NUMBERED.replace("*", f"{state['epoch'] - 1:04d}"))
+        self.save_checkpoints([*best, *names], state)
+        for _, path in self._ranked(NUMBERED)[keep_best:]:
+            path.unlink(missing_ok=True)
 
-    def remove_worse(self, k: int) -> None:
-        """Remove the `checkpoint_best_NNNN.pth` beyond the best `k`, once the newest is saved."""
-        if self._active and k > 1:
-            for _, path in self._ranked()[k:]:
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:
-                    raise MachineError(f"{path}: cannot be removed: {error.strerror}") from error
-
-    def _ranked(self) -> list[tuple[float, Path]]:
-        """The numbered best checkpoints, the best first, of equals the earliest."""
-        paths = sorted(self.path.glob("checkpoint_best_*.pth"))
-        scored = [(score, path) for path in paths if (score := self._score_of(path)) is not None]
+    def _ranked(self, pattern: str) -> list[tuple[float, Path]]:
+        """The scores of the intact checkpoints of that name, the best first, of equals the earliest."""
+        scored = []
+        for path in sorted(self.path.glob(pattern)):
+            with contextlib.suppress(CheckpointError, KeyError):
+                scored.append((peek(path)[self._score], path))
         return sorted(scored, key=lambda found: -found[0])
-
-    def _score_of(self, path: Path) -> float | None:
-        """A checkpoint's score; None if it is missing or damaged."""
-        try:
-            return peek(path).get(self._score)
-        except CheckpointError:
-            return None
 
 
 def lock_directory(directory: Path) -> filelock.BaseFileLock:

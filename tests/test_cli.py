@@ -19,7 +19,7 @@ from runtime import checkpoints
 from training import options
 from training.classification_flags import FLAGS
 from training.model import create_model
-from training.options import build_parser, parse_args, with_finetuned_model
+from training.options import build_parser, parse_args
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +166,7 @@ def test_without_data_path_the_digits_are_trained():
         (["--model-kwargs", "in_chans=1"], "3 channels"),
         (["--token-label"], "--token-label-data"),
         (["--token-label", "--token-label-data", "m", "--mixup", "0.2"], "MixToken"),
-        (["--eval"], "--resume PATH or --finetune PATH"),
+        (["--eval"], "--resume PATH or --finetune PATH, not both"),
         (["--distillation-type", "hard"], "--teacher-model"),
         (["--dtype", "float64", "--amp", "bf16"], "float64"),
         (["--sync-bn", "--freeze-bn"], "--freeze-bn"),
@@ -274,28 +274,27 @@ def test_each_process_gets_its_share_of_the_cores_for_workers(monkeypatch, cores
     assert parse().num_workers == workers
 
 
-def test_parsing_reads_no_checkpoint_and_the_finetuned_model_is_completed_later(tmp_path):
+def test_the_model_is_that_of_the_weights_to_begin_with_unless_another_is_named(tmp_path):
     gone = str(tmp_path / "gone.pth")
-    args = parse("--finetune", gone, "--resume", "auto")
-    assert (args.finetune, args.arch) == (gone, None)
-    assert with_finetuned_model(FLAGS, args).arch == "spectformer_xs"  # a run that resumes can do without the file
+    args = parse("--finetune", gone, "--resume", "auto")  # a run that resumes can do without the file
+    assert (args.finetune, args.arch) == (gone, "spectformer_xs")
     with pytest.raises(CheckpointError, match=gone):
-        with_finetuned_model(FLAGS, parse("--finetune", gone))
+        parse("--finetune", gone)
     checkpoints.save(
         tmp_path / "checkpoint_last.pth", {"arch": "svt_h_s", "model_kwargs": {"stem_width": 8}, "model": {}}
     )
     for resume in ("auto", str(tmp_path / "checkpoint_last.pth")):
-        args = with_finetuned_model(FLAGS, parse("--finetune", gone, "--resume", resume, "--output-dir", str(tmp_path)))
+        args = parse("--finetune", gone, "--resume", resume, "--output-dir", str(tmp_path))
         assert (args.finetune, args.arch, args.model_kwargs) == (gone, "svt_h_s", {"stem_width": 8})
     told = {"arch": "spectformer_ti", "model_kwargs": {"depth": 2, "alpha": 1, "token_label": True}}
     checkpoints.save(gone, told | {"model": {}})
-    args = with_finetuned_model(FLAGS, parse("--finetune", gone, "--model-kwargs", "depth=3"))
+    args = parse("--finetune", gone, "--model-kwargs", "depth=3")
     assert (args.arch, args.model_kwargs) == ("spectformer_ti", {"depth": 3, "alpha": 1})
     assert args.output_dir == "runs/spectformer_ti-digits" and args.eval_crop_pct == 1  # digits are seen whole
-    assert with_finetuned_model(FLAGS, parse("--finetune", gone, "--arch", "svt_h_s")).model_kwargs == {}
+    assert parse("--finetune", gone, "--arch", "svt_h_s").model_kwargs == {}
     checkpoints.save(gone, told | {"model_kwargs": {"pretrained": True}})
     with pytest.raises(CheckpointError, match="pretrained would make timm read other files"):
-        with_finetuned_model(FLAGS, parse("--finetune", gone))
+        parse("--finetune", gone)
 
 
 def test_the_rank_that_a_launcher_adds_is_accepted():

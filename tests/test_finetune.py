@@ -11,7 +11,7 @@ from training.classification import Classification, full_model_kwargs
 from training.classification_flags import FLAGS
 from training.model import create_model, freeze_layers, layers_of
 from training.optimizer import build_optimizer, build_scheduler
-from training.options import parse_args, with_finetuned_model
+from training.options import parse_args
 from training.trainer import set_mode
 from utils import UserError
 
@@ -106,7 +106,7 @@ def test_another_input_size_is_resized_to(tmp_path, pretrained):
 def test_weights_that_do_not_say_their_model_leave_it_to_the_flags(tmp_path, pretrained):
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(pretrained)}, bare)
-    args = with_finetuned_model(FLAGS, parse_args(FLAGS, [*DIGITS, "--finetune", str(bare)]))
+    args = parse_args(FLAGS, [*DIGITS, "--finetune", str(bare)])
     told = parse_args(FLAGS, DIGITS)
     assert (args.arch, args.model_kwargs) == (told.arch, told.model_kwargs)
 

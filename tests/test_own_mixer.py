@@ -34,7 +34,7 @@ def test_a_mixer_of_ones_own_is_trained_and_used_by_naming_its_file(module, tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [(None, "no such Python file"), ("import nowhere_at_all", "ModuleNotFoundError: .*nowhere")]
+    ("text", "expected"), [(None, "No such file"), ("import nowhere_at_all", "ModuleNotFoundError: .*nowhere")]
 )
 def test_a_module_that_cannot_be_imported_is_named_in_one_line(tmp_path, text, expected):
     if text:

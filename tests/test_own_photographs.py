@@ -13,7 +13,7 @@ import engine
 import main_transfer
 from models.checkpoints import CheckpointError
 from training.classification_flags import FLAGS
-from training.options import parse_args, with_finetuned_model
+from training.options import parse_args
 from utils import Interrupted, UserError
 
 EPOCH = ["--epochs", "1", "--mixup", "0", "--cutmix", "0"]
@@ -100,11 +100,11 @@ def test_weights_to_begin_with_can_be_a_model_or_a_run_and_bring_their_image_siz
         source = str(tmp_path)
         train(tmp_path, *EPOCH)
         (tmp_path / "checkpoint_last.pth").unlink()
-    args = with_finetuned_model(FLAGS, transfer("--finetune", source))
+    args = transfer("--finetune", source)
     assert Path(args.finetune).is_file() and tuple(args.input_size) == (32, 32)
-    assert with_finetuned_model(FLAGS, transfer("--finetune", source, "--input-size", "64")).input_size == (64, 64)
+    assert transfer("--finetune", source, "--input-size", "64").input_size == (64, 64)
     with pytest.raises(CheckpointError, match="no such file or run directory"):
-        with_finetuned_model(FLAGS, transfer("--finetune", "spectformer_b"))
+        transfer("--finetune", "spectformer_b")
 
 
 @pytest.mark.slow

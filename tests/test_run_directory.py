@@ -49,10 +49,7 @@ def state(epoch):
 
 
 def keep_best(run, state, score, k=1, key="acc1"):
-    """As the engine does at the end of an epoch."""
-    state = state | {key: score}
-    run.save_checkpoints([*run.names_for_best(state, k), "checkpoint_last.pth"], state)
-    run.remove_worse(k)
+    run.save_epoch(["checkpoint_last.pth"], state | {key: score}, k)
 
 
 def logged(path):
@@ -203,8 +200,7 @@ def test_only_the_main_rank_writes(tmp_path):
     with opened(tmp_path / "run", Distributed(rank=1, world_size=2)) as run:
         run.write_args({}, [])
         run.log_row(row(0))
-        run.save_checkpoints(["checkpoint_last.pth"], state(0))
-        assert run.names_for_best(state(1), 2) == []
+        run.save_epoch(["checkpoint_last.pth"], state(0))
     assert names(tmp_path) == set()
     with opened(tmp_path / "run") as run:
         run.save_checkpoints(["checkpoint_last.pth"], state(0))

@@ -108,7 +108,7 @@ def test_a_crash_after_the_row_leaves_every_row_once(tmp_path, monkeypatch):
 
     expected = train(tmp_path / "whole", "--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(engine.RunDirectory, "names_for_best", killed)
+        patch.setattr(engine.RunDirectory, "save_epoch", killed)
         with pytest.raises(Killed):
             train(tmp_path / "killed", "--epochs", "2", "--checkpoint-steps", "3")
     assert len(rows(tmp_path / "killed")) == 1 and last(tmp_path / "killed")["step"] == 3

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import importlib.util
 import math
 import sys
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.utils import ParseKwargs
 
 from inputs import transforms
+from inputs.transforms import image_size
+from runtime.provenance import last_arguments
 from utils import UserError, one_line, quote
 
 UNSET = object()
@@ -140,30 +142,17 @@ def text(word: str) -> str:
     return word
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """``"224"`` -> (224, 224); ``"192x256"`` -> height 192, width 256."""
-    try:
-        return transforms.image_size(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
+@functools.cache
 def python_module(path: str) -> str:
-    """The absolute path of a Python file, after importing it, so that it can add to MIXERS."""
-    file = Path(path).resolve()
-    name = f"module of {file}"
-    if name in sys.modules:
-        return str(file)
-    spec = importlib.util.spec_from_file_location(name, file)
+    """The absolute path of a Python file, after importing it once, so that it can add to MIXERS."""
+    name = f"module of {path}"
     try:
-        if spec is None or not file.is_file():
-            raise FileNotFoundError("no such Python file")
+        spec = importlib.util.spec_from_loader(name, SourceFileLoader(name, path))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:  # whatever that file does
-        sys.modules.pop(name, None)
         raise argparse.ArgumentTypeError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
-    return str(file)
+    return str(Path(path).resolve())
 
 
 def class_list(text: str) -> list[str]:
@@ -197,10 +186,9 @@ def policy(text: str) -> str:
     """A policy of timm's auto-augmentation, "" for none."""
     if text in ("", "none"):
         return ""
-    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     try:
-        kinds.get(text.split("-")[0], auto_augment_transform)(text, {})
-    except (AssertionError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        transforms.train_transform(32, aa=text)
+    except Exception as error:  # timm's parser raises whatever it stumbles over
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a policy; rand-m9-mstd0.5-inc1 is one") from error
     return text
 
@@ -224,8 +212,8 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
     content = read_yaml(path, where)
     if isinstance(content.get("args"), dict) and "command" in content:
         ignored = ("config", "output_dir", "resume", "eval")
-        content = dict(ChainMap(*(later["changed"] for later in reversed(content.get("resumed", []))), content["args"]))
-        content = {key: value for key, value in content.items() if value is not None and key not in ignored}
+        content = {key: value for key, value in last_arguments(content).items() if key not in ignored}
+        content = {key: value for key, value in content.items() if value is not None}
     return parser.given(words_of(content, parser, where))
 
 
@@ -236,15 +224,12 @@ def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str
         UserError: naming `where` it is, and the key that is unknown or has a wrong value.
     """
     settings, words = parser.settings(), []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in settings:
-            raise UserError(f"{where}: unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
-        try:
-            words += _words(settings[name], value)
-        except ValueError as error:
-            raise UserError(f"{where}: {key}: {error}") from error
     try:
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            if name not in settings:
+                raise UserError(f"unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
+            words += _words(settings[name], value)
         parser.given(words)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -270,15 +255,15 @@ def read_yaml(path: str | Path, where: str) -> dict:
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:
-    """A value as the words after a flag; ValueError if it is of another type than the flag's."""
+    """A value as the words after a flag; raises UserError if it is of another type than the flag's."""
     flag = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
-            raise ValueError(f"{quote(value)} is not true or false")
+            raise UserError(f"{action.dest}: {quote(value)} is not true or false")
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(action, KeyValues):
-        if not (isinstance(value, dict) and all(isinstance(key, str) and key.isidentifier() for key in value)):
-            raise ValueError(f"{quote(value)} is not a mapping of names to values")
+        if not isinstance(value, dict):
+            raise UserError(f"{action.dest}: {quote(value)} is not a mapping of names to values")
         return [flag, *(f"{key}={item!r}" for key, item in value.items())]
     if value is None and action.default is None:
         return []

@@ -30,46 +30,30 @@ DATA_SETS = "DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 
 # Training on label maps excludes mixing images, and the published runs with them did not repeat augmentation.
 TOKEN_LABEL_DEFAULTS = {"mixup": 0.0, "cutmix": 0.0, "repeated_aug": False, "train_interpolation": "random"}
 
+CROP = number(float, 0.01, 1)
+
 TABLE: FlagTable = {
     "data": [
         ("--data-set", text, None, "NAME", f"{DATA_SETS} (default: from --data-path, or DIGITS)"),
         ("--data-path", text, None, "DIR", "where the data set is; a table (.csv, .tsv) is CSV, a folder IMNET"),
         ("--val-path", text, None, "FILE", "CSV: the table to validate on"),
-        (
-            "--csv-columns",
-            (text, "+"),
-            ("file", "label"),
-            "NAME",
-            "CSV: the columns of files, labels and, if there is one, splits (default: file label)",
-        ),
+        ("--csv-columns", (text, "+"), ("file", "label"), "NAME", "CSV: files, labels, splits (default: file label)"),
         ("--download", bool, False, None, "download the data set if it is missing and can be downloaded"),
-        (
-            "--val-split",
-            split_share,
-            None,
-            "P[:SEED]",
-            "for class folders without val/: validate on this share of each class, the same for every --seed",
-        ),
+        ("--val-split", split_share, None, "P[:SEED]", "validate on this share of each class, where there is no val/"),
         ("--train-part", part, None, "P[:SEED]", "train on this share of each class, the same for every --seed"),
         ("--in-chans", number(int, 1, 4), 3, "N", "channels of the images: 1 grey, 3 RGB, 4 RGB and alpha"),
         ("--mean", (number(float), "+"), None, "X", "mean of each channel, or of all (default: ImageNet's)"),
         ("--std", (ABOVE_ZERO, "+"), None, "X", "standard deviation of each channel, or of all"),
-        (
-            "--pixel-range",
-            (number(float), 2),
-            None,
-            ("MIN", "MAX"),
-            "black and white of images of more than 8 bits, such as 0 4095 (default: 0 65535)",
-        ),
+        ("--pixel-range", (number(float), 2), None, ("MIN", "MAX"), "of images of over 8 bits (default: 0 65535)"),
         ("--balanced-sampling", bool, False, None, "draw every class equally often, with replacement"),
         ("--classes", class_list, None, "A,B,...", "only these classes, by name or number, in this order"),
         ("--inat-category", list(RANKS), "name", "RANK", "what INAT19 classifies: %(choices)s"),
         (
             "--eval-crop-pct --crop-pct",
-            number(float, 0.01, 1),
+            CROP,
             None,
             "P",
-            "evaluation: share of the resized image's side that is kept (default: the model's)",
+            "evaluation: part of the resized side kept (default: the model's)",
         ),
     ],
     "augmentation": [
@@ -104,7 +88,7 @@ TABLE: FlagTable = {
             ["right", "reference"],
             "right",
             None,
-            "how a map is cropped; reference: with axes swapped, as in the released code",
+            "reference: axes swapped, as in the released code",
         ),
         ("--ground-truth", bool, False, None, "blend the true class into the teacher's class target"),
         ("--dense-weight", AMOUNT, 0.5, "W", "weight of the token loss"),
@@ -158,48 +142,28 @@ def distils(args: argparse.Namespace) -> bool:
     return args.distillation_type != "none"
 
 
+def is_empty(limits: tuple[float, float] | None) -> bool:
+    return limits is not None and limits[0] >= limits[1]
+
+
 CHECKS: Checks = [
-    (
-        lambda a: len(a.csv_columns) not in (2, 3),
-        "--csv-columns takes two names, or three with that of the splits",
-    ),
+    (lambda a: len(a.csv_columns) not in (2, 3), "--csv-columns takes two names, or three with that of the splits"),
     (lambda a: a.in_chans == 2, "--in-chans 2: images have 1, 3 or 4 channels"),
     (
-        lambda a: any(len(values) not in (1, a.in_chans) for values in (a.mean, a.std) if values),
-        "--mean and --std need one number, or one for each of --in-chans {in_chans}",
+        lambda a: any(len(values) not in (1, a.in_chans) or max(values) > 1 for values in (a.mean, a.std) if values),
+        "--mean and --std take one number from 0 to 1, or one for each of --in-chans {in_chans}",
     ),
-    (
-        lambda a: any(value > 1 for value in (*(a.mean or ()), *(a.std or ()))),
-        "--mean and --std are of values from 0 to 1: divide those of values from 0 to 255 by 255",
-    ),
-    (lambda a: a.pixel_range and a.pixel_range[0] >= a.pixel_range[1], "--pixel-range: MIN must be below MAX"),
-    (
-        lambda a: a.in_chans == 4 and a.aa,
-        "--in-chans 4 excludes --aa: its operations take grey and RGB images",
-    ),
-    (
-        lambda a: a.token_label and (a.bce_loss or a.class_weights != "none"),
-        "--token-label excludes --bce-loss and --class-weights",
-    ),
+    (lambda a: is_empty(a.pixel_range), "--pixel-range: MIN must be below MAX"),
+    (lambda a: a.in_chans == 4 and a.aa, "--in-chans 4 excludes --aa, which takes grey and RGB images"),
     (lambda a: a.token_label and mixes(a), "--token-label excludes --mixup and --cutmix: it mixes by MixToken"),
-    (lambda a: a.token_label and not a.token_label_data, "--token-label needs --token-label-data DIR"),
-    (lambda a: a.token_label_data and not a.token_label, "--token-label-data needs --token-label"),
+    (lambda a: a.token_label and (a.bce_loss or a.class_weights != "none"), "--token-label has a loss of its own"),
     (lambda a: a.token_label and distils(a), "--token-label excludes --distillation-type"),
+    (lambda a: a.token_label != bool(a.token_label_data), "--token-label and --token-label-data DIR need each other"),
+    (lambda a: mixes(a) and a.batch_size % 2, "--batch-size {batch_size}: mixup and cutmix need an even one"),
+    (lambda a: is_empty(a.cutmix_minmax), "--cutmix-minmax: MIN must be below MAX"),
     (
-        lambda a: mixes(a) and a.batch_size % 2,
-        "mixup and cutmix pair images: --batch-size {batch_size} has to be even (or turn both off)",
-    ),
-    (
-        lambda a: a.cutmix_minmax and a.cutmix_minmax[0] >= a.cutmix_minmax[1],
-        "--cutmix-minmax: MIN has to be below MAX",
-    ),
-    (
-        lambda a: distils(a) and not (a.teacher_model and a.teacher_path),
-        "--distillation-type {distillation_type} needs --teacher-model NAME and --teacher-path PATH",
-    ),
-    (
-        lambda a: not distils(a) and (a.teacher_model or a.teacher_path),
-        "a teacher needs --distillation-type soft or hard",
+        lambda a: {bool(a.teacher_model), bool(a.teacher_path)} != {distils(a)},
+        "--distillation-type soft or hard, --teacher-model NAME and --teacher-path PATH need each other",
     ),
 ]
 

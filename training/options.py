@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCH, INPUT_SIZE = "spectformer_xs", (224, 224)
 MOST_WORKERS = 16
 OWN_FOLDERS = ("IMNET", "FOLDER", "COCO")  # data sets that are a layout of folders
+COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 SCHEDULES = ["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "plateau"]
 ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
 MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # arguments of models for the same choice
@@ -88,8 +89,7 @@ RUN = {
             text,
             None,
             "PATH|auto",
-            "resume from a checkpoint, or from a run directory's newest intact one with that run's flags; "
-            "auto: from --output-dir's, if there is one",
+            "checkpoint, or run directory (with its flags); auto: --output-dir's, if any",
         ),
         ("--eval", bool, False, None, "evaluate the weights of --resume or --finetune, and stop"),
         ("--dry-run", bool, False, None, "build everything, try one update and one batch of evaluation, write nothing"),
@@ -104,13 +104,7 @@ RUN = {
     "model": [
         ("--arch", text, None, "NAME", f"a model of ours or of timm (default: --finetune's, or {ARCH})"),
         ("--model-kwargs", KeyValues, {}, "KEY=VALUE", "arguments of its constructor, such as depth=4 embed_dim=64"),
-        (
-            "--mixers",
-            text,
-            None,
-            "LIST",
-            "token mixer of each block: spectral*4,attention*8; slashes separate the stages of a pyramid",
-        ),
+        ("--mixers", text, None, "LIST", "of each block: spectral*4,attention*8; slashes separate a pyramid's stages"),
         ("--mixer-module", python_module, None, "FILE.py", "Python file that adds mixers of its own to MIXERS"),
         ("--input-size", image_size, None, "PIXELS", "side, or HEIGHTxWIDTH (default: --finetune's, or 224)"),
         ("--drop", FRACTION, 0.0, "P", "dropout before the classifier"),
@@ -155,20 +149,14 @@ TRAINING = {
             POSITIVE,
             None,
             "N",
-            "step: epochs between two decays (default: 30); wsd: length of the decay (default: a fifth of --epochs)",
+            "step: between decays (default: 30); wsd: length (default: epochs / 5)",
         ),
         ("--decay-milestones", integers, (30, 60), "N,N,...", "multistep: epochs of the decays (default: 30,60)"),
         ("--decay-rate", AMOUNT, 0.1, "R", "step, multistep, plateau: factor; poly: power"),
         ("--patience-epochs", COUNT, 10, "N", "plateau: epochs without improvement before a decay"),
     ],
     "fine-tuning": [
-        (
-            "--finetune",
-            text,
-            None,
-            "PATH",
-            "initial weights: a file, a run directory, or a model whose weights are here",
-        ),
+        ("--finetune", text, None, "PATH", "initial weights: a file, a run directory, or a model with weights here"),
         ("--finetune-mode", ["eval", "train"], "eval", None, "eval: no dropout, drop path or batch statistics"),
         ("--classifier", ["auto", "new"], "auto", None, "auto: keep the file's classifier if the classes agree"),
         ("--layer-decay", number(float, 0, 1, above=True), None, "D", "lr factor for each layer towards the stem"),
@@ -180,13 +168,7 @@ TRAINING = {
         ("--amp", ["auto", "bf16", "fp16", "none"], "auto", None, "mixed precision; auto: on GPUs, bf16 if native"),
         ("--dtype", ["float32", "float64"], "float32", None, "of the weights; float64 to compare runs"),
         ("--compile", bool, False, None, "torch.compile the model; recommended on CUDA"),
-        (
-            "--compile-mode",
-            ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
-            "default",
-            "MODE",
-            "of torch.compile: %(choices)s",
-        ),
+        ("--compile-mode", COMPILE_MODES, "default", "MODE", "of torch.compile: %(choices)s"),
         ("--profile", COUNT, 0, "N", "write a torch.profiler trace of N updates to the run directory; 0: none"),
         ("--channels-last", bool, False, None, "NHWC memory format"),
         ("--grad-checkpointing", bool, False, None, "recompute activations: less memory, more time"),
@@ -197,12 +179,8 @@ TRAINING = {
 CHECKS: Checks = [
     (lambda a: a.opt_betas and max(a.opt_betas) >= 1, "--opt-betas have to be below 1"),
     (
-        lambda a: a.eval and not (a.resume or a.finetune),
-        "--eval needs the weights to evaluate: --resume PATH or --finetune PATH",
-    ),
-    (
-        lambda a: a.eval and a.resume and a.finetune,
-        "--eval evaluates the weights of --resume or those of --finetune, not both",
+        lambda a: a.eval and bool(a.resume) == bool(a.finetune),
+        "--eval needs --resume PATH or --finetune PATH, not both",
     ),
     (lambda a: a.dtype == "float64" and a.amp in ("bf16", "fp16"), "--dtype float64 excludes --amp"),
     (lambda a: a.eval and a.dry_run, "--eval and --dry-run exclude each other"),
@@ -211,7 +189,7 @@ CHECKS: Checks = [
     (lambda a: a.warmup_updates and not a.sched_on_updates, "--warmup-updates needs --sched-on-updates"),
     (
         lambda a: a.model_kwargs.get("in_chans", 3) != 3,
-        "--model-kwargs in_chans: images have 3 channels, or those of --in-chans",
+        "--model-kwargs in_chans: images have 3 channels, or --in-chans",
     ),
     (
         lambda a: READING_ARGUMENTS.intersection(a.model_kwargs),
@@ -242,9 +220,7 @@ def parse_args(
     description: str | None = None,
     recipe_without_lr: str | None = None,
 ) -> argparse.Namespace:
-    """Parse and check a main's command line; reads no checkpoint.
-
-    With --finetune the arguments may lack what depends on that file's model: see `with_finetuned_model`.
+    """Parse and check a main's command line.
 
     Args:
         flags: those of the task.
@@ -255,30 +231,36 @@ def parse_args(
 
     Raises:
         UserError: in one line, for anything unknown, malformed or contradictory.
+        CheckpointError: --finetune's file cannot be read, or its arguments would make timm read other files.
     """
     words = [dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     # torch.distributed.launch without --use_env adds it; LOCAL_RANK says the same.
     words = [word for word in words if not word.startswith("--local-rank=")]
     parser = build_parser(flags, recipe, description, recipe_without_lr)
-    on_line = with_mixers(parser.given(words))
+    on_line = parser.given(words)
     run_directory = Path(resume) if (resume := on_line.get("resume")) and Path(resume).is_dir() else None
     config = on_line.pop("config", None)
     if config is None and run_directory and (run_directory / "args.yaml").exists():
         config = run_directory / "args.yaml"
     if config is None and recipe:
         config = recipe if "lr" in on_line else recipe_without_lr or recipe
-        in_config = with_mixers(read_config(ROOT / config, parser))
+        in_config = read_config(ROOT / config, parser)
     else:
-        in_config = {} if config is None else with_mixers(read_config(config, parser))
+        in_config = {} if config is None else read_config(config, parser)
 
     args = {name: action.default for name, action in parser.settings().items()}
     args |= flags.implied(in_config) | in_config | flags.implied(on_line) | on_line
-    args["config"] = None if config is None else str(config)
-    args["model_kwargs"] = merged(in_config.get("model_kwargs", {}), on_line.get("model_kwargs", {}))
+    args |= {"config": None if config is None else str(config), "mixers": None}
+    args["model_kwargs"] = merged_model_kwargs(in_config, on_line)
     if args["output_dir"] is None and run_directory:
         args["output_dir"] = str(run_directory)
-    if args["finetune"] is None:
-        args = completed(flags, args)
+    if args["finetune"] is not None:
+        args |= finetuned_model(args)
+    args |= {"arch": args["arch"] or ARCH, "input_size": args["input_size"] or INPUT_SIZE}
+    args |= {name: value for name, value in flags.derived(args).items() if args.get(name) is None}
+    run = f"{args['arch']}-{data_name(args['data_set'], args.get('data_path'))}".lower().replace("/", "-")
+    args["output_dir"] = args["output_dir"] or f"runs/{run}"
+
     namespace = argparse.Namespace(**args)
     for check, message in (*CHECKS, *flags.checks):
         if check(namespace):
@@ -290,67 +272,47 @@ def parse_args(
     return namespace
 
 
-def completed(flags: TaskFlags, args: Settings) -> Settings:
-    """The settings with the defaults that depend on the model."""
-    args = args | {"arch": args["arch"] or ARCH, "input_size": args["input_size"] or INPUT_SIZE}
-    args |= {name: value for name, value in flags.derived(args).items() if args.get(name) is None}
-    run = f"{args['arch']}-{data_name(args['data_set'], args.get('data_path'))}".lower().replace("/", "-")
-    return args | {"output_dir": args["output_dir"] or f"runs/{run}"}
-
-
 def data_name(data_set: str, data_path: str | None) -> str:
     """The name of the data: a folder's own for the kinds of folders that anybody can have, else the data set's."""
     return (data_path and data_set in OWN_FOLDERS and Path(data_path).resolve().name) or data_set
 
 
-def with_finetuned_model(flags: TaskFlags, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with --finetune's model, unless they name another, and with what depends on the model.
+def finetuned_model(args: Settings) -> Settings:
+    """--finetune's file with its model, where the settings name no other.
 
     If that file is gone, a run that resumes takes its own checkpoint's model.
-
-    Raises:
-        CheckpointError: it cannot be read, or its arguments would make timm read other files.
     """
-    if args.finetune is None:
-        return args
-    path, state = args.finetune, {}
+    path, state = args["finetune"], {}
     try:
-        path = str(find_checkpoint(args.finetune))
+        path = str(find_checkpoint(path))
         state = peek(path)
     except CheckpointError:
-        if not args.resume:
+        resumed = args["output_dir"] if args["resume"] == "auto" else args["resume"]
+        if not args["resume"]:
             raise
-        resumed = args.output_dir if args.resume == "auto" else args.resume
         with suppress(CheckpointError):
             state = peek(find_checkpoint(resumed)) if resumed is not None else {}
-    settings = vars(args) | {
-        "finetune": path,
-        "arch": args.arch or state.get("arch"),
-        "input_size": args.input_size or state.get("input_size"),
-    }
-    if state.get("arch") and models.resolve_arch(settings["arch"]) == models.resolve_arch(state["arch"]):
+    model = {name: args[name] or state.get(name) for name in ("arch", "input_size")}
+    model |= {"finetune": path, "model_kwargs": args["model_kwargs"]}
+    if state.get("arch") and models.resolve_arch(model["arch"]) == models.resolve_arch(state["arch"]):
         # Whether there is a head for token labels depends on the run, not on the weights.
         kwargs = {name: value for name, value in (state.get("model_kwargs") or {}).items() if name != "token_label"}
-        check_model_kwargs(kwargs, f"{args.finetune}: model_kwargs")
-        settings["model_kwargs"] = merged(kwargs, args.model_kwargs)
-    return argparse.Namespace(**completed(flags, settings))
+        check_model_kwargs(kwargs, f"{path}: model_kwargs")
+        model["model_kwargs"] = merged_model_kwargs({"model_kwargs": kwargs}, args)
+    return model
 
 
-def with_mixers(given: Settings) -> Settings:
-    """Settings with --mixers as the argument of the model that it is short for.
+def merged_model_kwargs(*layers: Settings) -> Settings:
+    """The model's arguments by the --model-kwargs and --mixers of some settings, the strongest last.
 
-    Raises:
-        UserError: it is given in both ways.
+    A choice of mixers replaces the weaker ones.
     """
-    if (mixers := given.get("mixers")) is None:
-        return given
-    model_kwargs = given.get("model_kwargs", {})
-    if "mixers" in model_kwargs:
-        raise UserError("--mixers and --model-kwargs mixers=...: leave one of them out")
-    return given | {"mixers": None, "model_kwargs": model_kwargs | {"mixers": mixers}}
-
-
-def merged(weak: Settings, strong: Settings) -> Settings:
-    """Arguments of a model from two places; another choice of mixers in the stronger one replaces the weaker's."""
-    replaced = MIXER_CHOICES if "mixers" in strong else ("mixers",) if set(MIXER_CHOICES) & set(strong) else ()
-    return {name: value for name, value in weak.items() if name not in replaced} | strong
+    merged: Settings = {}
+    for layer in layers:
+        own, mixers = layer.get("model_kwargs", {}), layer.get("mixers")
+        if mixers and "mixers" in own:
+            raise UserError("--mixers and --model-kwargs mixers=...: leave one of them out")
+        own = own | ({"mixers": mixers} if mixers else {})
+        replaced = MIXER_CHOICES if "mixers" in own else ("mixers",) if set(MIXER_CHOICES) & set(own) else ()
+        merged = {name: value for name, value in merged.items() if name not in replaced} | own
+    return merged
