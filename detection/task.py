@@ -54,6 +54,7 @@ class Detection(Task):
         self._run = run
         self.args = run.args
         self.kinds = kinds_of(self.args.detector)
+        self.score_format = f"{self.kinds[-1]} AP {{:.2f}}"
         self.train_set, self.val_set, self.train, self.val = build_data(self.args, run.dist, "mask" in self.kinds)
         self.model = build_model(run, self.train_set)
 
@@ -81,9 +82,6 @@ class Detection(Task):
         results = predict(model, self.val, self.val_set, self._run.dist, self._run.precision, stop)
         return evaluate(results, self.val_set, self.kinds, self._run.dist, model.detections)
 
-    def sample_name(self, index: int) -> str:
-        return self.train_set.path(index)
-
     def identity(self) -> dict[str, Any]:
         args, data = self.args, self.train_set
         return {
@@ -108,9 +106,6 @@ class Detection(Task):
             f"{self.args.detector} on {self.args.data_set}, {len(data)} images with {data.objects} objects of "
             f"{len(data.class_names)} categories{left_out}, {len(self.val_set)} validation images"
         )
-
-    def describe_score(self, score: float) -> str:
-        return f"{self.kinds[-1]} AP {score:.2f}"
 
 
 def as_inputs(images: list[Tensor], precision: Precision) -> list[Tensor]:

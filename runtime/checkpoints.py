@@ -46,49 +46,34 @@ def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], sta
     atomic_write(path, safetensors.torch.save(separate, metadata | {"format": "pt"}))
 
 
-def position(path: str | os.PathLike) -> tuple[int, int]:
-    """The (epoch, step) of a run's checkpoint.
+def newest_first(directory: str | os.PathLike) -> list[tuple[tuple[int, int], float, Path]]:
+    """(epoch, step), time and path of a directory's readable checkpoints, the newest first; others are named on stderr.
 
-    Raises:
-        CheckpointError: it cannot be read, or it is not a run's.
+    Of equals the one written last is the first.
     """
-    state = peek(path)
-    if not isinstance(state.get("epoch"), int) or not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path}: it does not say at which epoch and step the run was")
-    return state["epoch"], state["step"]
+    found = []
+    for path in sorted(Path(directory).glob(CHECKPOINTS)):
+        try:
+            state = peek(path)
+            if not {"epoch", "step"} <= state.keys():
+                raise CheckpointError(f"{path}: it does not say at which epoch and step the run was")
+            found.append(((state["epoch"], state["step"]), path.stat().st_mtime, path))
+        except CheckpointError as error:
+            tell(f"passing over {error}")
+    return sorted(found, reverse=True)
 
 
 def newest_intact(directory: str | os.PathLike) -> tuple[Path, dict[str, Any]] | None:
     """The path and content of a directory's newest intact checkpoint by (epoch, step); None without checkpoints.
 
-    Of equals the one written last. Damaged files are passed over, with a line on stderr for each.
-
     Raises:
         UserError: there are checkpoints, but no intact one; a new run would overwrite them.
     """
-    paths = sorted(Path(directory).glob(CHECKPOINTS))
-    found = []
-    for path in paths:
-        try:
-            found.append((position(path), path.stat().st_mtime, path))
-        except CheckpointError as error:
-            tell(f"passing over {error}")
-    for *_, path in sorted(found, reverse=True):
+    for *_, path in newest_first(directory):
         try:
             return path, read_checkpoint(path)
         except CheckpointError as error:
             tell(f"passing over {error}")
-    if paths:
-        raise UserError(f"{directory}: none of its {len(paths)} checkpoints is intact; move them away to start again")
-    return None
-
-
-def later_checkpoint(directory: str | os.PathLike, state: Mapping[str, Any]) -> Path | None:
-    """A checkpoint of `directory` that is further in training than `state`; None if there is none."""
-    for path in sorted(Path(directory).glob(CHECKPOINTS)):
-        try:
-            if position(path) > (state.get("epoch", 0), state.get("step", 0)):
-                return path
-        except CheckpointError:
-            continue  # damaged: nothing to lose
+    if number := len(list(Path(directory).glob(CHECKPOINTS))):
+        raise UserError(f"{directory}: none of its {number} checkpoints is intact; move them away to start again")
     return None

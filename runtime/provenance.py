@@ -9,6 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from utils import UserError
+
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
@@ -22,6 +26,24 @@ def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -
         "git": _git_state(),
         "args": plain(dict(sorted(args.items()))),
     }
+
+
+def read_yaml(path: str | Path, where: str) -> dict:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: it has none; the message begins with `where`.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        found = [near for suffix in (".yaml", ".yml") if (near := Path(path).with_suffix(suffix)).is_file()]
+        raise UserError(f"{where}: {error.strerror}" + (f"; did you mean {found[0]}?" if found else "")) from error
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected lines of 'flag: value'")
+    return content
 
 
 def last_arguments(record: Mapping[str, Any]) -> dict[str, Any]:

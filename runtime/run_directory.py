@@ -17,7 +17,7 @@ from models.checkpoints import CheckpointError, peek
 from runtime import checkpoints
 from runtime.curves import Plot, draw_curves
 from runtime.processes import Distributed
-from runtime.provenance import describe_run, last_arguments
+from runtime.provenance import describe_run, last_arguments, read_yaml
 from runtime.weights_and_biases import WeightsAndBiases
 from utils import (
     TEMPORARY_SUFFIX,
@@ -112,7 +112,7 @@ class RunDirectory:
             self._wandb = WeightsAndBiases(self._project, self.path, record["args"])
             self._opened.callback(self._wandb.close)
         if resuming and (self.path / ARGS).exists():
-            first = yaml.safe_load((self.path / ARGS).read_text(encoding="utf-8"))
+            first = read_yaml(self.path / ARGS, f"{self.path / ARGS}")
             before = last_arguments(first)
             changed = {name: value for name, value in record.pop("args").items() if before.get(name) != value}
             record = first | {"resumed": [*first.get("resumed", []), record | {"changed": changed}]}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from models.checkpoints import CheckpointError, check_model_kwargs, peek, read_checkpoint, weights_of
-from runtime.checkpoints import later_checkpoint, newest_intact, save, save_safetensors
+from runtime.checkpoints import newest_intact, save, save_safetensors
 from utils import UserError
 
 
@@ -198,10 +198,3 @@ def test_of_equals_the_one_written_last_is_taken(tmp_path):
         save(tmp_path / name, checkpoint(2))
         os.utime(tmp_path / name, (1000 + i, 1000 + i))
     assert newest_intact(tmp_path)[0].name == "checkpoint_best.pth"
-
-
-def test_a_later_checkpoint_is_one_that_is_further_in_training(tmp_path):
-    save(tmp_path / "checkpoint_0002.pth", checkpoint(2))
-    save(tmp_path / "checkpoint_last.pth", checkpoint(2, 50))
-    assert later_checkpoint(tmp_path, checkpoint(2)) == tmp_path / "checkpoint_last.pth"
-    assert later_checkpoint(tmp_path, checkpoint(2, 50)) is None

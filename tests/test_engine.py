@@ -74,6 +74,7 @@ class Regression(Task):
 
     flags = TaskFlags({}, lambda given: {}, lambda args: {"data_set": "points"}, [])
     ranked_by = "fit"
+    score_format = "fit {:.3f}"
     shown = ("fit",)
     sample_flags = ()
     plots = (Plot("fit.png", (Panel("Error", {"train_loss": "training", "test_error": "test"}),)),)
@@ -115,9 +116,6 @@ class Regression(Task):
 
     def describe(self):
         return "points on a line"
-
-    def describe_score(self, score):
-        return f"fit {score:.3f}"
 
 
 FLAGS = ["--batch-size", "16", "--epochs", "3", "--warmup-epochs", "0", "--unscale-lr", "--lr", "5e-2", "--model-ema"]

@@ -7,11 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.losses import (
+    ClassLoss,
     DistillationLoss,
-    TokenLabelCriterion,
-    TokenLabelCrossEntropy,
     balanced_class_weights,
-    class_loss,
+    token_label_loss,
 )
 from utils import UserError
 
@@ -34,30 +33,9 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("ground_truth", [False, True])
 @pytest.mark.parametrize("box", [None, (), (3, 3, 3, 3), BOX], ids=["none", "empty", "no area", "mixed"])
 def test_token_label_loss_equals_the_golden_values(ground_truth, box):
-    loss = TokenLabelCrossEntropy(cls_weight=1.0, dense_weight=0.5, ground_truth=ground_truth)
     expected = GOLDEN[f"loss_{'gt_' if ground_truth else ''}{'mixed' if box == BOX else 'none'}"]
-    torch.testing.assert_close(loss((LOGITS, TOKEN_LOGITS, box), TARGETS), expected, atol=1e-5, rtol=0)
-
-
-def test_the_criterion_goes_from_records_to_the_golden_loss():
-    record = {
-        "values": GOLDEN["value"],
-        "indices": GOLDEN["index"].int(),
-        "crop": GOLDEN["crop_yxhw"],
-        "label": GOLDEN["ground_truth"],
-        "affines": torch.eye(2, 3).expand(4, 1, 2, 3),
-    }
-    criterion = TokenLabelCriterion(TokenLabelCrossEntropy(), CLASSES, (7, 7))
-    found = criterion(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), record)
-    torch.testing.assert_close(found, GOLDEN["loss_mixed"], atol=1e-5, rtol=0)
-    swapped = TokenLabelCriterion(TokenLabelCrossEntropy(), CLASSES, (7, 7), swapped=True)
-    expected = TokenLabelCrossEntropy()((LOGITS, TOKEN_LOGITS, BOX), GOLDEN["target_swapped_7"])
-    torch.testing.assert_close(swapped(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), record), expected)
-
-
-def test_targets_for_another_grid_are_refused():
-    with pytest.raises(ValueError, match="targets for 49 tokens, logits of 36"):
-        TokenLabelCrossEntropy()((LOGITS, TOKEN_LOGITS[:, :36], None), TARGETS)
+    found = token_label_loss((LOGITS, TOKEN_LOGITS, box), TARGETS, 1.0, 0.5, ground_truth)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------- class labels
@@ -66,8 +44,8 @@ def test_targets_for_another_grid_are_refused():
 @pytest.mark.parametrize(
     "criterion, targets",
     [
-        (class_loss(soft_targets=True), TARGETS[..., 0]),
-        (class_loss(), GOLDEN["ground_truth"]),
+        (ClassLoss(soft_targets=True), TARGETS[..., 0]),
+        (ClassLoss(), GOLDEN["ground_truth"]),
     ],
     ids=["soft", "smoothed"],
 )
@@ -78,7 +56,7 @@ def test_soft_targets_and_smoothing_are_the_same_loss(criterion, targets):
 
 def test_a_model_that_mixes_tokens_is_not_trained_on_unmixed_labels():
     with pytest.raises(UserError, match="--token-label"):
-        class_loss()(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), GOLDEN["ground_truth"])
+        ClassLoss()(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), GOLDEN["ground_truth"])
 
 
 # ----------------------------------------------------------------------------------------------- distillation
@@ -99,7 +77,7 @@ IMAGES = draw(4, 3, 2, 2, seed=6)
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_is_deits(kind, pair, alpha, tau):
     net = teacher()
-    criterion = DistillationLoss(class_loss(), net, kind, alpha, tau)
+    criterion = DistillationLoss(ClassLoss(), net, kind, alpha, tau)
     student = draw(4, CLASSES, seed=7) if pair else LOGITS
     found = criterion(IMAGES, (LOGITS, student) if pair else LOGITS, GOLDEN["ground_truth"])
 
@@ -115,7 +93,7 @@ def test_distillation_is_deits(kind, pair, alpha, tau):
 
 def test_the_teacher_is_not_trained():
     logits = LOGITS.clone().requires_grad_()
-    criterion = DistillationLoss(class_loss(soft_targets=True), teacher(), "soft")
+    criterion = DistillationLoss(ClassLoss(soft_targets=True), teacher(), "soft")
     criterion(IMAGES, logits, TARGETS[..., 0]).backward()
     assert logits.grad.abs().sum() > 0
     assert all(weight.grad is None for weight in criterion.teacher.parameters())
@@ -123,7 +101,7 @@ def test_the_teacher_is_not_trained():
 
 def test_impossible_distillation_is_refused():
     with pytest.raises(UserError, match="--teacher-model: it has 24 classes, the data 10"):
-        criterion = DistillationLoss(class_loss(), teacher(), "hard")
+        criterion = DistillationLoss(ClassLoss(), teacher(), "hard")
         criterion(IMAGES, draw(4, 10), torch.arange(4))
     with pytest.raises(ValueError, match="soft or hard"):
         DistillationLoss(nn.Identity(), teacher(), "none")
@@ -136,10 +114,10 @@ def test_impossible_distillation_is_refused():
 def test_losses_are_float32_inside_under_autocast(dtype):
     outputs = (LOGITS.to(dtype), TOKEN_LOGITS.to(dtype), BOX)
     criteria = [
-        (TokenLabelCrossEntropy(), lambda loss, out: loss(out, TARGETS)),
-        (class_loss(), lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
+        (token_label_loss, lambda loss, out: loss(out, TARGETS)),
+        (ClassLoss(), lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"])),
         (
-            DistillationLoss(class_loss(), teacher(), "soft"),
+            DistillationLoss(ClassLoss(), teacher(), "soft"),
             lambda loss, out: loss(IMAGES, out[0], GOLDEN["ground_truth"]),
         ),
     ]
@@ -160,7 +138,7 @@ def test_class_weights_apply_to_hard_soft_and_binary_targets():
     soft = 0.7 * torch.nn.functional.one_hot(hard, 3) + 0.3 * torch.nn.functional.one_hot(hard.flip(0), 3)
 
     def found(targets, **options):
-        loss = class_loss(0, targets.ndim == 2, weights, **options)
+        loss = ClassLoss(0, targets.ndim == 2, weights, **options)
         return loss(None, logits, targets)
 
     log = logits.log_softmax(1)

@@ -13,12 +13,11 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from timm.utils import ParseKwargs
 
 from inputs import transforms
 from inputs.transforms import image_size
-from runtime.provenance import last_arguments
+from runtime.provenance import last_arguments, read_yaml
 from utils import UserError, one_line, quote
 
 UNSET = object()
@@ -234,24 +233,6 @@ def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return words
-
-
-def read_yaml(path: str | Path, where: str) -> dict:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: it has none; the message begins with `where`.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        found = [near for suffix in (".yaml", ".yml") if (near := Path(path).with_suffix(suffix)).is_file()]
-        raise UserError(f"{where}: {error.strerror}" + (f"; did you mean {found[0]}?" if found else "")) from error
-    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected lines of 'flag: value'")
-    return content
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:

@@ -13,20 +13,17 @@ from torch import Tensor, nn
 import models
 from inputs.data import Data, build_data
 from inputs.loader import Batch, EvalLoader
+from inputs.token_labels import dense_targets
 from models.checkpoints import read_checkpoint, weights_of
+from models.pretrained import PREPROCESSING
 from models.pyramid import sample_mix_box
 from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
+from runtime.provenance import plain
 from training.classification_flags import FLAGS, mixes
 from training.evaluation import evaluation_batches
 from training.log import report
-from training.losses import (
-    DistillationLoss,
-    TokenLabelCriterion,
-    TokenLabelCrossEntropy,
-    balanced_class_weights,
-    class_loss,
-)
+from training.losses import ClassLoss, DistillationLoss, balanced_class_weights, token_label_loss
 from training.model import create_model, labels_tokens, load, load_finetuned
 from training.options import data_name
 from training.precision import Precision, as_input
@@ -41,6 +38,7 @@ class Classification(Task):
 
     flags = FLAGS
     ranked_by = "acc1"
+    score_format = "top-1 {:.2f} %"
     shown = ("loss", "acc1")
     sample_flags = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part", "balanced_sampling")
     plots = (
@@ -105,9 +103,6 @@ class Classification(Task):
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
         return evaluate(model, self.val, self._run.dist, self.precision, stop)
 
-    def sample_name(self, index: int) -> str:
-        return self.train.dataset.path(index)
-
     def identity(self) -> dict[str, Any]:
         return {
             "arch": models.resolve_arch(self.args.arch),
@@ -118,25 +113,15 @@ class Classification(Task):
         }
 
     def record(self) -> dict[str, Any]:
-        data = self.data
-        return {
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "crop_pct": data.crop_pct,
-            "interpolation": data.interpolation,
-        }
+        return plain({name: getattr(self.data, name) for name in PREPROCESSING})
 
     def describe(self) -> str:
-        height, width = self.args.input_size
+        data, (height, width) = self.data, self.args.input_size
         return (
-            f"{data_name(self.args.data_set, self.args.data_path)} at {height}x{width} "
-            f"(evaluation crop {self.data.crop_pct:g}), "
-            f"{self.data.num_classes} classes, {len(self.train.dataset)} training and {len(self.val.dataset)} "
-            "validation images"
+            f"{data_name(self.args.data_set, self.args.data_path)} at {height}x{width} (evaluation crop "
+            f"{data.crop_pct:g}), {data.num_classes} classes, {len(self.train.dataset)} training and "
+            f"{len(self.val.dataset)} validation images"
         )
-
-    def describe_score(self, score: float) -> str:
-        return f"top-1 {score:.2f} %"
 
 
 def full_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,23 +164,23 @@ def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
     )
 
 
-def build_criterion(run: Run, model: nn.Module, data: Data) -> nn.Module:
+def build_criterion(run: Run, model: nn.Module, data: Data) -> Callable[[Tensor, Any, Any], Tensor]:
     """The loss, called as ``criterion(images, outputs, targets)``, on the run's device."""
-    args = run.args
+    args, num_classes = run.args, data.num_classes
     if args.token_label:
-        loss = TokenLabelCriterion(
-            TokenLabelCrossEntropy(args.cls_weight, args.dense_weight, args.ground_truth),
-            data.num_classes,
-            token_label_size(model, args.token_label_size),
-            args.smoothing,
-            swapped=args.token_label_crop == "reference",
-        )
-    else:
-        labels = data.train.dataset.labels
-        weights = balanced_class_weights(labels, data.num_classes) if args.class_weights == "auto" else None
-        loss = class_loss(args.smoothing, mixes(args), weights, args.bce_loss)
+        size, swapped = token_label_size(model, args.token_label_size), args.token_label_crop == "reference"
+
+        def token_criterion(_images: Tensor, outputs: Any, record: Any) -> Tensor:
+            targets = dense_targets(record, num_classes, size, args.smoothing, swapped)
+            return token_label_loss(outputs, targets, args.cls_weight, args.dense_weight, args.ground_truth)
+
+        return token_criterion
+    weights = None
+    if args.class_weights == "auto":
+        weights = balanced_class_weights(data.train.dataset.labels, num_classes)
+    loss = ClassLoss(args.smoothing, mixes(args), weights, args.bce_loss)
     if args.distillation_type != "none":
-        teacher = create_model(args.teacher_model, data.num_classes, args.input_size, {}, "--teacher-model")
+        teacher = create_model(args.teacher_model, num_classes, args.input_size, {}, "--teacher-model")
         teacher_weights = weights_of(read_checkpoint(args.teacher_path), path=args.teacher_path)
         load(teacher, teacher_weights, args.teacher_path, new_head=False)
         loss = DistillationLoss(loss, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)

@@ -166,7 +166,7 @@ def print_summary(trainer: Trainer) -> None:
     skipped = skipped_files(trainer.task.train, dist)
     if skipped is not None:
         report(dist, skipped)
-    best = trainer.task.describe_score(progress.best_score)
+    best = trainer.task.score_format.format(progress.best_score)
     report(dist, f"best {best} in epoch {progress.best_epoch}; see {trainer.args.output_dir}")
 
 

@@ -14,7 +14,6 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inputs.token_labels import Record, dense_targets
 from models.precision import full_precision
 from utils import UserError
 
@@ -22,8 +21,10 @@ from utils import UserError
 AGREED_SHARE, DISPUTED_SHARE = 0.5, 0.9
 
 
-class TokenLabelCrossEntropy(nn.Module):
-    """The loss of token labelling with MixToken (Jiang et al. 2021, "All Tokens Matter", section 3).
+def token_label_loss(
+    outputs: Sequence, targets: Tensor, cls_weight: float = 1.0, dense_weight: float = 0.5, ground_truth: bool = False
+) -> Tensor:
+    """The scalar loss of token labelling with MixToken (Jiang et al. 2021, "All Tokens Matter", section 3).
 
     cls_weight · cross-entropy of the class logits + dense_weight · mean cross-entropy of the token logits.
     The swapped box of MixToken covers a share 1 − λ of the tokens, and the class target is
@@ -31,94 +32,64 @@ class TokenLabelCrossEntropy(nn.Module):
     not mixed.
 
     Args:
+        outputs: class logits (B, classes), token logits (B, N, classes), and optionally MixToken's box
+            (x1, y1, x2, y2) on the token grid, None or of no area where nothing was mixed.
+        targets: (B, classes, 2 + N) as `token_labels.dense_targets` lays them out; with two columns every
+            token has the class token's target.
         ground_truth: blend the ground truth into the class target t: 0.9 or, where it and the teacher name
             the same class, 0.5 of the teacher's, and the rest of the ground truth's.
     """
-
-    def __init__(self, cls_weight: float = 1.0, dense_weight: float = 0.5, ground_truth: bool = False):
-        super().__init__()
-        self.cls_weight = cls_weight
-        self.dense_weight = dense_weight
-        self.ground_truth = ground_truth
-
-    def forward(self, outputs: Sequence, targets: Tensor) -> Tensor:
-        """The scalar loss.
-
-        Args:
-            outputs: class logits (B, classes), token logits (B, N, classes), and optionally MixToken's box
-                (x1, y1, x2, y2) on the token grid, None or of no area where nothing was mixed.
-            targets: (B, classes, 2 + N) as `token_labels.dense_targets` lays them out; with two columns every
-                token has the class token's target.
-
-        Raises:
-            ValueError: the targets are for another number of tokens.
-        """
-        class_logits, token_logits, box = (*outputs, None)[:3]
-        targets = targets.to(full_precision(class_logits).dtype)
-        tokens = token_logits.shape[1]
-        token_targets = targets[..., 2:] if targets.shape[2] > 2 else targets[..., 1:].expand(-1, -1, tokens)
-        if token_targets.shape[2] != tokens:
-            raise ValueError(f"targets for {token_targets.shape[2]} tokens, logits of {tokens}")
-        class_target = self._class_target(targets, box, tokens)
-        with torch.autocast(targets.device.type, enabled=False):
-            class_loss = F.cross_entropy(full_precision(class_logits), class_target)
-            token_loss = F.cross_entropy(full_precision(token_logits).mT, token_targets)
-            return self.cls_weight * class_loss + self.dense_weight * token_loss
-
-    def _class_target(self, targets: Tensor, box: Sequence[int] | None, tokens: int) -> Tensor:
-        target = targets[..., 1]
-        if self.ground_truth:
-            label = targets[..., 0]
-            agreed = label.argmax(1, keepdim=True) == target.argmax(1, keepdim=True)
-            share = torch.where(agreed, AGREED_SHARE, DISPUTED_SHARE)
-            target = share * target + (1 - share) * label
-        if box is None or len(box) == 0:
-            return target
+    class_logits, token_logits, box = (*outputs, None)[:3]
+    targets = targets.to(full_precision(class_logits).dtype)
+    tokens = token_logits.shape[1]
+    label, target = targets[..., 0], targets[..., 1]
+    token_targets = targets[..., 2:] if targets.shape[2] > 2 else targets[..., 1:].expand(-1, -1, tokens)
+    if ground_truth:
+        agreed = label.argmax(1, keepdim=True) == target.argmax(1, keepdim=True)
+        share = torch.where(agreed, AGREED_SHARE, DISPUTED_SHARE)
+        target = share * target + (1 - share) * label
+    if box is not None and len(box):
         x1, y1, x2, y2 = box
         mixed = (x2 - x1) * (y2 - y1) / tokens
-        return (1 - mixed) * target + mixed * target.flip(0)
+        target = (1 - mixed) * target + mixed * target.flip(0)
+    with torch.autocast(targets.device.type, enabled=False):
+        class_loss = F.cross_entropy(full_precision(class_logits), target)
+        token_loss = F.cross_entropy(full_precision(token_logits).mT, token_targets)
+        return cls_weight * class_loss + dense_weight * token_loss
 
 
-class ClassCriterion(nn.Module):
-    """A loss of class logits alone, as a criterion."""
+class ClassLoss(nn.Module):
+    """The criterion of class labels.
 
-    def __init__(self, loss: nn.Module):
+    Args:
+        soft_targets: the targets are distributions, which mixup and cutmix smooth themselves.
+        class_weights: (classes,), weights of the target's terms, hard or mixed, of cross-entropy and of BCE.
+        bce: binary cross-entropy for each class instead of cross-entropy.
+    """
+
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        soft_targets: bool = False,
+        class_weights: Tensor | None = None,
+        bce: bool = False,
+    ):
         super().__init__()
-        self.loss = loss
+        if bce:
+            self.loss = BinaryCrossEntropy(smoothing, pos_weight=class_weights)
+        elif class_weights is not None:
+            self.loss = nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
+        elif soft_targets:
+            self.loss = SoftTargetCrossEntropy()
+        else:
+            self.loss = LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         """Raises UserError for a model that mixes images by itself, whose targets these are not."""
         if not isinstance(outputs, Tensor):
-            raise UserError(
-                "this model returns more than class logits: train it with --token-label and "
-                "label maps, or without token_label among its arguments"
-            )
+            raise UserError("this model also returns token logits: train it with --token-label and label maps")
         with torch.autocast(outputs.device.type, enabled=False):
             return self.loss(full_precision(outputs), targets)
-
-
-class TokenLabelCriterion(nn.Module):
-    """The token-label loss, as a criterion on the records of `token_labels.TokenLabelTransform`."""
-
-    def __init__(
-        self,
-        loss: TokenLabelCrossEntropy,
-        num_classes: int,
-        size: tuple[int, int],
-        smoothing: float = 0.1,
-        swapped: bool = False,
-    ):
-        """size, smoothing, swapped: see `token_labels.dense_targets`."""
-        super().__init__()
-        self.loss = loss
-        self.num_classes = num_classes
-        self.size = size
-        self.smoothing = smoothing
-        self.swapped = swapped
-
-    def forward(self, images: Tensor, outputs: Sequence, targets: Record) -> Tensor:
-        dense = dense_targets(targets, self.num_classes, self.size, self.smoothing, self.swapped)
-        return self.loss(outputs, dense)
 
 
 class DistillationLoss(nn.Module):
@@ -163,25 +134,6 @@ class DistillationLoss(nn.Module):
             F.log_softmax(student / self.tau, 1), F.log_softmax(taught / self.tau, 1), reduction="sum", log_target=True
         )
         return divergence * self.tau**2 / student.numel()  # mean over batch and classes, as DeiT's
-
-
-def class_loss(
-    smoothing: float = 0.1, soft_targets: bool = False, class_weights: Tensor | None = None, bce: bool = False
-) -> ClassCriterion:
-    """The criterion of class labels.
-
-    Args:
-        soft_targets: the targets are distributions, which mixup and cutmix smooth themselves.
-        class_weights: (classes,), weights of the target's terms, hard or mixed, of cross-entropy and of BCE.
-        bce: binary cross-entropy for each class instead of cross-entropy.
-    """
-    if bce:
-        return ClassCriterion(BinaryCrossEntropy(smoothing, pos_weight=class_weights))
-    if class_weights is not None:
-        return ClassCriterion(nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing))
-    if soft_targets:
-        return ClassCriterion(SoftTargetCrossEntropy())
-    return ClassCriterion(LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss())
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> Tensor:

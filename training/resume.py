@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 
 from models.checkpoints import read_checkpoint, weights_of
-from runtime.checkpoints import later_checkpoint, newest_intact
+from runtime.checkpoints import newest_first, newest_intact
 from runtime.processes import Distributed
 from runtime.provenance import plain
 from training.log import report
@@ -24,6 +23,7 @@ from training.trainer import Progress, Trainer
 from utils import UserError, one_line, quote
 
 LAST = "checkpoint_last.pth"
+REQUIRED = ("model", "optimizer", "args", "world_size", "epoch", "step", "meters")  # to resume
 # Options of torch's optimisers that depend on the machine: a run saved on a CPU resumes on CUDA.
 MACHINE_OPTIONS = ("fused", "foreach", "capturable")
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the state of that schedule
@@ -36,36 +36,40 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
     """The checkpoint that --resume names, or None.
 
     Raises:
-        UserError: a run without it, or from it, would overwrite another run or later checkpoints of this one.
+        UserError: it is no run's, or a run without it, or from it, would overwrite another run or later checkpoints.
     """
+    output, writes = Path(args.output_dir), not (args.eval or args.dry_run)
     if args.resume is None:
-        for name in ("log.txt", LAST):
-            if not (args.eval or args.dry_run) and (Path(args.output_dir) / name).exists():
-                raise UserError(
-                    f"--output-dir {args.output_dir}: it has another run's {name}; continue that run with "
-                    "--resume auto, or choose another directory"
-                )
+        found = [name for name in ("log.txt", LAST) if writes and (output / name).exists()]
+        if found:
+            raise UserError(f"--output-dir {output}: it has another run's {found[0]}; --resume auto continues that run")
         return None
-    directory = Path(args.output_dir if args.resume == "auto" else args.resume)
-    found, path = None, args.resume
-    if args.resume == "auto" or directory.is_dir():
-        found = newest_intact(directory) if dist.is_main else None
-        path = dist.broadcast_object(None if found is None else str(found[0]))
+    path = output if args.resume == "auto" else Path(args.resume)
+    directory, state = path, None
+    if args.resume == "auto" or path.is_dir():
+        path, state = (newest_intact(path) if dist.is_main else None) or (None, None)
+        path = dist.broadcast_object(path)
         if path is None and args.resume == "auto":
             return None
         if path is None:
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
-    state = read_checkpoint(path) if found is None else found[1]
+    state = read_checkpoint(path) if state is None else state
     where = f", epoch {state['epoch']}, step {state.get('step', 0)}" if "epoch" in state else ""
     report(dist, f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
-    if args.eval or args.dry_run or directory == Path(args.output_dir):  # what is later there is damaged
+    if args.eval:
         return state
-    later = later_checkpoint(args.output_dir, state)
-    if later is not None:
+    if missing := [key for key in REQUIRED if state.get(key) is None]:
         raise UserError(
-            f"--resume {args.resume}: {later} is further in training and would be overwritten; choose another "
-            "--output-dir, or continue from there with --resume auto"
+            f"--resume {path}: no {', '.join(missing)} in it, so it is not a run's checkpoint; "
+            "--finetune starts a new run from its weights"
         )
+    if writes and directory != output:  # what is later in a directory whose newest was taken is damaged
+        newest = newest_first(output)[:1]
+        if newest and newest[0][0] > (state["epoch"], state["step"]):
+            raise UserError(
+                f"--resume {args.resume}: {newest[0][-1]} is further in training and would be overwritten; choose "
+                "another --output-dir, or continue from there with --resume auto"
+            )
     return state
 
 
@@ -80,7 +84,6 @@ def with_global_batch(
     Raises:
         UserError: no batch size does, or the command line asks for another number of images.
     """
-    require_keys(state, args.resume, "args", "world_size")
     batch, accumulated, processes = state["args"]["batch_size"], state["args"]["accum_iter"], state["world_size"]
     images = batch * accumulated * processes
     if images == images_per_update(args, dist):
@@ -92,28 +95,14 @@ def with_global_batch(
     share, rest = divmod(images, dist.world_size)
     sizes = [size for size in range(multiple, args.batch_size + 1, multiple) if share % size == 0 and not rest]
     if not sizes or dist.world_size == processes:
-        source = args.output_dir if args.resume == "auto" else args.resume
         raise UserError(
-            f"{before}; {dist.world_size} processes of at most --batch-size {args.batch_size} make others; for another "
-            f"number of images start a new run from its weights: --finetune {source}"
+            f"{before}; {dist.world_size} processes of at most --batch-size {args.batch_size} make others; "
+            f"--finetune {args.output_dir if args.resume == 'auto' else args.resume} starts a new run from its weights"
         )
     flags = {"batch_size": sizes[-1], "accum_iter": share // sizes[-1]}
-    report(
-        dist,
-        f"{before}; continuing with --batch-size {flags['batch_size']} --accum-iter {flags['accum_iter']} "
-        f"x {dist.world_size} processes",
-    )
+    now = f"--batch-size {flags['batch_size']} --accum-iter {flags['accum_iter']} x {dist.world_size} processes"
+    report(dist, f"{before}; continuing with {now}")
     return argparse.Namespace(**vars(args) | flags)
-
-
-def require_keys(state: Mapping[str, Any], path: str, *keys: str) -> None:
-    """Raise UserError for a file that lacks something a run needs to resume."""
-    missing = [key for key in keys if state.get(key) is None]
-    if missing:
-        raise UserError(
-            f"--resume {path}: no {', '.join(missing)} in it, so it is not a run's checkpoint; "
-            "--finetune starts a new run from its weights"
-        )
 
 
 # ---------------------------------------------------------------------------------------- what a checkpoint contains
@@ -151,18 +140,9 @@ def stored_names(score: str) -> dict[str, str]:
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """Restore a checkpoint; raises UserError that names what differs."""
     path, task, progress, optimizer = trainer.args.resume, trainer.task, trainer.progress, trainer.optimizer
-    stored = stored_names(task.ranked_by)
-    # Older files do not say what reached the score.
-    require_keys(state, path, "model", "optimizer", "args", "world_size", *(set(stored.values()) - {"averaged"}))
     check_same(state, task.identity(), path)
-    check_same(state["args"], {name: getattr(trainer.args, name) for name in task.sample_flags}, path)
-    if state["step"]:
-        check_same(state["args"], {"seed": trainer.args.seed}, path)
-    if state["args"].get("opt") != trainer.args.opt:
-        raise UserError(f"--resume {path}: it was trained with --opt {state['args'].get('opt')}")
-    if ("model_ema" in state) != (trainer.ema is not None):
-        flag = "--model-ema" if "model_ema" in state else "--no-model-ema"
-        raise UserError(f"--resume {path}: it was trained with {flag}")
+    flags = [*task.sample_flags, "opt", "model_ema", *(["seed"] if state["step"] else [])]
+    check_same(state["args"], {name: getattr(trainer.args, name) for name in flags}, path)
     try:
         trainer.model.load_state_dict(state["model"])
         if trainer.ema is not None:
@@ -175,14 +155,11 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.scaler.load_state_dict(state.get("scaler", {}))
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"--resume {path}: {one_line(error)}") from error
-    for name, key in stored.items():
+    for name, key in stored_names(task.ranked_by).items():
         setattr(progress, name, state.get(key, getattr(progress, name)))
     progress.step = progress.step // state["args"]["accum_iter"] * trainer.args.accum_iter
     if progress.step > len(task.train):
-        raise UserError(
-            f"--resume {path}: its step {progress.step} is beyond an epoch's {len(task.train)}; "
-            "was it trained on another data set?"
-        )
+        raise UserError(f"--resume {path}: its step {progress.step} is beyond this data's {len(task.train)} an epoch")
     if progress.epoch > 0:
         trainer.scheduler.step(progress.epoch - 1)
     if isinstance(trainer.scheduler, PlateauLRScheduler):
@@ -199,11 +176,10 @@ def load_average(trainer: Trainer, state: dict[str, Any]) -> None:
 def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
     """Raise UserError for the first setting in which a checkpoint and this run differ."""
     for key, value in wanted.items():
-        found = state.get(key)
-        if json.dumps(found, default=repr) == json.dumps(value):  # lists in a file are tuples on a command line
-            continue
+        found, value = plain(state.get(key)), plain(value)  # lists in a file are tuples on a command line
         if isinstance(found, dict) and isinstance(value, dict):
             names = [name for name in found | value if found.get(name) != value.get(name)]
             found, value = ({name: part[name] for name in names if name in part} for part in (found, value))
-        found, value = (part if isinstance(part, str) else quote(part) for part in (found, value))
-        raise UserError(f"--resume {path}: its {key} is {found}, this run's is {value}")
+        if found != value:
+            found, value = (part if isinstance(part, str) else quote(part) for part in (found, value))
+            raise UserError(f"--resume {path}: its {key} is {found}, this run's is {value}")

@@ -22,6 +22,7 @@ class Task(ABC):
     Attributes:
         flags: the task's part of the command line.
         ranked_by: the result of `evaluate` by which checkpoints are ranked; the larger the better.
+        score_format: how a value of `ranked_by` is printed.
         shown: results of `evaluate` in an epoch's line on the console.
         plots: the plots of the log that the run directory contains.
         sample_flags: what decides, beside the seed, which samples a run has; a run that resumes must have the same.
@@ -34,6 +35,7 @@ class Task(ABC):
 
     flags: ClassVar[TaskFlags]
     ranked_by: ClassVar[str]
+    score_format: str
     shown: ClassVar[Sequence[str]]
     plots: ClassVar[Sequence[Plot]]
     sample_flags: ClassVar[Sequence[str]]
@@ -76,9 +78,9 @@ class Task(ABC):
             Interrupted: between two batches, on every process, when one of them was signalled.
         """
 
-    @abstractmethod
     def sample_name(self, index: int) -> str:
         """The file of a training sample, or what names it best."""
+        return self.train.dataset.path(index)
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -91,7 +93,3 @@ class Task(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The data in a few words: ``DIGITS at 32x32, 10 classes``."""
-
-    @abstractmethod
-    def describe_score(self, score: float) -> str:
-        """A value of `ranked_by` in words: ``top-1 99.72 %``."""
