@@ -86,17 +86,8 @@ FLAGS: FlagTable = {
     ],
 }
 # Flags that a detector does not have.
-OF_CLASSIFIERS = [
-    "arch",
-    "model_kwargs",
-    "input_size",
-    "classes",
-    "val_split",
-    "eval_crop_pct",
-    "explain",
-    "embeddings",
-    "tta",
-]
+OF_CLASSIFIERS = {"arch", "model_kwargs", "input_size", "classes", "val_split", "skip_bad_images", "eval_crop_pct"}
+OF_CLASSIFIERS |= {"explain", "embeddings", "tta"}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -112,21 +103,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(dtype="float32")
     args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     if args.model_path is None and args.arch is None:
-        raise UserError("--model-path says what to run: a checkpoint, a run directory, or one of " + known_models())
+        raise UserError(
+            "--model-path says what to run: a checkpoint, a run directory, or one of " + ", ".join(models.shipped())
+        )
     if args.model_path is None:  # --arch alone: a model whose weights come with the project
         args.model_path, args.arch = args.arch, None
-    for flag in ("explain", "embeddings"):
-        if getattr(args, flag) is not None and args.image is None:
-            raise UserError(f"--{flag} needs --image")
+    if (args.explain is not None or args.embeddings is not None) and args.image is None:
+        raise UserError("--explain and --embeddings need --image")
     if args.explain is not None and args.tta:
-        raise UserError("--explain is about one image, --tta averages it with its mirror image: leave one of them out")
+        raise UserError("--explain excludes --tta: it is about one image, without its mirror image")
     if args.image is not None and (args.data_set or args.data_path or args.report):
         raise UserError("--image predicts images; --data-set, --data-path and --report are for evaluation")
     return args
-
-
-def known_models() -> str:
-    return ", ".join(models.shipped())
 
 
 def with_trained_data(args: argparse.Namespace, loaded: models.LoadedModel) -> argparse.Namespace:
@@ -155,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = read_checkpoint(path)
     set_up_device(dist.device, fixed_sizes=not checkpoint.get("detector"))  # as in training
     if checkpoint.get("detector"):
-        for name in OF_CLASSIFIERS:
+        for name in sorted(OF_CLASSIFIERS):
             if getattr(args, name) not in (None, False, {}):
                 raise UserError(f"--{name.replace('_', '-')} is for classifiers; {path} contains a detector")
         run = evaluate_detector if args.image is None else draw_objects_in

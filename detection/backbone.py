@@ -16,7 +16,6 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 import models
-from training.model import create_model
 from utils import UserError
 
 IMAGENET_CLASSES = 1000
@@ -64,13 +63,13 @@ def create_classifier(
     """A model of this project or of timm, with its classifier, for images of any size.
 
     Raises:
-        UserError: there is no such model, or it does not take these arguments.
+        ModelError: there is no such model, or it does not take these arguments.
     """
     options: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     name = models.resolve_arch(arch)
     if timm.is_model(name) and get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
         options["dynamic_img_size"] = True
-    return create_model(name, IMAGENET_CLASSES, input_size, options | model_kwargs)
+    return models.create_model(name, IMAGENET_CLASSES, input_size, options | model_kwargs)
 
 
 def pyramid_features(model: nn.Module, arch: str, strides: Sequence[int]) -> FeatureGetterNet:

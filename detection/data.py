@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from detection.coco import NUCLEI, CocoImages, open_split
 from detection.sampler import GroupedSampler
 from detection.transforms import TrainTransform
-from inputs.loader import Batch, EvalLoader, KeyedSamples, TrainLoader
+from inputs.loader import Batch, EvalLoader, KeyedSamples, Loader
 from runtime.processes import Distributed
 from utils import UserError
 
@@ -43,7 +43,7 @@ def data_path(args: argparse.Namespace) -> str:
 
 def build_data(
     args: argparse.Namespace, dist: Distributed, masks: bool
-) -> tuple[CocoImages, CocoImages, TrainLoader, EvalLoader]:
+) -> tuple[CocoImages, CocoImages, Loader, EvalLoader]:
     """The data sets for training and validation, and their loaders.
 
     Raises:
@@ -68,7 +68,7 @@ def build_data(
         groups=train_set.groups,
     )
     samples = DetectionSamples(train_set, TrainTransform(args), seed=args.seed, skip_bad_images=args.skip_bad_images)
-    train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
+    train = Loader(samples, sampler, dist, args.num_workers, args.pin_mem)
     return train_set, val_set, train, build_eval_loader(val_set, args, dist)
 
 

@@ -25,7 +25,7 @@ from training.evaluation import evaluation_batches
 from training.log import report
 from training.model import load
 from training.precision import Precision
-from training.resume import check_same
+from training.resume import load_initial
 from training.task import Task
 from training.trainer import Run
 from utils import StopSignals, UserError, one_line
@@ -114,7 +114,7 @@ def as_inputs(images: list[Tensor], precision: Precision) -> list[Tensor]:
 
 
 def build_model(run: Run, data: CocoImages) -> Detector:
-    """The detector of the command line, with its initial weights or those of --eval --resume."""
+    """The detector of the command line, with the weights that it begins with."""
     args = run.args
     torch.manual_seed(args.seed)
     body = create_classifier(args.arch, args.input_size, args.model_kwargs, args.drop_path)
@@ -123,12 +123,7 @@ def build_model(run: Run, data: CocoImages) -> Detector:
         load(body, weights, args.backbone_weights, new_head=True)
         report(run.dist, f"loaded {args.backbone_weights} into the backbone")
     model = detector_over(body, args, len(data.class_names))
-    model.to(getattr(torch, args.dtype))  # before loading: float64 weights keep their digits
-    if run.checkpoint is not None and args.eval:
-        check_same(run.checkpoint, {"class_names": list(data.class_names)}, args.resume)
-        load(model, weights_of(run.checkpoint, ema=False), args.resume, new_head=False)
-    elif run.checkpoint is None and args.finetune is not None:
-        load_finetuned(run, model, data.class_names)
+    load_initial(run, model, data.class_names)
     if args.freeze_bn:
         freeze_batch_norms(model)
     return model
@@ -142,16 +137,6 @@ def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -
         return build_detector(args.detector, features, num_classes, heads=args.heads, **sizes, **args.detector_kwargs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--detector-kwargs: {one_line(error)}") from error
-
-
-def load_finetuned(run: Run, model: Detector, class_names: tuple[str, ...]) -> None:
-    """Load --finetune's detector; its class layers are kept if its classes are the same."""
-    path = run.args.finetune
-    state = read_checkpoint(path)
-    same = tuple(state.get("class_names") or ()) == class_names
-    keep = run.args.classifier == "auto" and same
-    left = load(model, weights_of(state, path=path), path, new_head=not keep)
-    report(run.dist, f"loaded {path}; not from it: {', '.join(left) or 'nothing'}")
 
 
 @torch.no_grad()

@@ -22,31 +22,28 @@ from utils import UserError, one_line
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a data set is built, and what it requires of the command line and the augmentation."""
+    """How a data set is built, the flags that not all data sets take, and how its images may be augmented."""
 
     build: Callable[[DatasetOptions], ImageDataset]
-    downloads: bool = False  # takes --download
+    flags: str = ""  # of --download, --val-split, --val-path and --split test
     needs_path: bool = True  # --data-path must be given
-    splits: bool = False  # takes --val-split
-    test: bool = False  # a third split may be there
-    table: bool = False  # --data-path is a file
     glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
 
 
 DATASETS: dict[str, DatasetSpec] = {
     "DIGITS": DatasetSpec(digits, needs_path=False, glyphs=True),
-    "CIFAR10": DatasetSpec(cifar, downloads=True),
-    "CIFAR100": DatasetSpec(cifar, downloads=True),
-    "IMNET": DatasetSpec(class_folders, splits=True, test=True),
-    "FOLDER": DatasetSpec(class_folders, splits=True, test=True),
-    "FLOWERS": DatasetSpec(flowers, downloads=True),
+    "CIFAR10": DatasetSpec(cifar, "--download"),
+    "CIFAR100": DatasetSpec(cifar, "--download"),
+    "IMNET": DatasetSpec(class_folders, "--val-split --split test"),
+    "FOLDER": DatasetSpec(class_folders, "--val-split --split test"),
+    "FLOWERS": DatasetSpec(flowers, "--download"),
     "CARS": DatasetSpec(cars),
-    "PETS": DatasetSpec(pets, downloads=True),
+    "PETS": DatasetSpec(pets, "--download"),
     "INAT": DatasetSpec(inaturalist),
     "INAT19": DatasetSpec(inaturalist),
-    "CSV": DatasetSpec(csv_table, splits=True, test=True, table=True),
-    "hfds/": DatasetSpec(hugging_face, downloads=True, needs_path=False, test=True),
-    "wds/": DatasetSpec(web_shards, test=True),
+    "CSV": DatasetSpec(csv_table, "--val-split --val-path --split test"),
+    "hfds/": DatasetSpec(hugging_face, "--download --split test", needs_path=False),
+    "wds/": DatasetSpec(web_shards, "--split test"),
 }
 
 
@@ -83,16 +80,13 @@ def build_dataset(
     chosen = DatasetOptions(name, folder, split, **options)
     if folder is None and spec.needs_path:
         raise UserError(f"--data-set {name}: --data-path must say where its files are")
-    if chosen.download and not spec.downloads:
-        raise UserError(f"--download: --data-set {name} cannot be downloaded; put its files into --data-path")
-    if chosen.val_split is not None and not spec.splits:
-        raise UserError(f"--val-split: --data-set {name} has its own images to validate on; it is for FOLDER and CSV")
-    if split == "test" and not spec.test:
-        raise UserError(f"--split test: --data-set {name} has no third split; --split val is its test set")
-    if chosen.val_path is not None and not spec.table:
-        raise UserError(f"--val-path: --data-set {name} is no table; it is for CSV")
-    if folder is not None and not (folder.is_file() if spec.table else folder.is_dir()) and not chosen.download:
-        raise UserError(f"--data-path {folder}: no such {'file' if spec.table else 'folder'}")
+    asked = {"--download": chosen.download, "--val-split": chosen.val_split, "--val-path": chosen.val_path}
+    for flag, value in (asked | {"--split test": split == "test"}).items():
+        if value and flag not in spec.flags:
+            others = ", ".join(other for other, spec in DATASETS.items() if flag in spec.flags)
+            raise UserError(f"{flag}: --data-set {name} does not take it; these do: {others}")
+    if folder is not None and not folder.exists() and not chosen.download:
+        raise UserError(f"--data-path {folder}: no such file or folder")
     where = f"--data-set {name}" + (f" --data-path {folder}" if folder is not None else "")
     try:
         dataset = spec.build(chosen)

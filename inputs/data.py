@@ -17,13 +17,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from inputs.catalogue import build_dataset, dataset_spec
 from inputs.images import ImageDataset, divide_classes
 from inputs.label_maps import check_label_maps
-from inputs.loader import EvalLoader, KeyedImages, TrainLoader
+from inputs.loader import EvalLoader, KeyedImages, Loader
 from inputs.sampler import KeyedSampler
 from inputs.token_labels import TokenLabelTransform
 from inputs.transforms import RandomErasing, eval_transform, image_size, train_transform
 from runtime.processes import Distributed
 from utils import UserError, tell
 
+AUGMENTATION = ("scale", "ratio", "hflip", "vflip", "no_aug", "color_jitter", "aa")  # flags of `train_transform`
+DATASET_FLAGS = ("classes", "inat_category", "val_split", "val_path", "csv_columns")
 REPEATS = 3  # repeated augmentation: times a sample follows itself
 
 
@@ -31,7 +33,7 @@ REPEATS = 3  # repeated augmentation: times a sample follows itself
 class Data:
     """The loaders of a run, and what a checkpoint records about its images."""
 
-    train: TrainLoader | None
+    train: Loader | None
     val: EvalLoader
     class_names: tuple[str, ...]
     input_size: tuple[int, int]
@@ -77,16 +79,10 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
     )
     transform = train_transform(
         args.input_size,
+        glyphs=dataset_spec(args.data_set).glyphs,
         mean=data.mean,
         interpolation=args.train_interpolation,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        no_aug=args.no_aug,
-        color_jitter=args.color_jitter,
-        aa=args.aa,
-        glyphs=dataset_spec(args.data_set).glyphs,
+        **{name: getattr(args, name) for name in AUGMENTATION},
     )
     samples = KeyedImages(
         train_set,
@@ -99,7 +95,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         label_maps=args.token_label_data,
         erasing=RandomErasing(args.reprob, args.remode, args.recount) if args.reprob > 0 else None,
     )
-    data.train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
+    data.train = Loader(samples, sampler, dist, args.num_workers, args.pin_mem)
     return data
 
 
@@ -153,14 +149,5 @@ def report_left_out(dataset: ImageDataset, dist: Distributed) -> None:
 
 
 def _open(args: argparse.Namespace, split: str, download: bool = False) -> ImageDataset:
-    return build_dataset(
-        args.data_set,
-        args.data_path,
-        split,
-        classes=args.classes,
-        download=download,
-        inat_category=args.inat_category,
-        val_split=args.val_split,
-        val_path=args.val_path,
-        csv_columns=tuple(args.csv_columns),
-    )
+    options = {name: getattr(args, name) for name in DATASET_FLAGS}
+    return build_dataset(args.data_set, args.data_path, split, download=download, **options)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from inputs.images import BadImage, ImageDataset
 from inputs.label_maps import image_map_path, read_label_map
-from inputs.sampler import KeyedSampler, SampleKey, evaluation_batches
+from inputs.sampler import EvaluationSampler, KeyedSampler, SampleKey
 from inputs.transforms import RandomErasing
 from runtime.processes import Distributed
 from utils import UserError, key_seed, seeded, tell
@@ -85,7 +85,10 @@ class KeyedSamples(Dataset, ABC):
         An unreadable image that is left out without a replacement gives a sample without an image.
         """
         skipped: dict[str, str] = {}
-        for index in self._candidates(key):
+        for attempt in range(-1, self._replacements):  # the sample itself, then others, each with its own label
+            index = key.index
+            if attempt >= 0:
+                index = key_seed(self._seed, "replacement", *key, attempt) % len(self.dataset)
             try:
                 with seeded(self._seed, key.epoch, index, key.repeat):
                     return self.read(index)._replace(skipped=skipped)
@@ -97,12 +100,6 @@ class KeyedSamples(Dataset, ABC):
             return Batch(None, None, key.index, skipped=skipped)
         reason = next(iter(skipped.values()))
         return UserError(f"{reason}; none of {self._replacements} others tried instead could be read either")
-
-    def _candidates(self, key: SampleKey) -> Iterator[int]:
-        """The sample itself, then replacements for it, each with its own label."""
-        yield key.index
-        for attempt in range(self._replacements):
-            yield key_seed(self._seed, "replacement", *key, attempt) % len(self.dataset)
 
     def join(self, samples: Sequence[Batch | UserError]) -> Batch | UserError:
         """The samples of a batch as one, or the first error among them."""
@@ -186,10 +183,21 @@ class _Batches:
         return iter(self.keys)
 
 
-class DeviceLoader:
-    """Reads batches ahead in worker processes and puts them on the device, one ahead of the step on CUDA."""
+class Loader:
+    """This rank's batches, read ahead in worker processes and put on the device, one ahead of the step on CUDA.
 
-    def __init__(self, samples: KeyedSamples, dist: Distributed, num_workers: int = 0, pin_memory: bool = False):
+    Its length is the number of batches an epoch.
+    """
+
+    def __init__(
+        self,
+        samples: KeyedSamples,
+        sampler: KeyedSampler | EvaluationSampler,
+        dist: Distributed,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.sampler = sampler
         self.dataset = samples.dataset
         self.skipped: dict[str, str] = {}  # the unreadable images met so far, path to reason
         self._samples = samples
@@ -207,9 +215,12 @@ class DeviceLoader:
             generator=torch.Generator(),  # of its own: the loader draws a number that nothing here uses
         )
 
-    def _read(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
-        """The batches on the device; raises the error that a worker met."""
-        loaded = self._load(batches)
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from micro-step `start_step` on; raises UserError at an unreadable file."""
+        loaded = self._load(self.sampler.epoch(epoch, start_step))
         on_device = (self._samples.to_device(batch, self._device) for batch in loaded)
         return one_ahead(on_device, self._device) if self._device.type == "cuda" else on_device
 
@@ -260,29 +271,7 @@ def _end_workers() -> None:
             process.kill()
 
 
-class TrainLoader(DeviceLoader):
-    """Training batches of this rank. Its length is the number of micro-steps an epoch."""
-
-    def __init__(
-        self,
-        samples: KeyedSamples,
-        sampler: KeyedSampler,
-        dist: Distributed,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ):
-        super().__init__(samples, dist, num_workers, pin_memory)
-        self.sampler = sampler
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from micro-step `start_step` on; raises UserError at an unreadable file."""
-        return self._read(self.sampler.epoch(epoch, start_step))
-
-
-class EvalLoader(DeviceLoader):
+class EvalLoader(Loader):
     """This rank's share of the images to evaluate, each of them on exactly one rank.
 
     `rounds` is the largest number of batches that a rank has; ranks may differ by one, or have none.
@@ -291,12 +280,9 @@ class EvalLoader(DeviceLoader):
     def __init__(
         self, samples: KeyedSamples, batch_size: int, dist: Distributed, num_workers: int = 0, pin_memory: bool = False
     ):
-        super().__init__(samples, dist, num_workers, pin_memory)
-        self._keys = evaluation_batches(len(samples), batch_size, dist.rank, dist.world_size)
-        self.rounds = len(evaluation_batches(len(samples), batch_size, 0, dist.world_size))
-
-    def __len__(self) -> int:
-        return len(self._keys)
+        sampler = EvaluationSampler(len(samples), batch_size, dist.rank, dist.world_size)
+        super().__init__(samples, sampler, dist, num_workers, pin_memory)
+        self.rounds = len(EvaluationSampler(len(samples), batch_size, 0, dist.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._read(self._keys)
+        return self.epoch()

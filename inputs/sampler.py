@@ -87,7 +87,18 @@ class KeyedSampler:
             yield [SampleKey(epoch, int(order[p // self.repeats]), p % self.repeats) for p in positions]
 
 
-def evaluation_batches(size: int, batch_size: int, rank: int, world_size: int) -> list[list[SampleKey]]:
+@dataclass(frozen=True)
+class EvaluationSampler:
     """A rank's batches for evaluation: every world_size-th image, none twice and none added."""
-    keys = [SampleKey(0, index, 0) for index in range(rank, size, world_size)]
-    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+
+    size: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return -(-len(range(self.rank, self.size, self.world_size)) // self.batch_size)
+
+    def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[list[SampleKey]]:
+        keys = [SampleKey(0, index, 0) for index in range(self.rank, self.size, self.world_size)]
+        return (keys[step * self.batch_size :][: self.batch_size] for step in range(start_step, len(self)))

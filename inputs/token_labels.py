@@ -44,6 +44,10 @@ GEOMETRIC_OPS: dict[str, Callable[[float, int, int], Matrix]] = {
     "TranslateYRel": lambda level, width, height: [[1, 0, 0], [0, 1, level * height], [0, 0, 1]],
     "Rotate": _rotate,
 }
+FLIPS = {
+    transforms.RandomHorizontalFlip: [[-1, 0, 1], [0, 1, 0], [0, 0, 1]],
+    transforms.RandomVerticalFlip: [[1, 0, 0], [0, -1, 1], [0, 0, 1]],
+}
 # These leave every pixel where it is, in fractions of width and height.
 STATIONARY = (
     transforms.ColorJitter,
@@ -110,10 +114,8 @@ class TokenLabelTransform:
             step.get_params = partial(self._cropped, step.get_params, 0)
         elif isinstance(step, transforms.RandomCrop) and isinstance(step.padding or 0, int) and not step.pad_if_needed:
             step.get_params = partial(self._cropped, step.get_params, step.padding or 0)
-        elif isinstance(step, transforms.RandomHorizontalFlip):
-            step.forward = partial(self._flipped, step.forward, [[-1, 0, 1], [0, 1, 0], [0, 0, 1]])
-        elif isinstance(step, transforms.RandomVerticalFlip):
-            step.forward = partial(self._flipped, step.forward, [[1, 0, 0], [0, -1, 1], [0, 0, 1]])
+        elif type(step) in FLIPS:
+            step.forward = partial(self._flipped, step.forward, FLIPS[type(step)])
         elif isinstance(step, RandAugment | AutoAugment):
             policy = [step.ops] if isinstance(step, RandAugment) else step.policy
             self._count += step.num_layers if isinstance(step, RandAugment) else max(map(len, policy))
@@ -126,13 +128,8 @@ class TokenLabelTransform:
 
     def _cropped(self, get_params: Callable, padding: int, image: Image.Image, *ranges: Any) -> tuple:
         top, left, height, width = get_params(image, *ranges)
-        full_height, full_width = image.height - 2 * padding, image.width - 2 * padding
-        self._crop = (
-            (top - padding) / full_height,
-            (left - padding) / full_width,
-            height / full_height,
-            width / full_width,
-        )
+        rows, columns = image.height - 2 * padding, image.width - 2 * padding
+        self._crop = ((top - padding) / rows, (left - padding) / columns, height / rows, width / columns)
         return top, left, height, width
 
     def _flipped(self, flip: Callable, matrix: Matrix, image: Image.Image) -> Image.Image:

@@ -71,9 +71,8 @@ def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
         first, last = min(labels), max(labels)
         chosen = [(str(entry[0]), entry[1] - first) for entry in content if bool(entry[-1]) != options.train]
     except Exception as error:  # a damaged stream makes the unpickler fail in any way
-        raise UserError(
-            f"{path}: expected {{'train': [(file, label), ...], 'test': [...]}}: {one_line(error)}"
-        ) from error
+        expected = "{'train': [(file, label), ...], 'test': [...]} or [(file, label, ..., is_test), ...]"
+        raise UserError(f"{path}: expected {expected}: {one_line(error)}") from error
     split = "train" if options.train else "test"
     folder = split_folder(options.root, (split, f"cars_{split}")) or options.root
     files = [str(folder / file) for file, _ in chosen]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment, create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torchvision import transforms
 
@@ -46,16 +46,12 @@ auto_augment.NAME_TO_OP |= dict.fromkeys([name for name in auto_augment.NAME_TO_
 def train_transform(
     input_size: int | Sequence[int],
     *,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    interpolation: str = "bicubic",
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    hflip: float | None = None,
-    vflip: float = 0.0,
-    no_aug: bool = False,
-    color_jitter: float | None = 0.4,
-    aa: str | None = None,
     glyphs: bool = False,
+    no_aug: bool = False,
+    aa: str | None = None,
+    hflip: float | None = None,
+    interpolation: str = "bicubic",
+    **options: Any,
 ) -> transforms.Compose:
     """The training transform from a PIL image to a uint8 tensor (C, H, W): timm's, as DeiT sets it up.
 
@@ -64,29 +60,16 @@ def train_transform(
 
     Args:
         input_size: one side, or height and width.
-        mean: of the channels; geometric operations fill with it.
-        scale, ratio: of RandomResizedCrop, the part of the image's area and its width through its height.
-        hflip, vflip: the probability of mirroring; None for 0.5, and 0 for glyphs.
-        no_aug: only resize and crop the centre.
-        color_jitter: its strength; RandAugment replaces it.
-        aa: the name of one of timm's augmentation policies; None or "" for none.
         glyphs: images whose class changes when they are mirrored or cropped strongly.
+        no_aug: only resize and crop the centre.
+        aa: the name of one of timm's augmentation policies; None or "" for none.
+        hflip: the probability of mirroring; None for 0.5, and 0 for glyphs.
+        options: mean, scale, ratio, vflip and color_jitter of `timm.data.create_transform`.
     """
     size = image_size(input_size)
-    transform = create_transform(
-        size,
-        is_training=True,
-        no_aug=no_aug,
-        scale=tuple(scale),
-        ratio=tuple(ratio),
-        color_jitter=color_jitter,
-        auto_augment=aa or None,
-        interpolation=interpolation,
-        mean=mean,
-        hflip=(0.0 if glyphs else 0.5) if hflip is None else hflip,
-        vflip=vflip,
-        normalize=False,
-    )
+    hflip = (0.0 if glyphs else 0.5) if hflip is None else hflip
+    options |= {"auto_augment": aa or None, "hflip": hflip, "interpolation": interpolation, "normalize": False}
+    transform = create_transform(size, is_training=True, no_aug=no_aug, **options)
     if (glyphs or max(size) <= SMALL_INPUT) and not no_aug:
         resample = transforms.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
         crop = transforms.RandomCrop(size, padding=max(1, min(size) // 8))

@@ -14,11 +14,11 @@ import main_detection
 import main_spectformer
 import main_svt
 import main_transfer
+from models import ModelError, create_model
 from models.checkpoints import CheckpointError
 from runtime import checkpoints
 from training import options
 from training.classification_flags import FLAGS
-from training.model import create_model
 from training.options import build_parser, parse_args
 from utils import UserError
 
@@ -384,6 +384,6 @@ def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
 )
 def test_wrong_mixers_are_told_in_one_line(mixers, expected):
     args = parse("--mixers", mixers)
-    with pytest.raises(UserError, match=expected) as caught:
+    with pytest.raises(ModelError, match=expected) as caught:
         create_model(args.arch, 10, (32, 32), args.model_kwargs)
     assert "\n" not in str(caught.value)

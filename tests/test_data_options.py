@@ -191,8 +191,8 @@ def test_a_table_is_trained_on_and_another_evaluated_by_its_classes_names(tmp_pa
     ("flags", "message"),
     [
         (["--in-chans", "4", "--aa", "rand-m9"], "--in-chans 4 excludes --aa"),
-        (["--mean", "0.5", "0.5"], "one number, or one for each of --in-chans 3"),
-        (["--mean", "123.7", "116.3", "103.5"], "from 0 to 1: divide those of values from 0 to 255"),
+        (["--mean", "0.5", "0.5"], "one number from 0 to 1, or one for each of --in-chans 3"),
+        (["--mean", "123.7", "116.3", "103.5"], "one number from 0 to 1"),
         (["--pixel-range", "5", "5"], "--pixel-range: MIN must be below MAX"),
     ],
 )

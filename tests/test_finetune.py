@@ -6,10 +6,11 @@ from tiny_runs import DIGITS, TINY, TINY_SVT, last, train
 
 import engine
 import main_transfer
+from models import ModelError, create_model
 from runtime.processes import Distributed
 from training.classification import Classification, full_model_kwargs
 from training.classification_flags import FLAGS
-from training.model import create_model, freeze_layers, layers_of
+from training.model import freeze_layers, layers_of
 from training.optimizer import build_optimizer, build_scheduler
 from training.options import parse_args
 from training.trainer import set_mode
@@ -194,7 +195,6 @@ def test_the_checkpoint_says_which_model_is_fine_tuned(tmp_path, pretrained):
 
 
 @pytest.mark.parametrize("arch", ["spectformer_ti", "resnet18"])
-def test_token_labels_need_a_model_that_labels_tokens(tmp_path, arch):
-    flags = ["--arch", arch, "--token-label", "--token-label-data", str(tmp_path)]
-    with pytest.raises(UserError, match=f"--token-label: {arch} labels no tokens; spectformer_h_"):
-        train(tmp_path / "run", *flags, model=DIGITS)
+def test_token_labels_need_a_model_that_labels_tokens(arch):
+    with pytest.raises(ModelError, match="token_label"):
+        create_model(arch, 2, (32, 32), {"token_label": True})

@@ -133,7 +133,7 @@ def test_mirrored_images_have_their_part_in_the_logits(tmp_path, capsys):
     assert torch.allclose(model(images), expected) and not torch.allclose(model(images), model.forward(images))
     run("--model-path", tmp_path / "a.pth", "--tta")
     assert "spectformer_ti, mirrored too, on DIGITS" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--explain is about one image"):
+    with pytest.raises(UserError, match="--explain excludes --tta"):
         run("--model-path", tmp_path / "a.pth", "--tta", "--explain", "--image", tmp_path)
 
 
@@ -226,8 +226,8 @@ def test_a_folder_is_predicted_without_its_hidden_files_and_past_unreadable_ones
     [
         (["--image", "missing.png"], UserError, "missing.png"),
         (["--image", "a.pth"], UserError, "1 of 1 images could not be read"),
-        (["--explain"], UserError, "--explain needs --image"),
-        (["--embeddings", "x.npy"], UserError, "--embeddings needs --image"),
+        (["--explain"], UserError, "--explain and --embeddings need --image"),
+        (["--embeddings", "x.npy"], UserError, "--embeddings need --image"),
         (["--image", "good.png", "--data-set", "DIGITS"], UserError, "--image"),
         (["--image", "good.png", "--output", "nowhere/results.json"], UserError, "nowhere"),
         (["--image", "good.png", "--output", "/proc/results.json"], MachineError, "/proc"),

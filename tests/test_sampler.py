@@ -13,8 +13,8 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from inputs.data import balanced_probabilities
 from inputs.images import ImageArrays
-from inputs.loader import EvalLoader, KeyedImages, TrainLoader
-from inputs.sampler import KeyedSampler, evaluation_batches
+from inputs.loader import EvalLoader, KeyedImages, Loader
+from inputs.sampler import EvaluationSampler, KeyedSampler
 from inputs.transforms import RandomErasing, eval_transform, train_transform
 from runtime.processes import Distributed
 from utils import UserError
@@ -36,20 +36,20 @@ class Counted(ImageArrays):
         return super().source(index)
 
 
-def make_loader(workers=0, rank=0, world=1, dataset=None, repeats=1, reprob=0.0, seed=3) -> TrainLoader:
+def make_loader(workers=0, rank=0, world=1, dataset=None, repeats=1, reprob=0.0, seed=3) -> Loader:
     dataset = dataset or Counted()
     batch = GLOBAL_BATCH // world
     transform = train_transform(36, aa="rand-m9-mstd0.5-inc1")
     sampler = KeyedSampler(len(dataset), batch, seed, rank, world, repeats=repeats)
     dist = Distributed(rank=rank, world_size=world)
-    return TrainLoader(KeyedImages(dataset, transform, seed, erasing=RandomErasing(reprob)), sampler, dist, workers)
+    return Loader(KeyedImages(dataset, transform, seed, erasing=RandomErasing(reprob)), sampler, dist, workers)
 
 
 def digest(image: torch.Tensor) -> str:
     return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
-def rank_trace(loader: TrainLoader, epoch: int, start: int = 0) -> list[list[tuple]]:
+def rank_trace(loader: Loader, epoch: int, start: int = 0) -> list[list[tuple]]:
     return [
         [
             (int(index), int(target), digest(image))
@@ -179,7 +179,7 @@ def test_repeated_augmentation_has_the_semantics_of_deit(size, world):
 
 def test_evaluation_takes_every_image_exactly_once():
     for size, world, batch in product(range(1, 68), range(1, 5), (1, 3, 8, 16)):
-        ranks = [evaluation_batches(size, batch, rank, world) for rank in range(world)]
+        ranks = [list(EvaluationSampler(size, batch, rank, world).epoch()) for rank in range(world)]
         indices = [key.index for batches in ranks for keys in batches for key in keys]
         assert sorted(indices) == list(range(size)), (size, world, batch)
         assert all(len(keys) <= batch for batches in ranks for keys in batches)

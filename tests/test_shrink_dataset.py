@@ -83,5 +83,5 @@ def test_a_second_call_goes_on_and_other_settings_are_refused(source, tmp_path):
         shrink_dataset.main([*command[:3], "50"])
     with pytest.raises(UserError, match="the copy cannot be inside"):
         shrink_dataset.main([str(source), str(source / "small")])
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such"):
         shrink_dataset.main([str(tmp_path / "gone"), str(target)])

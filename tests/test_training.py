@@ -16,10 +16,11 @@ import engine
 import main_spectformer
 import main_svt
 from inputs.loader import Batch
+from models import ModelError, create_model
 from runtime.processes import Distributed
 from training import classification, optimizer
 from training.classification_flags import FLAGS
-from training.model import count_parameters, create_model
+from training.model import count_parameters
 from training.options import parse_args
 from training.precision import Precision
 from training.resume import with_global_batch
@@ -354,7 +355,7 @@ def test_any_timm_model_trains(tmp_path, arch):
     ],
 )
 def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected):
-    with pytest.raises(UserError, match=expected) as caught:
+    with pytest.raises(ModelError, match=expected) as caught:
         create_model(arch, 10, (32, 32), kwargs)
     assert "\n" not in str(caught.value)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import models  # noqa: F401
 from inputs.catalogue import build_dataset
-from inputs.loader import Batch, KeyedImages, TrainLoader
+from inputs.loader import Batch, KeyedImages, Loader
 from inputs.sampler import KeyedSampler
 from inputs.transforms import RandomErasing, train_transform
 from models import set_cpu_kernels
@@ -243,14 +243,14 @@ def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) 
     return {"loader": {"workers": workers, "images": images, "images_per_s": rates, "ratio": ratio}}
 
 
-def own_loader(folder: str, settings: Settings, workers: int) -> TrainLoader:
+def own_loader(folder: str, settings: Settings, workers: int) -> Loader:
     dataset = build_dataset("FOLDER", folder, "val")
     samples = KeyedImages(
         dataset, train_transform(settings.img_size, aa=POLICY, **RECIPE), erasing=RandomErasing(ERASING)
     )
     sampler = KeyedSampler(len(dataset), settings.batch_size, seed=0)
     dist = Distributed(device=torch.device(settings.device))
-    return TrainLoader(samples, sampler, dist, workers, settings.device == "cuda")
+    return Loader(samples, sampler, dist, workers, settings.device == "cuda")
 
 
 def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, steps: int) -> dict:

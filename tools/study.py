@@ -35,14 +35,14 @@ from torch import Tensor, nn
 
 import engine
 from inference.output_files import save_figure
-from models import load_checkpoint
+from models import ModelError, create_model, load_checkpoint
 from models.base import ImageModel
 from models.flops import count_flops
 from runtime.cli import run_cli
 from tools.command_line import ToolParser, processor
 from training.arguments import POSITIVE, dashed, read_yaml, words_of
 from training.classification import Classification, full_model_kwargs
-from training.model import count_parameters, create_model
+from training.model import count_parameters
 from training.options import available_cores, build_parser, parse_args
 from training.trainer import Run
 from utils import UserError, atomic_write, make_directory, say
@@ -98,7 +98,7 @@ class Study:
             args = self.arguments(cell)
             with torch.device("meta"):
                 create_model(args.arch, 10, args.input_size, args.model_kwargs)
-        except UserError as error:
+        except (UserError, ModelError) as error:
             raise UserError(f"{self.path}: cells: {cell}: {error}") from error
         settings: dict[str, list[str]] = {}
         for word in self.words[cell]:

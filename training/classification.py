@@ -22,12 +22,11 @@ from runtime.processes import Distributed
 from runtime.provenance import plain
 from training.classification_flags import FLAGS, mixes
 from training.evaluation import evaluation_batches
-from training.log import report
 from training.losses import ClassLoss, DistillationLoss, balanced_class_weights, token_label_loss
-from training.model import create_model, labels_tokens, load, load_finetuned
+from training.model import load
 from training.options import data_name
 from training.precision import Precision, as_input
-from training.resume import check_same
+from training.resume import load_initial
 from training.task import Task
 from training.trainer import Run
 from utils import StopSignals, UserError
@@ -59,8 +58,6 @@ class Classification(Task):
     def __init__(self, run: Run):
         self._run = run
         self.args, self.precision = run.args, run.precision
-        if self.args.token_label and not labels_tokens(self.args.arch):
-            raise UserError(f"--token-label: {self.args.arch} labels no tokens; spectformer_h_* and svt_h_* can")
         self.data = build_data(self.args, run.dist)
         self.train, self.val = self.data.train, self.data.val
         self.model = build_model(run, self.data)
@@ -131,21 +128,12 @@ def full_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_model(run: Run, data: Data) -> nn.Module:
-    """The model of --arch for the data's classes, with --finetune's weights, or with --eval --resume's."""
+    """The model of --arch for the data's classes, with the weights that it begins with."""
     args = run.args
     torch.manual_seed(args.seed)
-    rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    model = create_model(args.arch, data.num_classes, args.input_size, rates | full_model_kwargs(args))
-    model.to(getattr(torch, args.dtype))  # before loading: float64 weights keep their digits
-    if run.checkpoint is not None and args.eval:
-        if run.checkpoint.get("class_names") is not None:
-            check_same(run.checkpoint, {"class_names": list(data.class_names)}, args.resume)
-        load(model, weights_of(run.checkpoint, ema=False), args.resume, new_head=False)
-    elif run.checkpoint is None and args.finetune is not None:
-        left = load_finetuned(model, args.finetune, data.class_names, keep_classifier=args.classifier == "auto")
-        if args.eval and left:
-            raise UserError(f"--eval --finetune {args.finetune}: its classes are not this data's")
-        report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(left) or 'nothing'}")
+    kwargs = {"drop_rate": args.drop, "drop_path_rate": args.drop_path} | full_model_kwargs(args)
+    model = models.create_model(args.arch, data.num_classes, args.input_size, kwargs)
+    load_initial(run, model, data.class_names)
     return model
 
 
@@ -180,7 +168,7 @@ def build_criterion(run: Run, model: nn.Module, data: Data) -> Callable[[Tensor,
         weights = balanced_class_weights(data.train.dataset.labels, num_classes)
     loss = ClassLoss(args.smoothing, mixes(args), weights, args.bce_loss)
     if args.distillation_type != "none":
-        teacher = create_model(args.teacher_model, num_classes, args.input_size, {}, "--teacher-model")
+        teacher = models.create_model(args.teacher_model, num_classes, args.input_size, {})
         teacher_weights = weights_of(read_checkpoint(args.teacher_path), path=args.teacher_path)
         load(teacher, teacher_weights, args.teacher_path, new_head=False)
         loss = DistillationLoss(loss, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)

@@ -1,41 +1,13 @@
-"""A model as the command line asks for it: built by name, given weights, its layers frozen or recomputed."""
+"""A model as the command line asks for it: given weights, its layers frozen or recomputed."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import timm
-import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-import models
 from models.checkpoints import read_checkpoint, weights_of
 from models.loading import WeightMismatch, classifier_names, load_weights, unwrap
 from utils import UserError, one_line
-
-
-def create_model(
-    arch: str, num_classes: int, input_size: tuple[int, int], model_kwargs: dict[str, Any], flag: str = "--arch"
-) -> nn.Module:
-    """Any registered model, ours or timm's, for images of `input_size` (height, width) in pixels.
-
-    Raises:
-        UserError: no such model, or it does not take these arguments.
-    """
-    try:
-        return models.create_model(arch, num_classes, input_size, model_kwargs)
-    except models.ModelError as error:
-        raise UserError(f"{flag} {error}") from error
-
-
-def labels_tokens(arch: str) -> bool:
-    """Whether a model of that name can have a head that classifies every token."""
-    name = models.resolve_arch(arch)
-    if name not in models.ARCHITECTURES:
-        return False
-    with torch.device("meta"):
-        return hasattr(timm.create_model(name), "token_label")
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool) -> list[str]:
@@ -49,14 +21,16 @@ def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool
 def load_finetuned(model: nn.Module, path: str, class_names: tuple[str, ...], keep_classifier: bool) -> list[str]:
     """Load the weights to begin with; what of the model they left untouched.
 
-    With `keep_classifier` the file's classifier is taken if it is for these very classes.
+    With `keep_classifier` the file's classifier is taken if it is for these very classes, by name or, where the file
+    has no names, by number.
     """
     state = read_checkpoint(path)
     weights = unwrap(weights_of(state, path=path))
-    classifier = weights.get(f"{classifier_names(model)[0]}.weight")
-    same_number = classifier is not None and classifier.shape[:1] == (len(class_names),)
-    same_names = tuple(state.get("class_names") or class_names) == tuple(class_names)
-    return load(model, weights, path, new_head=not (keep_classifier and same_number and same_names))
+    if state.get("class_names"):
+        same = tuple(state["class_names"]) == class_names
+    else:
+        same = len(weights.get(f"{classifier_names(model)[0]}.weight", ())) == len(class_names)
+    return load(model, weights, path, new_head=not (keep_classifier and same))
 
 
 def layers_of(model: nn.Module) -> dict[int, list[str]]:

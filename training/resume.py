@@ -11,15 +11,16 @@ from typing import Any
 import timm
 import torch
 from timm.scheduler.plateau_lr import PlateauLRScheduler
+from torch import nn
 
 from models.checkpoints import read_checkpoint, weights_of
 from runtime.checkpoints import newest_first, newest_intact
 from runtime.processes import Distributed
 from runtime.provenance import plain
 from training.log import report
-from training.model import load
+from training.model import load, load_finetuned
 from training.optimizer import images_per_update
-from training.trainer import Progress, Trainer
+from training.trainer import Progress, Run, Trainer
 from utils import UserError, one_line, quote
 
 LAST = "checkpoint_last.pth"
@@ -164,6 +165,25 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.scheduler.step(progress.epoch - 1)
     if isinstance(trainer.scheduler, PlateauLRScheduler):
         vars(trainer.scheduler.lr_scheduler).update(state.get("plateau", {}))
+
+
+def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> None:
+    """Load the weights that a model begins with: --finetune's, or with --eval those of --resume.
+
+    Raises:
+        UserError: they do not fit the model, or with --eval the classes.
+    """
+    args = run.args
+    model.to(run.precision.dtype)  # before loading: float64 weights keep their digits
+    if run.checkpoint is not None and args.eval:
+        if run.checkpoint.get("class_names") is not None:
+            check_same(run.checkpoint, {"class_names": class_names}, args.resume)
+        load(model, weights_of(run.checkpoint, ema=False), args.resume, new_head=False)
+    elif run.checkpoint is None and args.finetune is not None:
+        left = load_finetuned(model, args.finetune, class_names, keep_classifier=args.classifier == "auto")
+        if args.eval and left:
+            raise UserError(f"--eval --finetune {args.finetune}: its classes are not this data's")
+        report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(left) or 'nothing'}")
 
 
 def load_average(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from harness import count, differences, digest, one_line, outcome, spread, temporaries
 
+from models import create_model
 from models.checkpoints import CheckpointError, read_checkpoint, weights_of
 from models.loading import load_weights
 from runtime import checkpoints
-from training.model import create_model
 
 OLD_VERSIONS = sorted(Path(__file__).parent.glob("*.ckpt"))
 OUTPUTS = [([1], "full"), ([1, 2], "closed"), ([1], "left"), ([2], "full"), ([1, 2], "left"), ([1], "closed")]
