@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +35,6 @@ from training.arguments import (
     Parser,
     add_flags,
     class_list,
-    dashed,
     image_size,
     number,
     python_module,
@@ -101,7 +99,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     help_text = "save what spoke for the class, over the image (default: in explained/)"
     parser.add_argument("--explain", nargs="?", const="explained", metavar="DIR", help=help_text)
     parser.set_defaults(dtype="float32")
-    args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
+    args = parser.parse_args(argv)
     if args.model_path is None and args.arch is None:
         raise UserError(
             "--model-path says what to run: a checkpoint, a run directory, or one of " + ", ".join(models.shipped())

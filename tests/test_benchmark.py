@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from tools import benchmark
-from tools.contenders import Contender, OwnProcess, Settings, speed_ratio, take_turns
+from tools.contenders import Contender, Settings, measure, speed_ratio, take_turns
 from utils import UserError
 
-TINY = ["--img-size", "32", "--batch-size", "2", "--threads", "1"]
-SMALL = Settings(batch_size=1, img_size=32)
+TINY = ["--img-size", "32", "--batch-size", "2"]
 
 
 def report(path, *words):
@@ -28,9 +27,9 @@ def test_models_are_measured_side_by_side(tmp_path, capsys):
     written = report(tmp_path / "out.json", *labels, "--rounds", "3")
     run = written["runs"][0]
     assert list(run["models"]) == labels and "--rounds 3" in run["command"]
-    assert written["machine"]["threads"] == 1 and written["machine"]["torch"]
+    assert written["machine"]["threads"] > 0 and written["machine"]["torch"]
     for label, row in run["models"].items():
-        assert row["training_images_per_s"] > 0 and row["inference_images_per_s"] > 0 and row["latency_ms"] > 0
+        assert row["training_images_per_s"] > 0 and row["inference_images_per_s"] > 0
         assert len(row["training_seconds"]) == 3 and row["parameters"] == 8_888_040
         assert row["settings"]["dtype"] == ("bfloat16" if label.startswith("plain") else "float32")
     for table in run["ratios"].values():
@@ -42,12 +41,16 @@ def test_models_are_measured_side_by_side(tmp_path, capsys):
     assert all(label in table for label in labels) and max(map(len, table.splitlines())) <= 120
 
 
+class Dying(Contender):
+    def build(self):
+        os._exit(9)
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_is_named_by_its_contender():
-    named = pytest.raises(UserError, match="spectformer_ti: the process that measured it died")
-    process = OwnProcess(Contender.parse("spectformer_ti", SMALL))
-    with process.pool, named:
-        process.call(os._exit, 9)
+    dying = Dying("plain:svt_h_n", "plain", "svt_h_n", Settings(img_size=32))
+    with pytest.raises(UserError, match="plain:svt_h_n: the process that measured it died"):
+        list(measure([dying], 1, ["inference"]))
 
 
 @pytest.mark.slow
@@ -59,11 +62,11 @@ def test_a_compiled_model_has_no_graph_breaks(name):
 
 @pytest.mark.slow
 def test_layers_are_measured_with_and_without_kernels(tmp_path, capsys):
-    words = ["--layers", "--grids", "7", "8", "--channels", "32", "--rounds", "1"]
+    words = ["--layers", "--grids", "7", "8", "--rounds", "1"]
     rows = report(tmp_path / "out.json", *words)["runs"][0]["layers"]
-    expected = [(name, grid) for grid in (7, 8) for name in benchmark.MIXERS]
-    assert [(row["mixer"], row["grid"]) for row in rows] == expected
-    assert all(row["training_ratio"] > 0 and row["inference_ms"] > 0 for row in rows)
+    expected = [(name, grid, part) for grid in (7, 8) for name in benchmark.MIXERS for part in benchmark.PARTS]
+    assert [(row["mixer"], row["grid"], row["part"]) for row in rows] == expected
+    assert all(row["ratio"] > 0 and row["ms"] > 0 for row in rows)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
 
 
@@ -76,7 +79,6 @@ def images(tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_errors_of_half_precision_and_the_loader_are_measured(tmp_path, images):
     words = ["--exactness", images, "svt_h_n", "--dtype", "bfloat16", "--steps", "2"]

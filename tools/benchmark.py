@@ -1,4 +1,4 @@
-"""Measure models side by side: training step, inference, latency of one image, peak memory.
+"""Measure models side by side: training step, inference, peak memory.
 
     python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2
     python -m tools.benchmark --layers      mixers with and without CPU kernels
@@ -7,7 +7,7 @@
     python -m tools.benchmark --suite cpu --json FILE
 
 A contender is any model registered with timm, ours included, "plain:NAME" (our model without its CPU kernels)
-or "onnx:NAME" (in onnxruntime, on a CPU, inference and latency only). Its own settings may follow:
+or "onnx:NAME" (in onnxruntime, on a CPU, inference only). Its own settings may follow:
 NAME@bfloat16,compile,channels-last, or float32, float16, eager, contiguous. The contenders take turns,
 A B B A ..., each in a process of its own. A ratio is that of two medians over the rounds.
 """
@@ -19,16 +19,16 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from itertools import count, islice
+from functools import partial
+from itertools import count, islice, product
 from pathlib import Path
 
 import torch
 from timm.data import create_dataset, create_loader
-from torch import Tensor, nn
+from torch import Tensor
 
-import models  # noqa: F401
 from inputs.catalogue import build_dataset
 from inputs.loader import Batch, KeyedImages, Loader
 from inputs.sampler import KeyedSampler
@@ -38,10 +38,8 @@ from models.flops import count_flops
 from models.mixers import build_mixer
 from runtime.cli import run_cli
 from runtime.processes import Distributed
-from tools.command_line import ToolParser, describe_machine
 from tools.contenders import (
     DTYPES,
-    LATENCY_REPEATS,
     Contender,
     Runner,
     Settings,
@@ -50,13 +48,16 @@ from tools.contenders import (
     speed_ratio,
     take_turns,
 )
-from training.arguments import POSITIVE, WORKERS
+from tools.machine import describe_machine
+from training.arguments import POSITIVE, WORKERS, Parser
+from training.model import count_parameters
 from training.precision import set_up_device
 from utils import UserError, atomic_write
 
-PARTS = ("training", "inference", "latency")
+PARTS = ("inference", "training")
 MIXERS = ("spectral", "scattering_channel", "scattering_channel_token", "attention")
-SEEDS = (0, 1, 2)
+CHANNELS = 64  # of their grids
+SEEDS = (0, 1, 2)  # of --exactness
 RATE = 5e-4  # AdamW's in the published recipes; reached at the last step, since they warm up too
 RECIPE = {"color_jitter": 0.4, "interpolation": "bicubic"}  # of both loaders, like the policy and erasing below
 POLICY, ERASING = "rand-m9-mstd0.5-inc1", 0.25
@@ -74,7 +75,6 @@ SUITES = {  # the runs that docs/performance.md reports
         "svt_h_s@compile svt_h_s pvt_v2_b2@compile pvt_v2_b2",
         "spectformer_h_s@compile spectformer_h_s pvt_v2_b2@compile",
     ),
-    "cpu-layers": ("--layers --rounds 9", "--layers --rounds 9 --dtype bfloat16"),
 }
 
 
@@ -98,11 +98,10 @@ def run(args: argparse.Namespace) -> dict:
     """The settings and figures of one comparison, which are printed too."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
-    torch.set_num_threads(args.threads)
     set_up_device(torch.device(args.device))
     settings = Settings(args.device, args.dtype, batch_size=args.batch_size, img_size=args.img_size)
     if args.layers:
-        result = compare_layers(args.grids, args.channels, settings, args.rounds)
+        result = compare_layers(args.grids, settings, args.rounds)
     elif args.loader:
         result = compare_loaders(args.loader, settings, args.workers, args.rounds)
     elif args.exactness:
@@ -112,13 +111,13 @@ def run(args: argparse.Namespace) -> dict:
     return {"settings": asdict(settings), "rounds": args.rounds} | result
 
 
-def build_parser() -> ToolParser:
-    parser = ToolParser("benchmark", __doc__)
+def build_parser() -> Parser:
+    parser = Parser(__doc__, prog="python -m tools.benchmark")
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="[plain:|onnx:]NAME[@SETTING,...]")
     add("--layers", action="store_true", help="our mixers with and without CPU kernels")
     add("--loader", metavar="DIR", help="our input pipeline against timm's on DIR/val")
-    add("--exactness", metavar="DIR", help="half precision against float32 and float64, on DIR/val")
+    add("--exactness", metavar="DIR", help="half precision against float32, on DIR/val")
     add("--steps", type=POSITIVE, default=50, metavar="N", help="of --exactness")
     add("--suite", choices=SUITES, metavar="NAME", help=f"a set of runs: {', '.join(SUITES)}")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
@@ -128,9 +127,7 @@ def build_parser() -> ToolParser:
     add("--rounds", type=POSITIVE, default=5, metavar="N", help="turns of each contender")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--grids", nargs="+", type=POSITIVE, default=(7, 14, 28, 56), metavar="N", help="of --layers")
-    add("--channels", type=POSITIVE, default=64, metavar="N", help="of --layers")
     add("--workers", type=WORKERS, default=2, metavar="N", help="of --loader")
-    add("--threads", type=POSITIVE, default=torch.get_num_threads(), metavar="N", help="of the CPU")
     add("--json", type=Path, metavar="FILE", help="write all figures, with machine and versions, to this file")
     return parser
 
@@ -138,76 +135,53 @@ def build_parser() -> ToolParser:
 def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
     """Figures of each model, and the ratio of its speed to that of each other one; prints both."""
     contenders = [Contender.parse(label, settings) for label in labels]
-    if any(contender.onnx for contender in contenders) and (settings.device == "cuda" or "training" in parts):
-        raise UserError("onnx:NAME is measured with --parts inference latency, on a CPU")
+    if "onnx" in [contender.prefix for contender in contenders] and (settings.device == "cuda" or "training" in parts):
+        raise UserError("onnx:NAME is measured with --parts inference, on a CPU")
     rows = {}
+    print(f"{'model':36}{'Mparam':>8}{'GMAC':>8}")
     for contender in contenders:
         model = contender.build()
-        rows[contender.label] = {
-            "settings": asdict(contender.settings),
-            "parameters": sum(weight.numel() for weight in model.parameters()),
-            "gmacs": count_flops(model, settings.img_size) / 1e9,
-        }
-    measured, memory = measure(contenders, rounds, parts)
-    print(f"{'model':36}{'Mparam':>8}{'GMAC':>8}")
-    for label, row in rows.items():
-        print(f"{label:36}{row['parameters'] / 1e6:8.1f}{row['gmacs']:8.2f}")
+        row = {"parameters": count_parameters(model), "gmacs": count_flops(model, settings.img_size) / 1e9}
+        rows[contender.label] = {"settings": asdict(contender.settings)} | row
+        print(f"{contender.label:36}{row['parameters'] / 1e6:8.1f}{row['gmacs']:8.2f}")
     ratios = {}
-    for part, seconds in measured.items():
-        what = "ms an image" if part == "latency" else "images/s"
-        print(f"\n{part:36}{what:>12}{'MiB':>8}   how many times as fast as each, in this order")
+    for part, seconds, memory in measure(contenders, rounds, parts):
+        print(f"\n{part:36}{'images/s':>12}{'MiB':>8}   how many times as fast as each, in this order")
         ratios[part] = {a: {b: speed_ratio(seconds, a, b) for b in labels} for a in labels}
         for label, times in seconds.items():
-            median = statistics.median(times)
-            rate = 1000 * median / LATENCY_REPEATS if part == "latency" else settings.batch_size / median
-            rows[label] |= {f"{part}_seconds": times, f"{part}_peak_mib": memory[part][label]}
-            rows[label][f"{part}_ms" if part == "latency" else f"{part}_images_per_s"] = rate
+            rate, mib = settings.batch_size / statistics.median(times), memory[label]
+            rows[label] |= {f"{part}_seconds": times, f"{part}_images_per_s": rate, f"{part}_peak_mib": mib}
             compared = "".join(f"{ratio:7.2f}" for ratio in ratios[part][label].values())
-            print(f"{label:36}{rate:12.2f}{memory[part][label]:8.0f} {compared}")
+            print(f"{label:36}{rate:12.2f}{mib:8.0f} {compared}", flush=True)
     return {"models": rows, "ratios": ratios}
 
 
-def compare_layers(grids: Sequence[int], dim: int, settings: Settings, rounds: int) -> dict:
+def compare_layers(grids: Sequence[int], settings: Settings, rounds: int) -> dict:
     """Our mixers on square grids, with and without their CPU kernels; larger batches for smaller grids."""
     rows = []
-    print(
-        f"{'mixer':26}{'grid':>6}{'batch':>6}" + "".join(f"{part:>12} ms{'plain':>8}{'ratio':>6}" for part in PARTS[:2])
-    )
-    for side in grids:
+    print(f"{'mixer':26}{'grid':>6}{'batch':>6}{'part':>12}{'ms':>9}{'plain':>9}{'ratio':>7}")
+    for side, mixer in product(grids, MIXERS):
         batch = max(1, settings.batch_size * 56**2 // max(side, 28) ** 2)
-        x = torch.randn(batch, side, side, dim, device=settings.device)
-        for name in MIXERS:
-            layer = build_mixer(name, dim, (side, side), max(1, dim // 32)).to(settings.device)
-            rows.append(row := {"mixer": name, "grid": side, "batch": batch, "channels": dim})
-            print(f"{name:26}{side:6}{batch:6}", end="")
-            for part in PARTS[:2]:
-                runs = {
-                    kernels: layer_run(layer, x, settings, part == "training", kernels) for kernels in (True, False)
-                }
-                seconds = take_turns(runs, rounds, settings.device)
-                ours, plain = (1000 * statistics.median(seconds[kernels]) for kernels in runs)
-                row |= {f"{part}_ms": ours, f"{part}_plain_ms": plain, f"{part}_ratio": plain / ours}
-                print(f"{ours:15.2f}{plain:8.2f}{plain / ours:6.2f}", end="", flush=True)
-            print()
+        x = torch.randn(batch, side, side, CHANNELS, device=settings.device)
+        layer = build_mixer(mixer, CHANNELS, (side, side), CHANNELS // 32).to(settings.device)
+        for part in PARTS:
+            steps = {on: partial(layer_step, layer, x, settings, part == "training", on) for on in (True, False)}
+            runs = {on: partial(seconds_of, step, settings.device) for on, step in steps.items()}
+            seconds = take_turns(runs, rounds, settings.device)
+            ms, plain = (1000 * statistics.median(times) for times in seconds.values())
+            row = {"mixer": mixer, "grid": side, "batch": batch, "part": part, "ms": ms, "plain_ms": plain}
+            rows.append(row | {"channels": CHANNELS, "ratio": plain / ms})
+            print(f"{mixer:26}{side:6}{batch:6}{part:>12}{ms:9.2f}{plain:9.2f}{plain / ms:7.2f}", flush=True)
     return {"layers": rows}
 
 
-def layer_run(layer: nn.Module, x: Tensor, settings: Settings, training: bool, kernels: bool) -> Callable[[], float]:
-    def step() -> None:
-        with torch.inference_mode(not training), settings.autocast():
-            y = layer(x.detach().requires_grad_(training))
-        if training:
-            y.backward(torch.ones_like(y))
-            layer.zero_grad()
-
-    def timed() -> float:
-        set_cpu_kernels(kernels)
-        try:
-            return seconds_of(step, settings.device)
-        finally:
-            set_cpu_kernels(True)
-
-    return timed
+def layer_step(layer: Callable, x: Tensor, settings: Settings, training: bool, cpu_kernels: bool = True) -> None:
+    """The forward pass of a layer on grids (B, H, W, C), in training followed by the backward pass."""
+    set_cpu_kernels(cpu_kernels)
+    with torch.inference_mode(not training), settings.autocast():
+        y = layer(x.detach().requires_grad_(training))
+    if training:
+        y.backward(torch.ones_like(y))
 
 
 def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) -> dict:
@@ -230,12 +204,12 @@ def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) 
     if len(library) != len(ours):
         raise UserError(f"--loader {folder}: timm finds other images there than we do")
     epochs = count()
-    runs = {
+    epoch_of = {
         "ours": lambda: [batch.images.sum() for batch in ours.epoch(next(epochs))],
         "timm": lambda: [images.sum() for images, _ in library],
     }
-    timed = {who: (lambda run=run: seconds_of(run, settings.device)) for who, run in runs.items()}
-    seconds = take_turns(timed, rounds, settings.device)
+    runs = {who: partial(seconds_of, epoch, settings.device) for who, epoch in epoch_of.items()}
+    seconds = take_turns(runs, rounds, settings.device)
     images = len(ours) * settings.batch_size
     rates = {who: images / statistics.median(times) for who, times in seconds.items()}
     ratio = speed_ratio(seconds, "ours", "timm")
@@ -256,7 +230,7 @@ def own_loader(folder: str, settings: Settings, workers: int) -> Loader:
 def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, steps: int) -> dict:
     """For each contender and seed of its weights, the error of its logits and of its training losses.
 
-    "logit_error" is the L2 norm of the difference from the float64 logits over the norm of these. "loss_gap" is the
+    "logit_error" is the L2 norm of the difference from the float32 logits over the norm of these. "loss_gap" is the
     mean over `steps` steps of the absolute difference between the losses in half precision and in float32, from the
     same weights on the same batches of `folder`/val.
     """
@@ -264,39 +238,38 @@ def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, st
         raise UserError("--exactness needs --dtype bfloat16 or float16, to compare with float32")
     loader = own_loader(folder, settings, workers=0)
     batches = list(islice((batch for epoch in count() for batch in loader.epoch(epoch)), steps))
-    print(f"{'model':32}{'logits against float64':>24}{'losses against float32':>24}")
+    print(f"{'model, against float32':32}{'logits':>24}{'losses':>24}")
     rows = {}
     for label in labels:
         half = Contender.parse(label, settings)
         full = replace(half, settings=replace(half.settings, dtype="float32"))
         rows[label] = row = {"logit_error": [], "loss_gap": []}
         for seed in SEEDS:
-            row["logit_error"].append(logit_error(half, seed, batches[0].images))
-            losses = zip(training_losses(half, seed, batches), training_losses(full, seed, batches), strict=True)
-            row["loss_gap"].append(statistics.mean(abs(a - b) for a, b in losses))
+            (logits, losses), (exact, expected) = (outputs(contender, seed, batches) for contender in (half, full))
+            row["logit_error"].append(((logits - exact).norm() / exact.norm()).item())
+            row["loss_gap"].append((losses - expected).abs().mean().item())
         cells = (" ".join(f"{value:.4f}" for value in values) for values in row.values())
         print(f"{label:32}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
     return {"exactness": rows}
 
 
-@torch.no_grad()
-def logit_error(contender: Contender, seed: int, images: Tensor) -> float:
-    torch.manual_seed(seed)
-    model = contender.build().eval()
-    with contender.settings.autocast():
-        found = model(images).double()
-    exact = model.double()(images.double())
-    return ((found - exact).norm() / exact.norm()).item()
+def outputs(contender: Contender, seed: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """From the seed's weights: the logits of the first batch, and the losses of training, one step a batch.
 
-
-def training_losses(contender: Contender, seed: int, batches: Sequence[Batch]) -> Iterator[float]:
-    """The losses of training from the seed's weights, one step a batch, at a rate that grows to `RATE`."""
+    The learning rate grows to `RATE`.
+    """
     torch.manual_seed(seed)
     runner = Runner(contender)
+    runner.model.eval()
+    with torch.no_grad(), contender.settings.autocast():
+        logits = runner.model(batches[0].images).float()
+    runner.model.train()
+    losses = []
     for step, batch in enumerate(batches, 1):
         runner.optimizer.param_groups[0]["lr"] = RATE * step / len(batches)
         runner.images, runner.targets = batch.images, batch.targets % runner.model.num_classes
-        yield runner.training().item()
+        losses.append(runner.training().detach())
+    return logits, torch.stack(losses)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -21,13 +21,17 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models import set_cpu_kernels
+import models
 from tools.export import in_onnxruntime
 from training.precision import set_up_device
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LATENCY_REPEATS = 5
+# What may follow a contender's name.
+OWN_SETTINGS = {name: {"dtype": name} for name in DTYPES} | {
+    "compile": {"compile": True},
+    "channels-last": {"channels_last": True},
+}
 WARM_UP = {"cpu": 1, "cuda": 5}
 
 Seconds = dict[str, list[float]]  # by contender, of each round
@@ -48,23 +52,14 @@ class Settings:
         return torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "float32")
 
 
-# What may follow a contender's name.
-OWN_SETTINGS = {name: {"dtype": name} for name in DTYPES} | {
-    "compile": {"compile": True},
-    "channels-last": {"channels_last": True},
-}
-
-
 @dataclass(frozen=True)
 class Contender:
-    """A model to measure. `label` is what the user wrote; `kernels` says whether the CPU kernels are used."""
+    """A model to measure. `label` is what the user wrote; `prefix` is "", "plain" (no CPU kernels) or "onnx"."""
 
     label: str
+    prefix: str
     arch: str
     settings: Settings
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    kernels: bool = True
-    onnx: bool = False
 
     @classmethod
     def parse(cls, label: str, settings: Settings) -> Contender:
@@ -81,14 +76,12 @@ class Contender:
         prefix, _, arch = model.rpartition(":")
         if not timm.is_model(arch) or prefix not in ("", "plain", "onnx"):
             raise UserError(f"{label}: no such model; write NAME, plain:NAME or onnx:NAME, with NAME one of timm's")
-        fixed = timm.get_pretrained_cfg_value(arch, "fixed_input_size")
-        size = {"img_size": settings.img_size} if fixed else {}
-        return cls(label, arch, settings, size, kernels=prefix != "plain", onnx=prefix == "onnx")
+        return cls(label, prefix, arch, settings)
 
     def build(self) -> nn.Module:
         """The model with random weights, without stochastic depth, in which the defaults of models differ."""
-        set_cpu_kernels(self.kernels)
-        model = timm.create_model(self.arch, **self.model_kwargs)
+        models.set_cpu_kernels(self.prefix != "plain")
+        model = models.create_model(self.arch, 1000, (self.settings.img_size, self.settings.img_size), {})
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
@@ -100,10 +93,11 @@ class Runner:
     """A contender with everything that a training step and inference need."""
 
     def __init__(self, contender: Contender):
+        self._memory_before = resident_peak()
         self.settings = settings = contender.settings
         set_up_device(torch.device(settings.device))
         self.model = contender.build()
-        self.forward = in_onnxruntime(self.model, settings.img_size) if contender.onnx else self.model
+        self.forward = in_onnxruntime(self.model, settings.img_size) if contender.prefix == "onnx" else self.model
         if settings.compile:
             self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
@@ -126,62 +120,19 @@ class Runner:
         with torch.inference_mode(), self.settings.autocast():
             self.forward(self.images)
 
-    def latency(self) -> None:
-        with torch.inference_mode(), self.settings.autocast():
-            for _ in range(LATENCY_REPEATS):
-                self.forward(self.images[:1])
-
     def seconds(self, part: str) -> float:
         """How long the method called `part` takes, with the model in the mode that it needs."""
         self.model.train(part == "training")
         return seconds_of(getattr(self, part), self.settings.device)
 
-
-class OwnProcess:
-    """A `Runner` in a process of its own, as a model is used.
-
-    How often a process asks the system for fresh memory depends on what ran in it before: beside other models, those
-    with large hidden tensors would profit from what the others have freed.
-    """
-
-    def __init__(self, contender: Contender):
-        self.label = contender.label
-        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._built = self.pool.submit(_build, contender, torch.get_num_threads())
-
-    def call(self, function: Callable[..., float], *args: object) -> float:
-        """Raises UserError if the process died, as one does that needs too much memory."""
-        try:
-            self._built.result()
-            return self.pool.submit(function, *args).result()
-        except BrokenProcessPool:
-            raise UserError(f"{self.label}: the process that measured it died (out of memory?)") from None
+    def peak_memory(self) -> float:
+        """MiB that the model and what has run so far added to this process at most; on CUDA, that PyTorch allocated."""
+        if self.settings.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resident_peak() - self._memory_before
 
 
-_runner: Runner  # of the process of an `OwnProcess`, and the MiB that it had before
-_memory_before: float
-
-
-def _build(contender: Contender, threads: int) -> None:
-    global _runner, _memory_before
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
-    torch.set_num_threads(threads)
-    _memory_before = _resident_peak()
-    _runner = Runner(contender)
-
-
-def _seconds(part: str) -> float:
-    return _runner.seconds(part)
-
-
-def _peak_memory() -> float:
-    """MiB that the model and what has run so far added to the process at most; on CUDA, that PyTorch allocated."""
-    if _runner.settings.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return _resident_peak() - _memory_before
-
-
-def _resident_peak() -> float:
+def resident_peak() -> float:
     """The most MiB that this process has had in memory, by Linux; nan elsewhere."""
     status = Path("/proc/self/status")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else float("nan")
@@ -221,17 +172,46 @@ def speed_ratio(seconds: Seconds, one: str, other: str) -> float:
     return statistics.median(seconds[other]) / statistics.median(seconds[one])
 
 
+# ---------------------------------------------------------------------------------------- a process of its own
+
+
 def measure(
     contenders: Sequence[Contender], rounds: int, parts: Sequence[str]
-) -> tuple[dict[str, Seconds], dict[str, dict[str, float]]]:
-    """(seconds, peak memory in MiB) of each part and contender. Training comes last: it needs the most memory."""
-    seconds, memory = {}, {}
+) -> Iterator[tuple[str, Seconds, dict[str, float]]]:
+    """(part, seconds, peak memory in MiB by contender) of each part. Training is last: it needs the most memory.
+
+    Each contender has a process of its own, as a model is used. How often a process asks the system for fresh memory
+    depends on what ran in it before: beside other models, those with large hidden tensors would profit from what the
+    others have freed.
+
+    Raises:
+        UserError: the process of a contender died, as one does that needs too much memory.
+    """
+    context, ignore_interrupt = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    memory: dict[str, float] = {}
+
+    def run(contender: Contender, part: str) -> float:
+        try:
+            measured = pools[contender].submit(_measure, contender, part).result()
+        except BrokenProcessPool:
+            raise UserError(f"{contender.label}: the process that measured it died (out of memory?)") from None
+        seconds, memory[contender.label] = measured
+        return seconds
+
     with ExitStack() as stack:
-        processes = [OwnProcess(contender) for contender in contenders]
-        for process in processes:
-            stack.enter_context(process.pool)
+        pools = {
+            contender: stack.enter_context(ProcessPoolExecutor(1, context, signal.signal, ignore_interrupt))
+            for contender in contenders
+        }
         for part in sorted(parts, key="training".__eq__):
-            runs = {process.label: (lambda p=process, part=part: p.call(_seconds, part)) for process in processes}
-            seconds[part] = take_turns(runs, rounds, contenders[0].settings.device)
-            memory[part] = {process.label: process.call(_peak_memory) for process in processes}
-    return seconds, memory
+            runs = {contender.label: partial(run, contender, part) for contender in contenders}
+            yield part, take_turns(runs, rounds, contenders[0].settings.device), memory
+
+
+def _measure(contender: Contender, part: str) -> tuple[float, float]:
+    """Seconds and peak memory, in the contender's process."""
+    runner = _runner(contender)
+    return runner.seconds(part), runner.peak_memory()
+
+
+_runner = cache(Runner)  # of this process

@@ -25,8 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import models
 from runtime.cli import run_cli
-from tools.command_line import ToolParser
-from training.arguments import POSITIVE
+from training.arguments import POSITIVE, Parser
 from utils import UserError
 
 BANDWIDTH, PRODUCTS, LAUNCH = 3.35e12, 400e12, 4e-6  # bytes and bf16 operations a second, seconds
@@ -118,7 +117,7 @@ def training_step(name: str, batch_size: int = 128, img_size: int = 224) -> Traf
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ToolParser("estimate_gpu", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.estimate_gpu")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names in timm's registry")
     parser.add_argument("--batch-size", type=POSITIVE, default=128, metavar="N")
     parser.add_argument("--img-size", type=POSITIVE, default=224, metavar="N")

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,18 +34,18 @@ from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torchvision.ops import Permute
 
 from models import LoadedModel, load_checkpoint
 from models.base import ImageModel
 from models.checkpoints import METADATA_KEYS, read_checkpoint, weights_of
 from models.convert import to_original, to_ours
 from models.layers import FeedForward
-from models.pretrained import find_checkpoint
+from models.pretrained import PREPROCESSING, find_checkpoint
 from models.resampling import Grid
 from runtime import checkpoints
 from runtime.cli import run_cli
-from tools.command_line import ToolParser
-from training.arguments import suggestion
+from training.arguments import Parser, suggestion
 from training.model import count_parameters
 from training.options import data_name
 from utils import MachineError, UserError, atomic_write, cannot_write, make_directory, one_line
@@ -59,7 +58,7 @@ OPTIONS = {"half": "safetensors", "dynamic_size": "onnx"}  # flag -> its format
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ToolParser("export", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.export")
     add = parser.add_argument
     add("checkpoint", help="a checkpoint, a run directory (its best one), or a model with weights")
     add("--to", nargs=2, required=True, metavar=("FORMAT", "PATH"), help="see above")
@@ -90,9 +89,8 @@ def write_safetensors(args: argparse.Namespace, path: Path) -> str:
     state, tensors = read_weights(args)
     if args.half:
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and tensor.isinf().any():
-                raise UserError(f"--half: {name} of {args.checkpoint} has numbers beyond float16's range")
+        if beyond := [name for name, tensor in tensors.items() if tensor.isinf().any()]:
+            raise UserError(f"--half: {beyond[0]} of {args.checkpoint} has numbers beyond float16's range")
     return write_tensors(path, tensors, state)
 
 
@@ -123,15 +121,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
 # ---------------------------------------------------------------------------------------------------------------- hub
 
 # Keys of timm's `pretrained_cfg` that describe the model and not the registered weights.
-OF_THE_MODEL = {
-    "architecture",
-    "input_size",
-    "fixed_input_size",
-    "num_classes",
-    "pool_size",
-    "first_conv",
-    "classifier",
-}
+MODEL_KEYS = ("architecture", "input_size", "fixed_input_size", "num_classes", "pool_size", "first_conv", "classifier")
 # Settings of a run that a model card has.
 RECIPE = (
     *("epochs", "batch_size", "accum_iter", "opt", "momentum", "lr", "unscale_lr", "sched", "min_lr", "warmup_lr"),
@@ -139,52 +129,17 @@ RECIPE = (
     *("bce_loss", "class_weights", "balanced_sampling", "token_label", "scale", "ratio", "hflip", "vflip", "aa"),
     *("color_jitter", "mixup", "cutmix", "reprob", "seed"),
 )
-
-
-def write_hub(args: argparse.Namespace, path: Path) -> str:
-    """config.json, model.safetensors and README.md in a folder."""
-    info = load_checkpoint(args.checkpoint, ema=args.ema)
-    model, paper = info.model, info.model.pretrained_cfg.get("paper_ids")
-    size = {"img_size": info.input_size} if model.pretrained_cfg.get("fixed_input_size") else {}
-    images = {name: getattr(info, name) for name in ("mean", "std", "crop_pct", "interpolation")}
-    model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key in OF_THE_MODEL}
-    try:
-        save_for_hf(
-            model,
-            path,
-            model_config={
-                "label_names": list(info.class_names),
-                "pretrained_cfg": images | {"input_size": (3, *info.input_size)},
-            },
-            model_args=info.model_kwargs | size,
-            safe_serialization=True,
-        )
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config["model_args"].pop("num_classes", None)  # beside the entry of that name, transformers would pass both
-        (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (path / "README.md").write_text(model_card(info, paper, path), encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return "config.json, model.safetensors, README.md"
-
-
-def model_card(info: LoadedModel, paper: str | None, folder: Path) -> str:
-    """README.md: what the checkpoint says of its run, and the paper of its architecture."""
-    state, (height, width) = info.checkpoint, info.input_size
-    settings = state.get("args") or {}
-    data = data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None
-    details: dict[str, Any] = {
-        "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
-        "Images": f"{height} x {width}, mean {list(info.mean)}, std {list(info.std)}, crop {info.crop_pct:g}, "
-        f"{info.interpolation}",
-        "Arguments": {name: f"`{value!r}`" for name, value in info.model_kwargs.items()},
-        "Data": data,
-        "Accuracy": accuracy(state, info.ema),
-        "Began from": settings.get("finetune") and Path(settings["finetune"]).name,
-        "Recipe": {name: settings[name] for name in RECIPE if settings.get(name) is not None},
-        "Paper": paper and f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}",
-    }
-    usage = f"""
+AUTHORS = {
+    "arXiv:2304.06446": "Patro, Badri N. and Namboodiri, Vinay P. and Agneeswaran, Vijay Srinivas",
+    "arXiv:2311.01310": "Patro, Badri N. and Agneeswaran, Vijay Srinivas",
+}
+BIBTEX = """@article{{{id},
+  title={{{paper_name}}},
+  author={{{authors}}},
+  journal={{arXiv preprint {paper_ids}}},
+  year={{20{id:.2}}}
+}}"""
+USAGE = """
 ```python
 import timm
 import spectformer_svt  # registers the models; pip install . in a clone of their repository
@@ -193,12 +148,53 @@ model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # "hf-h
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 """
+
+
+def write_hub(args: argparse.Namespace, path: Path) -> str:
+    """config.json, model.safetensors and README.md in a folder."""
+    info = load_checkpoint(args.checkpoint, ema=args.ema)
+    cfg, kwargs = info.model.pretrained_cfg, dict(info.model_kwargs)
+    if cfg.get("fixed_input_size"):
+        kwargs["img_size"] = info.input_size
+    info.model.pretrained_cfg = {key: cfg[key] for key in MODEL_KEYS if key in cfg}
+    images = {name: getattr(info, name) for name in PREPROCESSING} | {"input_size": (3, *info.input_size)}
+    described = {"label_names": info.class_names, "pretrained_cfg": images}
+    try:
+        save_for_hf(info.model, path, model_config=described, model_args=kwargs, safe_serialization=True)
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config["model_args"].pop("num_classes", None)  # beside the entry of that name, transformers would pass both
+        (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (path / "README.md").write_text(model_card(info, cfg, path), encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return "config.json, model.safetensors, README.md"
+
+
+def model_card(info: LoadedModel, cfg: Mapping[str, Any], folder: Path) -> str:
+    """README.md: what the checkpoint says of its run, and the paper of its architecture in timm's `cfg`."""
+    settings, (height, width) = info.checkpoint.get("args") or {}, info.input_size
+    data = data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None
+    paper = cfg.get("paper_ids", "")
+    number = paper.removeprefix("arXiv:")
+    details: dict[str, Any] = {
+        "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
+        "Images": f"{height} x {width}, mean {list(info.mean)}, std {list(info.std)}, crop {info.crop_pct:g}, "
+        f"{info.interpolation}",
+        "Arguments": {name: f"`{value!r}`" for name, value in info.model_kwargs.items()},
+        "Data": data,
+        "Accuracy": accuracy(info.checkpoint, info.ema),
+        "Began from": settings.get("finetune") and Path(settings["finetune"]).name,
+        "Recipe": {name: settings[name] for name in RECIPE if settings.get(name) is not None},
+        "Paper": paper and f"https://arxiv.org/abs/{number}",
+    }
     card: dict[str, Any] = {
         "license": "unknown",
         "description": f"A {info.arch} for image classification" + (f", trained on {data}." if data else "."),
         "details": {name: value for name, value in details.items() if value},
-        "usage": usage,
+        "usage": USAGE.format(folder=folder),
     }
+    if paper in AUTHORS:
+        card["citation"] = BIBTEX.format(**cfg, id=number, authors=AUTHORS[paper])
     return generate_readme(card, folder.name)
 
 
@@ -214,9 +210,8 @@ def accuracy(state: Mapping[str, Any], ema: bool) -> str | None:
 
 def write_onnx(args: argparse.Namespace, path: Path) -> str:
     """An ONNX file, after onnxruntime has given torch's logits with it."""
-    info = load_checkpoint(
-        args.checkpoint, ema=args.ema, model_kwargs={"dynamic_img_size": True} if args.dynamic_size else {}
-    )
+    kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
+    info = load_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
     size, sizes, shape = info.input_size, [info.input_size], {0: Dim("batch")}
     if args.dynamic_size:
         if not isinstance(info.model, ImageModel):
@@ -232,23 +227,20 @@ def write_onnx(args: argparse.Namespace, path: Path) -> str:
     content = proto.SerializeToString()
     difference = check(onnxruntime_forward(content), info.model, sizes)
     atomic_write(path, content)
-    checked = " and ".join(f"{height}x{width}" for height, width in sizes)
     return (
         f"opset {OPSET}, {len(content) / 1e6:.1f} MB, any number of images{' of any size' * args.dynamic_size}; "
-        f"onnxruntime's logits within {difference:.1e} of torch's at {checked}"
+        f"onnxruntime's logits within {difference:.1e} of torch's"
     )
 
 
 def write_pt2(args: argparse.Namespace, path: Path) -> str:
     """A program of torch.export's, after it has given the model's logits."""
     info = load_checkpoint(args.checkpoint, ema=args.ema)
-    buffer = io.BytesIO()
+    program = export(info.model, info.input_size, {0: Dim("batch")})
+    difference = check(program.module(), info.model, [info.input_size])
     extra = {"model.json": json.dumps(metadata(info))}
-    torch.export.save(export(info.model, info.input_size, {0: Dim("batch")}), buffer, extra_files=extra)
-    content = buffer.getvalue()
-    difference = check(torch.export.load(io.BytesIO(content)).module(), info.model, [info.input_size])
-    atomic_write(path, content)
-    return f"torch {torch.__version__}, {len(content) / 1e6:.1f} MB; its logits within {difference:.1e} of the model's"
+    atomic_write(path, lambda file: torch.export.save(program, file, extra_files=extra))
+    return f"torch {torch.__version__}; its logits within {difference:.1e} of the model's"
 
 
 FORMATS = {
@@ -341,33 +333,24 @@ def package(name: str) -> ModuleType:
 # ------------------------------------------------------------------------------- layers that other runtimes run fast
 
 
-class PointwiseFeedForward(nn.Module):
-    """What a `FeedForward` with a depthwise convolution computes, (B, H, W, C) to (B, H, W, C), by convolutions alone.
+def portable(model: nn.Module) -> nn.Module:
+    """A copy of the model that ONNX runtimes run faster; its logits differ by rounding alone.
 
-    A runtime that stores images as (B, C, H, W) then transposes the grid, and not the wider hidden one.
+    Feed-forward networks with a depthwise convolution, (B, H, W, C) to (B, H, W, C), become convolutions throughout. A
+    runtime that stores images as (B, C, H, W) then transposes the grid, and not the wider hidden one.
     """
-
-    def __init__(self, plain: FeedForward):
-        super().__init__()
-        self.layers = nn.Sequential(pointwise(plain.fc1), plain.dwconv, plain.act, pointwise(plain.fc2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FeedForward) and module.dwconv is not None:
+            layers = [pointwise(module.fc1), module.dwconv, module.act, pointwise(module.fc2)]
+            model.set_submodule(name, nn.Sequential(Permute([0, 3, 1, 2]), *layers, Permute([0, 2, 3, 1])))
+    return model
 
 
 def pointwise(linear: nn.Linear) -> nn.Conv2d:
     layer = nn.Conv2d(linear.in_features, linear.out_features, 1)
     layer.weight, layer.bias = nn.Parameter(linear.weight[..., None, None]), linear.bias
     return layer
-
-
-def portable(model: nn.Module) -> nn.Module:
-    """A copy of the model with these layers instead of its own; its logits differ by rounding alone."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FeedForward) and module.dwconv is not None:
-            model.set_submodule(name, PointwiseFeedForward(module))
-    return model
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ takes its share of the images. `--check` names maps that are missing, damaged or
 
 import argparse
 import hashlib
-import io
 import json
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -47,8 +46,7 @@ from inputs.sampler import SampleKey
 from models import load_checkpoint
 from runtime.cli import run_cli
 from runtime.processes import Distributed, init_distributed
-from tools.command_line import ToolParser
-from training.arguments import POSITIVE, WORKERS, class_list, image_size
+from training.arguments import POSITIVE, WORKERS, Parser, class_list, image_size
 from training.options import default_workers
 from training.precision import Precision, choose_precision, set_up_device
 from utils import UserError, atomic_write, make_directory, one_line
@@ -77,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser("generate_token_labels", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.generate_token_labels")
     add = parser.add_argument_group("data").add_argument
     add("--data-path", metavar="DIR", help="where the data set is, as in training")
-    add("--data-set", default="FOLDER", metavar="NAME", help="as in training (default: %(default)s)")
+    add("--data-set", default="FOLDER", metavar="NAME", help="as in training")
     add("--classes", type=class_list, metavar="A,B,...", help="only these classes, as in training")
     add("--inat-category", default="name", metavar="RANK", help="what INAT19 classifies, as in training")
     add("--output-dir", type=Path, required=True, metavar="DIR", help="of the label maps, --token-label-data later")
@@ -91,11 +89,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pretrained", action="store_true", help="take the weights that timm publishes")
     add("--input-size", type=image_size, metavar="PIXELS", help="(default: the teacher's own)")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images a step (default: %(default)s)")
-    readers = "processes that read; 0: read in this one (default: %(default)s)"
+    add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images a step")
+    readers = "processes that read; 0: read in this one"
     add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help=readers)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="(default: %(default)s)")
+    add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="autocast")
     parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
     if not args.check and bool(args.model_path) == args.pretrained:
@@ -147,9 +145,7 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
 
 
 def write_map(path: Path, label_map: Tensor) -> None:
-    buffer = io.BytesIO()
-    torch.save(label_map, buffer)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, partial(torch.save, label_map))
 
 
 def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> tuple[nn.Module, Callable, str]:
@@ -176,8 +172,7 @@ def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> tuple[
         if info.num_classes != len(class_names) or named not in (None, list(class_names)):
             raise UserError(f"--model-path {args.model_path}: its {info.num_classes} classes are not {classes}")
         model, config, input_size = info.model, vars(info), info.input_size
-        with open(args.model_path, "rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        weights = hashlib.sha256(info.path.read_bytes()).hexdigest()
     look = {key: config[key] for key in ("mean", "std", "interpolation")}
     transform = create_transform(tuple(input_size), **look, crop_pct=1.0, crop_mode="squash")
     return model, transform, json.dumps({"weights": weights, "input_size": input_size, "classes": len(class_names)})
@@ -203,39 +198,28 @@ def position_logits(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         UserError: the model has no feature map, or its head needs all of it.
     """
-    channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
     prefix = getattr(model, "num_prefix_tokens", 0)
     try:
         features = model.forward_features(images)
-        if features.ndim == 4:
-            features = features if channels_last else features.permute(0, 2, 3, 1)
-            grid, positions = features.shape[1:3], features.flatten(1, 2)
-        else:
+        if features.ndim == 3:  # tokens; a position then takes the place of the class token, too
+            stride = model.feature_info[-1]["reduction"]
+            grid = [side // stride for side in images.shape[2:]]
             positions = features[:, prefix:]
-            grid = token_grid(model, positions.shape[1])
+            alone = positions.flatten(0, 1)[:, None].expand(-1, 1 + prefix, -1)
+        elif str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
+            grid, positions = features.shape[1:3], features.flatten(1, 2)
+            alone = positions.flatten(0, 1)[:, None, None]
+        else:
+            grid, positions = features.shape[2:], features.flatten(2).mT
+            alone = positions.flatten(0, 1)[:, :, None, None]
         if getattr(model, "token_label", False):
             logits = model.aux_head(positions)
-        else:  # every position as the features of an image of its own: one pixel, or one token also for the class token
-            alone = positions.flatten(0, 1)
-            if features.ndim == 4:
-                alone = alone[:, None, None] if channels_last else alone[:, :, None, None]
-            else:
-                alone = alone[:, None].expand(-1, 1 + prefix, -1)
+        else:
             logits = model.forward_head(alone).unflatten(0, positions.shape[:2])
         return logits.mT.unflatten(2, grid)
     except (AttributeError, RuntimeError, ValueError, TypeError, IndexError) as error:
         name = type(model).__name__
         raise UserError(f"--arch: {name} cannot classify position by position: {one_line(error)[:200]}") from error
-
-
-def token_grid(model: nn.Module, tokens: int) -> tuple[int, int]:
-    """The (h, w) of a token sequence: that of timm's patch embedding, ours, or a square."""
-    embedding = getattr(model, "patch_embed", None)
-    side = math.isqrt(tokens)
-    for grid in (getattr(embedding, "grid_size", ()), getattr(model, "token_label_size", ())):
-        if grid and math.prod(grid) == tokens:
-            return tuple(grid)
-    return side, side
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ rehearsal on a CPU.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,29 @@ import models
 from inputs import catalogue
 from inputs.dataset_options import DatasetOptions
 from inputs.images import ImageArrays
+from models.layers import SPECTRAL_PRECISIONS
 from models.mixers import build_mixer
 from runtime.cli import run_cli
-from tools.command_line import ToolParser, describe_machine
-from tools.contenders import Contender, Runner, Settings, seconds_of, set_up_device
+from tools.benchmark import layer_step
+from tools.contenders import Contender, Runner, Settings, seconds_of, take_turns
+from tools.machine import describe_machine
+from training.arguments import Parser
+from training.precision import set_up_device
 from utils import one_line
 
 MODELS = ("spectformer_xs", "deit_small_patch16_224", "spectformer_h_s", "pvt_v2_b2", "svt_h_s", "convnext_tiny")
-GRIDS = {"spectral": ((14, 384), (28, 128), (56, 64)), "scattering_channel": ((28, 128), (56, 64))}
+GATES = (  # mixers, the sides of their grids, and their channels
+    ("spectral", 14, 384),
+    ("spectral", 28, 128),
+    ("spectral", 56, 64),
+    ("scattering_channel", 28, 128),
+    ("scattering_channel", 56, 64),
+)
 CLASSES = 8
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ToolParser("gpu_check", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.gpu_check")
     parser.add_argument("part", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="for results.jsonl and run directories")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to check")
@@ -90,27 +100,20 @@ def logits_and_gradient(model: nn.Module, images: torch.Tensor) -> tuple[torch.T
 
 def gates(device: str, small: bool, output: Path, report: Callable) -> None:
     """Forward and backward of the spectral mixers: in half precision and in float32, eager and compiled."""
-    set_up_device(device)
-    batch, warm_up, rounds = (1, 1, 1) if small else (128, 5, 20)
-    for mixer, grids in GRIDS.items():
-        for side, channels in grids[:1] if small else grids:
-            half = build_mixer(mixer, channels, (side, side), 1).to(device)
-            exact = copy.deepcopy(half)
-            models.set_spectral_precision(exact, "float32")
-            x = torch.randn(batch, side, side, channels, device=device, requires_grad=True)
-            for compiled, (precision, layer) in itertools.product((False, True), (("half", half), ("float32", exact))):
-                torch.compiler.reset()
-                call = torch.compile(layer) if compiled else layer
-                figures = {"grid": side, "channels": channels, "batch": batch, "precision": precision}
-                with reported_errors(report, mixer, **figures, compiled=compiled):
-                    times = [seconds_of(partial(layer_step, call, x), device) for _ in range(warm_up + rounds)]
-                    report(mixer, **figures, compiled=compiled, ms=1000 * statistics.median(times[warm_up:]))
-
-
-def layer_step(layer: Callable, x: torch.Tensor) -> None:
-    with torch.autocast(x.device.type, torch.bfloat16):
-        y = layer(x)
-    y.sum().backward()
+    set_up_device(torch.device(device))
+    batch, rounds = (1, 1) if small else (128, 20)
+    settings = Settings(device, "bfloat16")
+    shapes = GATES[:1] if small else GATES
+    for (mixer, side, channels), compiled, precision in product(shapes, (False, True), SPECTRAL_PRECISIONS):
+        torch.compiler.reset()
+        layer = build_mixer(mixer, channels, (side, side), 1).to(device)
+        models.set_spectral_precision(layer, precision)
+        x = torch.randn(batch, side, side, channels, device=device)
+        step = partial(layer_step, torch.compile(layer) if compiled else layer, x, settings, training=True)
+        figures = {"grid": side, "channels": channels, "batch": batch, "precision": precision, "compiled": compiled}
+        with reported_errors(report, mixer, **figures):
+            times = take_turns({mixer: partial(seconds_of, step, device)}, rounds, device)
+            report(mixer, **figures, ms=1000 * statistics.median(times[mixer]))
 
 
 @contextmanager
@@ -124,61 +127,49 @@ def reported_errors(report: Callable, name: str, **figures: Any) -> Iterator[Non
 
 def eager(device: str, small: bool, output: Path, report: Callable, compile: bool = False) -> None:
     """Our models beside their peers: a training step and inference in bf16."""
-    batch, side, warm_up, rounds = (2, 32, 1, 1) if small else (128, 224, 5, 15)
-    settings = Settings(device, "bfloat16", compile, False, batch, side)
-    contenders = [Contender.parse(name, settings) for name in MODELS]
-    if small:
-        tiny = {"img_size": side, "embed_dim": 32, "depth": 2, "alpha": 1, "num_heads": 2}
-        contenders = [Contender("spectformer_ti", "spectformer_ti", settings, tiny)]
-    for contender in contenders:
-        name = contender.label
+    batch, side, rounds = (2, 32, 1) if small else (128, 224, 15)
+    settings = Settings(device, "bfloat16", compile, batch_size=batch, img_size=side)
+    for name in ("spectformer_h_n",) if small else MODELS:
+        torch.compiler.reset()
         with reported_errors(report, name, compiled=compile):
-            torch.compiler.reset()
-            runner = Runner(contender)
-            figures = {}
-            for part in ("training", "inference"):
-                times = [runner.seconds(part) for _ in range(warm_up + rounds)]
-                figures[f"{part}_images_per_s"] = batch / statistics.median(times[warm_up:])
-            if device == "cuda":
-                figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-            report(name, compiled=compile, batch=batch, **figures)
-            del runner
+            report(name, compiled=compile, batch=batch, **speeds(Contender.parse(name, settings), rounds))
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
-def compiled(device: str, small: bool, output: Path, report: Callable) -> None:
-    """As `eager`, compiled."""
-    eager(device, small, output, report, compile=True)
+def speeds(contender: Contender, rounds: int) -> dict[str, float]:
+    """Images/s in training and inference, and the peak memory."""
+    runner, settings = Runner(contender), contender.settings
+    parts = {part: partial(runner.seconds, part) for part in ("training", "inference")}
+    medians = {part: statistics.median(times) for part, times in take_turns(parts, rounds, settings.device).items()}
+    rates = {f"{part}_images_per_s": settings.batch_size / seconds for part, seconds in medians.items()}
+    return rates | {"peak_mib": runner.peak_memory()}
 
 
 def gratings(options: DatasetOptions, count: int) -> ImageArrays:
     """Noisy gratings, 64 px, whose class is their orientation: data that needs neither a file nor the network."""
-    rng = np.random.default_rng(0 if options.split == "train" else 1)
+    rng = np.random.default_rng(options.split == "train")
     labels = np.arange(count if options.split == "train" else count // 8) % CLASSES
-    angles = labels * math.pi / CLASSES
+    angles, phases = labels * math.pi / CLASSES, rng.uniform(0, 2 * math.pi, len(labels))
     rows, columns = np.mgrid[:64, :64]
-    phases = rng.uniform(0, 2 * math.pi, len(labels))
-    waves = 0.4 * (rows * np.sin(angles)[:, None, None] + columns * np.cos(angles)[:, None, None])
+    waves = 0.4 * (np.multiply.outer(np.sin(angles), rows) + np.multiply.outer(np.cos(angles), columns))
     images = 128 + 40 * np.cos(waves + phases[:, None, None]) + rng.normal(0, 40, waves.shape)
-    pixels = images.clip(0, 255).astype(np.uint8)[..., None].repeat(3, 3)
     names = [f"{180 * label // CLASSES} degrees" for label in range(CLASSES)]
-    return ImageArrays(f"GRATINGS/{options.split}", pixels, labels, names)
+    return ImageArrays(f"GRATINGS/{options.split}", images.clip(0, 255).astype(np.uint8), labels, names)
 
 
 def train(device: str, small: bool, output: Path, report: Callable) -> None:
     """A real training run by main_spectformer.py, of one process or, under torchrun, of several."""
-    catalogue.DATASETS["GRATINGS"] = catalogue.DatasetSpec(
-        partial(gratings, count=512 if small else 4096), needs_path=False, glyphs=True
-    )
+    count, epochs = (512, 1) if small else (4096, 3)
+    data = catalogue.DatasetSpec(partial(gratings, count=count), needs_path=False, glyphs=True)
+    catalogue.DATASETS["GRATINGS"] = data
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     directory = output / f"train_{processes}_{'torchrun' if 'WORLD_SIZE' in os.environ else 'alone'}"
-    words = ["--data-set", "GRATINGS", "--input-size", "64", "--arch", "spectformer_h_n", "--aa", "none"]
-    words += ["--model-kwargs", "stem_stride=4", "--opt", "nmuon", "--lr", "4e-3", "--unscale-lr", "--mixup", "0"]
-    words += ["--cutmix", "0", "--warmup-epochs", "0", "--epochs", "1" if small else "3", "--num-workers", "2"]
-    words += ["--batch-size", str(64 // processes), "--device", device, "--output-dir", str(directory), "--amp", "bf16"]
-    main_spectformer.main(words)
+    flags = f"""--data-set GRATINGS --input-size 64 --arch spectformer_h_n --model-kwargs stem_stride=4 --aa none
+        --mixup 0 --cutmix 0 --opt nmuon --lr 4e-3 --unscale-lr --warmup-epochs 0 --epochs {epochs} --num-workers 2
+        --batch-size {64 // processes} --device {device} --amp bf16"""
+    main_spectformer.main([*flags.split(), "--output-dir", str(directory)])
     if os.environ.get("RANK", "0") == "0":
         rows = [json.loads(line) for line in (directory / "log.txt").read_text().splitlines()]
         names = ("train_loss", "test_loss", "test_acc1", "seconds", "images_per_second")
@@ -199,7 +190,7 @@ PARTS = {
     "parity": parity,
     "gates": gates,
     "eager": eager,
-    "compiled": compiled,
+    "compiled": partial(eager, compile=True),
     "train": train,
     "distributed": distributed,
 }

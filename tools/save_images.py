@@ -12,13 +12,12 @@ import numpy as np
 
 from inputs.catalogue import build_dataset
 from runtime.cli import run_cli
-from tools.command_line import ToolParser
-from training.arguments import POSITIVE
+from training.arguments import POSITIVE, Parser
 from utils import make_directory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ToolParser("save_images", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.save_images")
     add = parser.add_argument
     add("--data-set", default="DIGITS", metavar="NAME", help="as in training")
     add("--data-path", metavar="DIR", help="where its files are (DIGITS needs none)")

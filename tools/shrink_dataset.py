@@ -25,8 +25,7 @@ from tqdm import tqdm
 from inputs.folders import walk_files
 from inputs.images import is_image_name
 from runtime.cli import run_cli
-from tools.command_line import ToolParser
-from training.arguments import COUNT, POSITIVE, number
+from training.arguments import COUNT, POSITIVE, Parser, number
 from utils import UserError, make_directory, tell
 
 SETTINGS = ".shrink_dataset.json"  # in the copy: what it was made with
@@ -79,13 +78,13 @@ def check_target(source: Path, target: Path, settings: dict[str, int]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ToolParser("shrink_dataset", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.shrink_dataset")
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="the data set's folder")
     add("target", type=Path, metavar="DST", help="the folder of the copy")
-    add("--short-side", type=POSITIVE, default=256, metavar="PIXELS", help="(default: %(default)s)")
-    add("--quality", type=number(int, 1, 100), default=90, metavar="Q", help="of JPEG and WebP (default: %(default)s)")
-    add("--num-workers", type=COUNT, default=os.cpu_count(), metavar="N", help="processes (default: %(default)s)")
+    add("--short-side", type=POSITIVE, default=256, metavar="PIXELS", help="of the copies")
+    add("--quality", type=number(int, 1, 100), default=90, metavar="Q", help="of JPEG and WebP")
+    add("--num-workers", type=COUNT, default=os.cpu_count(), metavar="N", help="processes")
     args = parser.parse_args(argv)
 
     check_target(args.source, args.target, {"short_side": args.short_side, "quality": args.quality})

@@ -7,7 +7,8 @@ data, budget, schedule and augmentation, and those of a seed start from the same
 cell is a mapping of model arguments; with `arch` it is another model, such as one of timm's. Runs go side by side: one
 on each GPU, or one single-threaded run on each core. A study that was stopped or killed resumes where it was.
 
-Each finished run becomes a line of OUTPUT/STUDY.jsonl: commit it, and another machine can continue the study.
+Each finished run becomes a line of OUTPUT/STUDY.jsonl: commit it, and another machine can continue the study. After a
+change of the recipe all cells are trained again.
 OUTPUT/STUDY.md and .png are the table and the plot.
 """
 
@@ -24,7 +25,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -38,12 +40,16 @@ from inference.output_files import save_figure
 from models import ModelError, create_model, load_checkpoint
 from models.base import ImageModel
 from models.flops import count_flops
+from models.pretrained import LAST
 from runtime.cli import run_cli
-from tools.command_line import ToolParser, processor
-from training.arguments import POSITIVE, dashed, read_yaml, words_of
+from runtime.provenance import plain, read_yaml
+from tools.contenders import seconds_of, take_turns
+from tools.machine import processor
+from training.arguments import POSITIVE, Parser, words_of
 from training.classification import Classification, full_model_kwargs
 from training.model import count_parameters
-from training.options import available_cores, build_parser, parse_args
+from training.options import MIXER_CHOICES, available_cores, build_parser, merged_model_kwargs, parse_args
+from training.precision import choose_precision
 from training.trainer import Run
 from utils import UserError, atomic_write, make_directory, say
 
@@ -51,10 +57,11 @@ ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"title": str, "data": str, "seeds": int, "recipe": dict, "cells": dict, "against": str}
 # Settings that say where and how a run goes, not what it computes.
 MACHINE = {
-    "config", "data-path", "download", "num-workers", "pin-mem", "print-freq", "checkpoint-steps", "checkpoint-epochs",
+    "config", "data_path", "download", "num_workers", "pin_mem", "print_freq", "checkpoint_steps", "checkpoint_epochs",
     "compile", "wandb",
 }  # fmt: skip
-MIXER_ARGUMENTS = {"alpha", "spectral_depths", "mixer", "mixing", "mixers", "mixer_options", "wavelet_backend"}
+RESULT = "study.json"  # in the directory of a finished run
+ROUNDS = 9  # of inference, of which the median counts
 
 Line = dict[str, Any]
 
@@ -64,8 +71,8 @@ class Study:
 
     Attributes:
         cells: by name, the arguments of the model, and its `arch` where it is not the recipe's.
-        words: by name, the command line of a cell's runs, but for what is a single run's own.
-        recipes: by name, the flags that decide the cell's results, except for the seed.
+        words, args: by name, the command line of a cell's runs, except for what differs between runs, and its values.
+        recipes: by name, the settings that decide the cell's results, except for the seed.
     """
 
     def __init__(self, path: Path, flags: Sequence[str], seeds: int | None, runs: Path):
@@ -77,43 +84,33 @@ class Study:
                 raise UserError(f"{path}: {str(key)[:40]!r} is missing, unknown or of another type; it has {keys}")
         self.path, self.name, self.runs, self.content = path, path.stem, runs / path.stem, content
         self.seeds, self.cells = seeds or content["seeds"], content["cells"]
-        self.words = {cell: [*self._words(cell), *flags] for cell in self.cells}
-        self.recipes = {cell: self._recipe(cell) for cell in self.cells}
+        self.words, self.args, self.recipes = {}, {}, {}
+        parser = build_parser(Classification.flags)
+        for cell in self.cells:
+            where = f"{path}: cells: {cell}"
+            self.words[cell] = words = [*words_of(self._flags(cell, where), parser, where), *flags]
+            try:
+                self.args[cell] = args = parse_args(Classification.flags, words)
+                with torch.device("meta"):
+                    create_model(args.arch, 10, args.input_size, args.model_kwargs)
+            except (UserError, ModelError) as error:
+                raise UserError(f"{where}: {error}") from error
+            given = sorted(parser.given(words).items())
+            self.recipes[cell] = {name: plain(value) for name, value in given if name not in MACHINE}
 
-    def _words(self, cell: str) -> list[str]:
-        where = f"{self.path}: cells: {cell}"
+    def _flags(self, cell: str, where: str) -> dict[str, Any]:
+        """The recipe with a cell's arguments; one with an `arch` of its own has none of the recipe's arguments."""
         if not isinstance(self.cells[cell], dict):
             raise UserError(f"{where} has to be a mapping of model arguments")
         recipe = {key.replace("-", "_"): value for key, value in self.content["recipe"].items()}
         own = dict(self.cells[cell])
-        arch = own.pop("arch", None)
-        shared = {} if arch else recipe.get("model_kwargs", {})
-        if MIXER_ARGUMENTS & own.keys():
-            shared = {name: value for name, value in shared.items() if name not in MIXER_ARGUMENTS}
-        recipe |= ({"arch": arch} if arch else {}) | {"model_kwargs": shared | own}
-        return words_of(recipe, build_parser(Classification.flags), where)
-
-    def _recipe(self, cell: str) -> dict[str, str]:
-        try:
-            args = self.arguments(cell)
-            with torch.device("meta"):
-                create_model(args.arch, 10, args.input_size, args.model_kwargs)
-        except (UserError, ModelError) as error:
-            raise UserError(f"{self.path}: cells: {cell}: {error}") from error
-        settings: dict[str, list[str]] = {}
-        for word in self.words[cell]:
-            if word.startswith("--"):
-                name, _, word = word[2:].partition("=")
-                settings[name] = []
-            settings[name] += [word] if word else []
-        return {name: " ".join(values) for name, values in sorted(settings.items()) if name not in MACHINE}
-
-    def arguments(self, cell: str) -> argparse.Namespace:
-        return parse_args(Classification.flags, self.words[cell])
+        if "arch" in own:
+            return recipe | {"arch": own.pop("arch"), "model_kwargs": own}
+        return recipe | {"model_kwargs": merged_model_kwargs(recipe, {"model_kwargs": own})}
 
     def directory(self, cell: str, seed: int) -> Path:
         """Of a run; the digest keeps runs of different recipes apart."""
-        digest = hashlib.sha256(json.dumps(self.recipes[cell], sort_keys=True).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(self.recipes[cell]).encode()).hexdigest()[:8]
         return self.runs / f"{re.sub(r'[^a-z0-9]+', '-', cell.lower()).strip('-')}-seed{seed}-{digest}"
 
 
@@ -121,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["cell"]:
         return train_cell(argv[1:])
-    parser = ToolParser("study", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.study")
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.yaml", help="the table to fill; comes first")
     add("--output", type=Path, default=Path("docs/studies"), metavar="DIR", help="results")
@@ -129,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--workers", type=POSITIVE, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
     add("--seeds", type=POSITIVE, metavar="N", help="runs of each cell (default: the file's)")
     add("--report", action="store_true", help="train nothing and write table and plot of what there is")
-    args, flags = parser.parse_known_args([dashed(word) for word in argv])
+    args, flags = parser.parse_known_args(argv)
     study = Study(args.study, flags, args.seeds, args.runs)
     make_directory(args.output)
     results = args.output / f"{study.name}.jsonl"
@@ -146,14 +143,45 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_cell(argv: Sequence[str]) -> None:
-    """One run, in a process of its own that ends when the study does, however that ends."""
+    """One run and its RESULT, in a process of its own that ends when the study does, however that ends."""
 
     def end_with_study() -> None:
         os.read(sys.stdin.fileno(), 1)  # until the study's end of the pipe is closed
         os._exit(1)
 
     threading.Thread(target=end_with_study, daemon=True).start()
-    engine.fit(Cell, parse_args(Classification.flags, argv))
+    args = parse_args(Classification.flags, argv)
+    engine.fit(Cell, args)
+    directory = Path(args.output_dir)
+    rows = [json.loads(row) for row in (directory / "log.txt").read_text(encoding="utf-8").splitlines()]
+    loaded = load_checkpoint(directory / LAST)
+    result = {
+        "acc1": round(rows[-1]["test_acc1"], 4),  # of the last epoch: the best is chosen by the test images themselves
+        "parameters": count_parameters(loaded.model),
+        "gflops": round(count_flops(loaded.model, loaded.input_size) / 1e9, 6),
+        "images": rows[0]["samples_seen"],
+        "test_images": rows[-1]["test_images"],
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
+        "inference_images_per_s": round(inference_rate(loaded.model, args), 1),
+        "machine": f"one core of {processor()}" if args.device == "cpu" else torch.cuda.get_device_name(args.device),
+        "torch": torch.__version__,
+    }
+    atomic_write(directory / RESULT, json.dumps(result))
+
+
+def inference_rate(model: nn.Module, args: argparse.Namespace) -> float:
+    """Images/s in inference, in batches and in the precision of training: the median of some rounds."""
+    device = torch.device(args.device)
+    precision = choose_precision(args, device)
+    model.to(device)
+    images = torch.randn(args.batch_size, args.in_chans, *args.input_size, device=device)
+
+    def run() -> None:
+        with torch.inference_mode(), precision.autocast():
+            model(images)
+
+    seconds = take_turns({"inference": partial(seconds_of, run, device.type)}, ROUNDS, device.type)
+    return args.batch_size / statistics.median(seconds["inference"])
 
 
 class Cell(Classification):
@@ -167,9 +195,8 @@ class Cell(Classification):
     def _without_mixers(self, run: Run) -> nn.Module:
         """The model without mixers, whose weights depend on the seed alone."""
         stages = [stage.blocks for stage in self.model.stages] if hasattr(self.model, "stages") else [self.model.blocks]
-        arguments = {
-            name: value for name, value in full_model_kwargs(run.args).items() if name not in MIXER_ARGUMENTS
-        } | {"mixers": "/".join(f"none*{len(blocks)}" for blocks in stages)}
+        arguments = {name: value for name, value in full_model_kwargs(run.args).items() if name not in MIXER_CHOICES}
+        arguments |= {"mixers": "/".join(f"none*{len(blocks)}" for blocks in stages)}
         torch.manual_seed(run.args.seed)
         return create_model(run.args.arch, self.data.num_classes, run.args.input_size, arguments)
 
@@ -178,7 +205,7 @@ def train(study: Study, jobs: list[tuple[str, int]], results: Path, workers: int
     """Run the jobs, at most one a device or core at a time, and write a line for each that has ended.
 
     Raises:
-        UserError: one ended with an error; those that were running are finished, and will be found by the next call.
+        UserError: one ended with an error; the others are stopped, and the next call resumes them.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     workers = workers or (available_cores() if gpus == ["cpu"] else len(gpus))
@@ -186,80 +213,42 @@ def train(study: Study, jobs: list[tuple[str, int]], results: Path, workers: int
     free: SimpleQueue[str] = SimpleQueue()
     for index in range(workers):
         free.put(gpus[index % len(gpus)])
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            runs = [pool.submit(train_one, study, *job, free) for job in jobs]
-            for done, ended in enumerate(as_completed(runs), 1):
-                line = ended.result()
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                say(f"{line['cell']}, seed {line['seed']}: top-1 {line['acc1']:.2f} % ({done} of {len(jobs)})")
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with ThreadPool(workers) as pool:
+        for done, line in enumerate(pool.imap_unordered(partial(train_one, study, free), jobs), 1):
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            say(f"{line['cell']}, seed {line['seed']}: top-1 {line['acc1']:.2f} % ({done} of {len(jobs)})")
 
 
-def train_one(study: Study, cell: str, seed: int, free: SimpleQueue[str]) -> Line:
-    """Train in a process of its own on a free device; the results, of the last epoch.
+def train_one(study: Study, free: SimpleQueue[str], job: tuple[str, int]) -> Line:
+    """Train a cell with a seed in a process of its own on a free device; its line of the results.
 
-    The best epoch would be chosen by the test images themselves. On a CPU the process has one thread, so that its
-    results do not depend on the other runs.
+    On a CPU the process has one thread, so that its results do not depend on the other runs.
     """
-    directory = study.directory(cell, seed)
+    cell, seed = job
+    directory = study.directory(cell, seed).resolve()
     make_directory(directory.parent)
     console = directory.with_suffix(".log")
-    own = ["--seed", str(seed), "--output-dir", str(directory.resolve()), "--resume", "auto"]
-    command = [sys.executable, "-m", "tools.study", "cell", *study.words[cell], *own, "--device"]
+    own = ["--seed", str(seed), "--output-dir", str(directory), "--resume", "auto"]
     device = free.get()
+    command = [sys.executable, "-m", "tools.study", "cell", *study.words[cell], *own, "--device", device]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {}
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}  # its end of stdin closes when the study ends
-    try:
-        with (
-            console.open("ab") as out,
-            subprocess.Popen([*command, device], cwd=ROOT, env=os.environ | threads, stdout=out, **pipes) as process,
-        ):
-            code = process.wait()
-    finally:
-        free.put(device)
+    with console.open("ab") as out:
+        code = subprocess.Popen(command, cwd=ROOT, env=os.environ | threads, stdout=out, **pipes).wait()
+    free.put(device)
     if code:
         last = console.read_text(errors="replace").strip().rpartition("\n")[2]
         raise UserError(f"{cell}, seed {seed}: {last} (exit status {code}, see {console})")
-    rows = [json.loads(row) for row in (directory / "log.txt").read_text(encoding="utf-8").splitlines()]
-    loaded = load_checkpoint(directory / "checkpoint_last.pth")
-    return {
-        "cell": cell,
-        "seed": seed,
-        "acc1": round(rows[-1]["test_acc1"], 4),
-        "parameters": count_parameters(loaded.model),
-        "gflops": round(count_flops(loaded.model, loaded.input_size) / 1e9, 6),
-        "images": rows[0]["samples_seen"],
-        "test_images": rows[-1]["test_images"],
-        "classes": loaded.num_classes,
-        "seconds": round(sum(row["seconds"] for row in rows), 3),
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "recipe": study.recipes[cell],
-    }
-
-
-def machine(device: str) -> str:
-    return f"one core of {processor()}" if device == "cpu" else torch.cuda.get_device_name(device)
+    result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+    return {"cell": cell, "seed": seed} | result | {"recipe": study.recipes[cell]}
 
 
 def read_lines(study: Study, path: Path) -> dict[tuple[str, int], Line]:
-    """The study's results in a file, by cell and seed; raises UserError where they are of another recipe."""
-    lines = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        line = json.loads(text)
-        cell, seed = line["cell"], line["seed"]
-        if cell in study.cells and seed < study.seeds:
-            lines[cell, seed], old, new = line, line["recipe"], study.recipes[cell]
-            if changed := [name for name in sorted(old | new) if old.get(name) != new.get(name)]:
-                different = "; ".join(f"--{name} {old.get(name)}, not {new.get(name)}" for name in changed)
-                raise UserError(
-                    f"{path}: {cell}, seed {seed} was trained with {different}; "
-                    "write the results of another recipe to another --output"
-                )
-    return lines
+    """The study's results in a file, by cell and seed. Lines of another recipe do not count."""
+    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in map(json.loads, texts) if line["recipe"] == study.recipes.get(line["cell"])]
+    return {(line["cell"], line["seed"]): line for line in lines if line["seed"] < study.seeds}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -288,22 +277,26 @@ def write_report(study: Study, lines: dict[tuple[str, int], Line], folder: Path)
     scores = torch.tensor([[lines[cell, seed]["acc1"] for seed in seeds] for cell in study.cells])
     means, least = scores.mean(1).tolist(), least_difference(scores)
     spreads = scores.std(1, correction=min(1, len(seeds) - 1)).tolist()
-    rates, equal = [], []
-    table = f"| cell | top-1 % | to the best | parameters | GFLOPs | images/s |\n{'| --- ' * 6}|\n"
+    rates: dict[str, list[float]] = {"images/s in training": [], "images/s in inference": []}  # nan: not measured
+    training, inference = rates.values()
+    equal, head = [], ["cell", "top-1 %", "to the best", "parameters", "GFLOPs", *rates]
+    table = f"| {' | '.join(head)} |\n{'| --- ' * len(head)}|\n"
     for cell, mean, spread in zip(study.cells, means, spreads, strict=True):
-        line, gap = lines[cell, seeds[0]], max(means) - mean
-        epochs = int(line["recipe"].get("epochs", 300))
-        rates.append(epochs * line["images"] / statistics.median(lines[cell, seed]["seconds"] for seed in seeds))
+        of_cell, args = [lines[cell, seed] for seed in seeds], study.args[cell]
+        line, gap = of_cell[0], max(means) - mean
+        training.append(args.epochs * line["images"] / statistics.median(line["seconds"] for line in of_cell))
+        inference.append(statistics.median(line.get("inference_images_per_s", math.nan) for line in of_cell))
         apart = "best" if gap == 0 else f"{-gap:.2f}" if gap >= least else "equal"
         equal += [cell] if apart == "equal" else []
         row = [cell, f"{mean:.2f} ± {spread:.2f}", apart, f"{line['parameters']:,}", f"{line['gflops']:.4f}"]
-        table += f"| {' | '.join(row)} | {rates[-1]:.0f} |\n"
+        row += ["-" if math.isnan(rate) else f"{rate:.0f}" for rate in (training[-1], inference[-1])]
+        table += f"| {' | '.join(row)} |\n"
     machines = ", ".join(sorted({line["machine"] for line in lines.values()}))
     title = study.content["title"]
     text = f"""# {title}
 
 Data: {study.content["data"]}.
-Budget: {epochs} epoch(s) of {line["images"]:,} images, {len(seeds)} of {study.seeds} seeds.
+Budget: {args.epochs} epoch(s) of {line["images"]:,} images, {len(seeds)} of {study.seeds} seeds.
 Machine: {machines}; torch {line["torch"]}.
 
     python -m tools.study {study.path} --data-path DIR
@@ -311,7 +304,7 @@ Machine: {machines}; torch {line["torch"]}.
 Top-1 on {line["test_images"]:,} test images after the last epoch, mean ± standard deviation over the seeds. All cells
 have the same data, budget, schedule and augmentation; those of a seed start from the same weights, except for their
 mixers'. Cells whose means differ by less than {least:.2f}, twice the standard error of a difference, are called equal.
-Images/s are those of the training runs, the median over the seeds.
+Images/s are medians over the seeds: of the training runs, and of the trained models in batches of {args.batch_size}.
 
 {table}
 Best: {list(study.cells)[means.index(max(means))]}; equal to it: {", ".join(equal) or "none"}.
@@ -322,11 +315,11 @@ Best: {list(study.cells)[means.index(max(means))]}; equal to it: {", ".join(equa
     save_figure(folder / f"{study.name}.png", draw(study, means, spreads, rates))
 
 
-def draw(study: Study, means: list[float], spreads: list[float], rates: list[float]) -> Figure:
-    """Accuracy along the model argument that the study names, and against images/s in training."""
+def draw(study: Study, means: list[float], spreads: list[float], rates: dict[str, list[float]]) -> Figure:
+    """Accuracy along the model argument that the study names, and against the images/s that were measured."""
     against = study.content["against"]
     panels = {against: [arguments.get(against) for arguments in study.cells.values()]} if against else {}
-    panels["images/s in training"] = rates
+    panels |= {name: values for name, values in rates.items() if not any(map(math.isnan, values))}
     figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.5), layout="constrained")
     for axes, (name, positions) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, (cell, position) in enumerate(zip(study.cells, positions, strict=True)):

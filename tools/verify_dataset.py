@@ -22,8 +22,7 @@ from inputs.catalogue import build_dataset
 from inputs.folders import walk_files
 from inputs.images import BadImage, ImageDataset, ImageFiles, is_image_name
 from runtime.cli import run_cli
-from tools.command_line import ToolParser
-from training.arguments import WORKERS
+from training.arguments import WORKERS, Parser
 from training.options import default_workers
 from utils import UserError, atomic_write
 
@@ -41,7 +40,7 @@ def problems(dataset: ImageDataset, indices: Sequence[int]) -> list[str | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ToolParser("verify_dataset", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.verify_dataset")
     add = parser.add_argument
     add("--data-set", default="FOLDER", metavar="NAME", help="as in training")
     add("--data-path", metavar="DIR", help="where its files are, as in training")

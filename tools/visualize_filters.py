@@ -8,7 +8,9 @@ and after. That energy depends on the image: Einstein blending has the same weig
 """
 
 import argparse
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
-from torch.fft import fftshift
+from torch.fft import fft2, fftshift
 
 from inference.explanations import displayable
 from inference.output_files import as_label, save_figure
@@ -27,8 +29,7 @@ from models import load_checkpoint
 from models.scattering import MIXINGS, ScatteringMixer
 from models.spectral_gate import SpectralGate
 from runtime.cli import run_cli
-from tools.command_line import ToolParser
-from training.arguments import COUNT, POSITIVE
+from training.arguments import COUNT, POSITIVE, Parser
 from utils import UserError, make_directory
 
 ORIENTATIONS = ("15°", "45°", "75°", "105°", "135°", "165°")
@@ -39,51 +40,7 @@ Panels = dict[str, np.ndarray]  # the planes (h, w) of a layer by their titles; 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
-    gates, mixers = layers(info.model, SpectralGate), layers(info.model, ScatteringMixer)
-    if not gates and not mixers:
-        raise UserError(f"{args.checkpoint}: {info.arch} has neither spectral gates nor scattering layers")
-    drawn = {}
-    if gates:
-        responses = {name: fftshift(transfer_functions(gate).abs(), dim=(1, 2)) for name, gate in gates.items()}
-        kernels = {name: fftshift(spatial_kernels(gate), dim=(1, 2)) for name, gate in gates.items()}
-        drawn["gates_magnitude"] = (
-            {name: channel_panels(planes, args.channels) for name, planes in responses.items()},
-            "magnitude of the spectral gates up to half a cycle a token",
-        )
-        drawn["gates_kernels"] = (
-            {name: channel_panels(planes, args.channels, signed=True) for name, planes in kernels.items()},
-            "spatial kernels of the spectral gates",
-        )
-    if mixers:
-        drawn["scattering_low_pass"] = (
-            {
-                name: channel_panels(mixer.low_pass.detach().permute(2, 0, 1), args.channels, signed=True)
-                for name, mixer in mixers.items()
-            },
-            "low-pass weights",
-        )
-        drawn["scattering_blending"] = (
-            {name: blending_weights(mixer) for name, mixer in mixers.items()},
-            "blending of the bands, |W|; matrices from input (down) to output (across)",
-        )
-        photograph = Image.fromarray(load_sample_image("china.jpg"))
-        image = info.transform(photograph if args.image is None else read_image(args.image, upright=True))
-        energies = orientation_energies(info.model, list(mixers.values()), image[None])
-        picture = {"the image": displayable(image, info).numpy()}
-        drawn["scattering_orientations"] = (
-            {name: picture | band_panels(*pair) for name, pair in zip(mixers, energies, strict=True)},
-            "amplitude of oriented bands after blending; % of the energy before and after",
-        )
-    make_directory(args.output)
-    for name, (panels, title) in drawn.items():
-        save_figure(args.output / f"{name}.{args.format}", draw(panels, f"{info.arch}: {title}"))
-        print(args.output / f"{name}.{args.format}")
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ToolParser("visualize_filters", __doc__)
+    parser = Parser(__doc__, prog="python -m tools.visualize_filters")
     add = parser.add_argument
     add("checkpoint", help="a checkpoint, a run directory (its best one), or a model with weights")
     add("--output", type=Path, required=True, metavar="DIR", help="where to write the figures")
@@ -94,8 +51,47 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--channels", type=channel_list, default=[8], metavar="N|A,B,...", help=channels)
     image = "the image whose oriented bands are drawn (default: a photograph of scikit-learn's)"
     add("--image", type=Path, metavar="FILE", help=image)
-    add("--format", choices=["png", "pdf", "svg"], default="png", help="of the figures (default: png)")
-    return parser.parse_args(argv)
+    add("--format", choices=["png", "pdf", "svg"], default="png", help="of the figures")
+    args = parser.parse_args(argv)
+
+    info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
+    gates, mixers = layers(info.model, SpectralGate), layers(info.model, ScatteringMixer)
+    if not gates and not mixers:
+        raise UserError(f"{args.checkpoint}: {info.arch} has neither spectral gates nor scattering layers")
+    panels = partial(channel_panels, wanted=args.channels)
+    figures: dict[str, tuple[str, dict[str, Panels]]] = {}  # by file: a title, and a row of panels for each layer
+    if gates:
+        kernels = {name: spatial_kernels(gate) for name, gate in gates.items()}
+        figures["gates_magnitude"] = (
+            "magnitude of the spectral gates up to half a cycle a token",
+            {name: panels(fftshift(fft2(planes).abs(), dim=(1, 2))) for name, planes in kernels.items()},
+        )
+        figures["gates_kernels"] = (
+            "spatial kernels of the spectral gates",
+            {name: panels(fftshift(planes, dim=(1, 2)), signed=True) for name, planes in kernels.items()},
+        )
+    if mixers:
+        figures["scattering_low_pass"] = (
+            "low-pass weights",
+            {name: panels(mixer.low_pass.detach().permute(2, 0, 1), signed=True) for name, mixer in mixers.items()},
+        )
+        figures["scattering_blending"] = (
+            "blending of the bands, |W|; matrices from input (down) to output (across)",
+            {name: blending_weights(mixer) for name, mixer in mixers.items()},
+        )
+        photograph = Image.fromarray(load_sample_image("china.jpg"))
+        image = info.transform(photograph if args.image is None else read_image(args.image, upright=True))
+        energies = orientation_energies(info.model, list(mixers.values()), image[None])
+        shown = {"the image": displayable(image, info).numpy()}
+        title = "amplitude of oriented bands after blending; % of the energy before and after"
+        figures["scattering_orientations"] = (
+            title,
+            {name: shown | band_panels(*pair) for name, pair in zip(mixers, energies, strict=True)},
+        )
+    make_directory(args.output)
+    for name, (title, rows) in figures.items():
+        save_figure(args.output / f"{name}.{args.format}", draw(rows, f"{info.arch}: {title}"))
+        print(args.output / f"{name}.{args.format}")
 
 
 def channel_list(text: str) -> list[int]:
@@ -105,29 +101,22 @@ def channel_list(text: str) -> list[int]:
 
 def layers(model: nn.Module, kind: type) -> dict[str, nn.Module]:
     r"""The mixers of a kind, by "stage 1\nblock 3" (pyramids) or "block 3"."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, kind):
-            words = path.split(".")
-            named = [(word, number) for word, number in zip(words, words[1:], strict=False) if number.isdigit()]
-            found["\n".join(f"{word.removesuffix('s')} {int(number) + 1}" for word, number in named)] = module
-    return found
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    return {
+        "\n".join(f"{word} {int(number) + 1}" for word, number in re.findall(r"(\w+)s\.(\d+)", name)): module
+        for name, module in found.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- responses
 
 
-def transfer_functions(gate: SpectralGate) -> Tensor:
-    """The complex frequency response (C, H, W) of a gate over the full plane, zero frequency first.
-
-    The gate stores half of it, and `irfft2` ignores what the weights of columns 0 and W / 2 would add to the
-    imaginary part; so the response is that of the real kernel with which the gate convolves.
-    """
-    return torch.fft.fft2(spatial_kernels(gate))
-
-
 def spatial_kernels(gate: SpectralGate) -> Tensor:
-    """The real kernels (C, H, W), origin first, with which a gate convolves its grid circularly."""
+    """The real kernels (C, H, W), origin first, with which a gate convolves its grid circularly.
+
+    Their transform is the frequency response over the whole plane. The gate stores half of it, and `irfft2` ignores
+    what the weights of columns 0 and W / 2 would add to the imaginary part.
+    """
     weight = torch.view_as_complex(gate.complex_weight.detach().double().contiguous())
     return torch.fft.irfft2(weight, s=gate.grid_size, dim=(0, 1)).permute(2, 0, 1)
 
@@ -141,23 +130,19 @@ def orientation_energies(
     Each is (6, h, w): |z|^2 summed over channels, averaged over images. What blending makes of empty bands, from
     its biases, is subtracted first: it is the same for every image and orientation.
     """
-    bands: dict[nn.Module, Tensor] = {}
-    hooks = [
-        mixer.wavelet.register_forward_hook(lambda module, _, out: bands.update({module: out[1]})) for mixer in mixers
-    ]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     energies = []
-    for mixer in mixers:
-        before = bands[mixer.wavelet]
+
+    def measure(mixer: ScatteringMixer, _wavelet: nn.Module, _input: tuple, output: tuple[Tensor, Tensor]) -> None:
+        bands = output[1]
         blend = nn.Sequential(*[mixer.get_submodule(name) for name in MIXINGS[mixer.mixing]])
-        after = blend(before) - blend(torch.zeros_like(before[:1]))
-        energies.append(
-            tuple(band.double().square().sum((-2, -1)).mean(0).permute(2, 0, 1) for band in (before, after))
-        )
+        blended = blend(bands) - blend(torch.zeros_like(bands[:1]))
+        both = [band.double().square().sum((-2, -1)).mean(0).permute(2, 0, 1) for band in (bands, blended)]
+        energies.append(tuple(both))
+
+    hooks = [mixer.wavelet.register_forward_hook(partial(measure, mixer)) for mixer in mixers]
+    model(images)
+    for hook in hooks:
+        hook.remove()
     return energies
 
 
@@ -192,9 +177,9 @@ def chosen_channels(wanted: Sequence[int], channels: int) -> list[int]:
     return list(wanted)
 
 
-def channel_panels(planes: Tensor, channels: Sequence[int], signed: bool = False) -> Panels:
-    """The mean over channels, of signed planes (C, h, w) that of their magnitudes, and the chosen channels."""
-    chosen = {f"channel {channel}": planes[channel].numpy() for channel in chosen_channels(channels, len(planes))}
+def channel_panels(planes: Tensor, wanted: Sequence[int], signed: bool = False) -> Panels:
+    """The mean over channels, of signed planes (C, h, w) that of their magnitudes, and the wanted channels."""
+    chosen = {f"channel {channel}": planes[channel].numpy() for channel in chosen_channels(wanted, len(planes))}
     return {"mean of |·|" if signed else "mean": planes.abs().mean(0).numpy()} | chosen
 
 

@@ -28,10 +28,18 @@ FlagTable = Mapping[str, Iterable[tuple[str, Any, Any, Any, str]]]
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help at 80 columns, with the default where it is not mentioned already."""
+    """Help at 80 columns, with the default where it is not mentioned already.
+
+    The description's paragraphs are filled, except for indented ones, such as commands and tables.
+    """
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=28, width=80)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(part if part.startswith(" ") else fill(part, width, indent) for part in paragraphs)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -44,7 +52,10 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, and suggests the closest flag for an unknown one."""
+    """An ArgumentParser that raises UserError, and suggests the closest flag for an unknown one.
+
+    Flags are spelt with - or _.
+    """
 
     def __init__(self, description: str | None, usage: str | None = None, prog: str | None = None):
         super().__init__(prog, usage, description, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -52,7 +63,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
-    def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """`args`, or the process's own."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([dashed(word) for word in words], namespace)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             raise UserError(f"unknown argument {unknown[0]}{suggestion(unknown[0], self._option_string_actions)}")

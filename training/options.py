@@ -33,7 +33,6 @@ from training.arguments import (
     KeyValues,
     Parser,
     add_flags,
-    dashed,
     image_size,
     integers,
     number,
@@ -233,9 +232,9 @@ def parse_args(
         UserError: in one line, for anything unknown, malformed or contradictory.
         CheckpointError: --finetune's file cannot be read, or its arguments would make timm read other files.
     """
-    words = [dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = sys.argv[1:] if argv is None else argv
     # torch.distributed.launch without --use_env adds it; LOCAL_RANK says the same.
-    words = [word for word in words if not word.startswith("--local-rank=")]
+    words = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]
     parser = build_parser(flags, recipe, description, recipe_without_lr)
     on_line = parser.given(words)
     run_directory = Path(resume) if (resume := on_line.get("resume")) and Path(resume).is_dir() else None

@@ -1,0 +1,28 @@
+"""The machine and the versions that a measurement names."""
+
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+
+def processor() -> str:
+    """The processor's name where Linux gives it, otherwise its kind."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    return name[1] if name else platform.machine()
+
+
+def describe_machine() -> dict[str, Any]:
+    """Machine and versions."""
+    return {
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
