@@ -158,7 +158,7 @@ def train_cell(argv: Sequence[str]) -> None:
     result = {
         "acc1": round(rows[-1]["test_acc1"], 4),  # of the last epoch: the best is chosen by the test images themselves
         "parameters": count_parameters(loaded.model),
-        "gflops": round(count_flops(loaded.model, loaded.input_size) / 1e9, 6),
+        "gflops": round(count_flops(loaded.model, loaded.input_size, args.in_chans) / 1e9, 6),
         "images": rows[0]["samples_seen"],
         "test_images": rows[-1]["test_images"],
         "seconds": round(sum(row["seconds"] for row in rows), 3),
