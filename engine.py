@@ -27,7 +27,7 @@ from training.log import describe, log_row, print_summary, profiler, progress_ba
 from training.precision import choose_precision, set_up_device
 from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
 from training.task import Task
-from training.trainer import Progress, Run, Trainer, build_trainer, set_mode
+from training.trainer import Progress, Run, Trainer, set_mode
 from utils import Interrupted, NonFiniteError, StopSignals, UserError, seed_step, seeded
 
 SMALLEST_SCALE = 2.0**-14  # of the fp16 loss; where even this overflows the gradient is not just large
@@ -47,7 +47,7 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
     with start(kind, args) as run:
         task = kind(run)
         with StopSignals(run.dist.is_main) as stop:
-            trainer = build_trainer(run, task, stop)
+            trainer = Trainer(run, task, stop)
             if args.dry_run:
                 dry_run(trainer, run)
             elif args.eval:
@@ -106,7 +106,8 @@ def train(trainer: Trainer, run: Run) -> None:
                 report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
                 raise
             row = log_row(trainer, results)
-            progress.end_epoch(*best_of(trainer.task.ranked_by, results))
+            score = trainer.task.ranked_by  # of the weights or of their average, whichever is better
+            progress.end_epoch(*max((results[score], False), (results.get(f"{score}_ema", -math.inf), True)))
             trainer.scheduler.step(progress.epoch - 1, progress.score)  # plateau looks at the score
             # In this order a crash in between repeats the epoch and writes the same again.
             run.directory.log_row(row, progress.best_epoch)
@@ -197,7 +198,9 @@ def ends_update(trainer: Trainer, step: int) -> bool:
 
 def add_gradient(trainer: Trainer, batch: Any, step: int) -> Tensor:
     """Add a micro-batch's gradient to those of its update; returns its part of the loss."""
-    with nullcontext() if ends_update(trainer, step) else without_gradient_sync(trainer.parallel):
+    parallel = trainer.parallel
+    accumulates = not ends_update(trainer, step) and hasattr(parallel, "no_sync")  # DDP sums the gradients once
+    with parallel.no_sync() if accumulates else nullcontext():
         loss = step_loss(trainer, batch, trainer.progress.epoch, step) / trainer.args.accum_iter
         trainer.scaler.scale(loss).backward()
     return loss.detach()
@@ -212,11 +215,6 @@ def step_loss(trainer: Trainer, batch: Any, epoch: int, step: int) -> Tensor:
     seed_step(args.seed, epoch, step, trainer.dist.rank)
     with trainer.precision.autocast():
         return task.loss(trainer.parallel, prepared)
-
-
-def without_gradient_sync(parallel: torch.nn.Module):
-    """DDP's `no_sync`, for the steps before an update's last."""
-    return parallel.no_sync() if hasattr(parallel, "no_sync") else nullcontext()
 
 
 def update(trainer: Trainer, loss: Tensor, batches: list[Any], step: int) -> tuple[float, float, bool]:
@@ -281,8 +279,3 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
         found = trainer.task.evaluate(model, trainer.stop)
         results |= {name + suffix: value for name, value in found.items()}
     return results
-
-
-def best_of(name: str, results: dict[str, float]) -> tuple[float, bool]:
-    """A score of the weights or of their average, whichever is better, and whether it is the average's."""
-    return max((results[name], False), (results.get(f"{name}_ema", -math.inf), True))

@@ -38,15 +38,12 @@ def draw_curves(
     rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int | None = None, title: str = ""
 ) -> Figure:
     """`plot` of a log's rows, with the best epoch marked, under a title."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot.panels)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(
-        figure.subplots(len(plot.panels), sharex=True, squeeze=False)[:, 0], plot.panels, strict=True
-    ):
+    column = figure.subplots(len(plot.panels), sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(column, plot.panels, strict=True):
         _draw_panel(axes, panel, rows, best_epoch)
     axes.set_xlabel("Epoch")
     figure.align_ylabels()
@@ -56,8 +53,7 @@ def draw_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if plot.note:
         figure.supxlabel(plot.note, fontsize=8, color="0.35")
-    if title:
-        figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 

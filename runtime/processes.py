@@ -84,7 +84,7 @@ class Distributed:
         """
         if _control is None:
             return model
-        if sync_bn and self.device.type == "cuda":  # torch has no synchronised batch norm on CPU
+        if sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Gradients of depthwise weights differ from their bucket view only along axes of length 1.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -110,12 +110,7 @@ def rank_in_job() -> tuple[int, int, int]:
         names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
     else:
         return 0, 1, 0
-    try:
-        rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in names)
-    except ValueError as error:
-        raise UserError(f"environment: {', '.join(names)} have to be numbers: {error}") from error
-    if not 0 <= rank < world_size:
-        raise UserError(f"environment: {names[0]}={rank} is not below {names[1]}={world_size}")
+    rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in names)
     return rank, world_size, local_rank
 
 
@@ -177,12 +172,11 @@ def _choose_device(name: str, world_size: int, local_rank: int) -> torch.device:
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
-    count = torch.cuda.device_count()
     if match.group(1) and world_size > 1:
         raise UserError(f"--device {name}: each of {world_size} processes uses its own GPU; say cuda")
+    count = torch.cuda.device_count()
     # Slurm may show each task its own GPU alone (--gpus-per-task).
-    alone = count == 1 and "SLURM_PROCID" in os.environ
-    index = int(match.group(1) or (0 if alone else local_rank))
+    index = int(match.group(1) or (0 if count == 1 and "SLURM_PROCID" in os.environ else local_rank))
     if index >= count:
         raise UserError(f"--device {name}: there is no GPU {index}, this machine has {count}")
     return torch.device("cuda", index)

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torchvision.ops import roi_align
 from inputs.images import ImageFiles
 from inputs.label_maps import MAP_SHAPE, check_label_maps, encode_label_map, read_label_map
 from inputs.token_labels import GEOMETRIC_OPS, TokenLabelTransform, dense_targets, region_logits
-from training.classification import token_label_size
+from training.classification import build_criterion
 from utils import UserError, seeded
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "token_labels.npz")
@@ -283,18 +284,7 @@ def test_missing_and_unfitting_maps_are_named_before_training(tmp_path):
 # ------------------------------------------------------------------------------------------------------ model
 
 
-class Labelled(torch.nn.Module):
-    token_label = True
-
-    def __init__(self, grid):
-        super().__init__()
-        self.token_label_size = grid
-
-
-def test_the_label_size_follows_the_model_and_a_contradiction_says_the_right_one():
-    assert token_label_size(Labelled((7, 7))) == token_label_size(Labelled((7, 7)), 7) == (7, 7)
-    assert token_label_size(Labelled((7, 9))) == (7, 9)
-    with pytest.raises(UserError, match="--token-label-size 14: .* it is 7"):
-        token_label_size(Labelled((7, 7)), 14)
-    with pytest.raises(UserError, match="the grid is 7x9"):
-        token_label_size(Labelled((7, 9)), 7)
+def test_a_label_size_that_contradicts_the_models_is_refused():
+    run = SimpleNamespace(args=SimpleNamespace(token_label=True, token_label_size=14, token_label_crop="right"))
+    with pytest.raises(UserError, match=r"--token-label-size 14: .* \(7, 7\)"):
+        build_criterion(run, SimpleNamespace(token_label_size=(7, 7)), SimpleNamespace(num_classes=10))

@@ -41,11 +41,6 @@ class HelpFormatter(argparse.HelpFormatter):
         paragraphs = text.strip("\n").split("\n\n")
         return "\n\n".join(part if part.startswith(" ") else fill(part, width, indent) for part in paragraphs)
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return action.option_strings[0].replace("--", "--[no-]", 1)
-        return super()._format_action_invocation(action)
-
     def _get_help_string(self, action: argparse.Action) -> str:
         obvious = action.default in (None, False, True, "", argparse.SUPPRESS) or action.default == {}
         return action.help if obvious or "default" in action.help else f"{action.help} (default: %(default)s)"
@@ -190,15 +185,10 @@ def integers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def split_share(text: str, most: float = 0.999999) -> tuple[float, int]:
-    """``"0.1"`` -> (0.1, 0); ``"0.1:7"`` -> (0.1, 7): a share between 0 and 1, and the seed of the choice."""
+def split_share(text: str) -> tuple[float, int]:
+    """``"0.1"`` -> (0.1, 0); ``"0.1:7"`` -> (0.1, 7): a share above 0, at most 1, and the seed of the choice."""
     share, _, seed = str(text).partition(":")
-    return number(float, 1e-6, most)(share), COUNT(seed or "0")
-
-
-def part(text: str) -> tuple[float, int]:
-    """`split_share` that may be the whole, 1."""
-    return split_share(text, most=1)
+    return number(float, 0, 1, above=True)(share), COUNT(seed or "0")
 
 
 def policy(text: str) -> str:
@@ -213,7 +203,7 @@ def policy(text: str) -> str:
 
 
 # How YAML lists, such as those of a run's args.yaml, are written as one word.
-SEPARATORS = {image_size: "x", class_list: ",", integers: ",", split_share: ":", part: ":"}
+SEPARATORS = {image_size: "x", class_list: ",", integers: ",", split_share: ":"}
 
 
 # ---------------------------------------------------------------------------------------------- flags from YAML

@@ -156,7 +156,9 @@ def build_criterion(run: Run, model: nn.Module, data: Data) -> Callable[[Tensor,
     """The loss, called as ``criterion(images, outputs, targets)``, on the run's device."""
     args, num_classes = run.args, data.num_classes
     if args.token_label:
-        size, swapped = token_label_size(model, args.token_label_size), args.token_label_crop == "reference"
+        size, swapped = model.token_label_size, args.token_label_crop == "reference"  # the grid of its last stage
+        if args.token_label_size is not None and size != (args.token_label_size,) * 2:
+            raise UserError(f"--token-label-size {args.token_label_size}: this model and input size have {size}")
 
         def token_criterion(_images: Tensor, outputs: Any, record: Any) -> Tensor:
             targets = dense_targets(record, num_classes, size, args.smoothing, swapped)
@@ -173,22 +175,6 @@ def build_criterion(run: Run, model: nn.Module, data: Data) -> Callable[[Tensor,
         load(teacher, teacher_weights, args.teacher_path, new_head=False)
         loss = DistillationLoss(loss, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     return loss.to(run.dist.device, run.precision.dtype)
-
-
-def token_label_size(model: nn.Module, requested: int | None = None) -> tuple[int, int]:
-    """The (height, width) of a model's token labels: the grid of its last stage.
-
-    Args:
-        requested: --token-label-size, if given.
-
-    Raises:
-        UserError: the model has a grid of another size.
-    """
-    height, width = model.token_label_size
-    if requested is not None and (requested, requested) != (height, width):
-        right = f"it is {height}" if height == width else f"leave it out, the grid is {height}x{width}"
-        raise UserError(f"--token-label-size {requested}: does not fit this model and input size; {right}")
-    return height, width
 
 
 @torch.no_grad()

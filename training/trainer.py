@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -67,22 +66,28 @@ class Progress:
         self.epoch, self.step, self.meters = self.epoch + 1, 0, {}
 
 
-@dataclass(frozen=True)
 class Trainer:
-    """What a step needs. `parallel` is `model` wrapped for several processes."""
+    """What a step needs, with the task's model on the device. `parallel` is `model` wrapped for several processes."""
 
-    args: argparse.Namespace
-    dist: Distributed
-    task: Task
-    model: nn.Module
-    parallel: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    scheduler: Scheduler
-    precision: Precision
-    progress: Progress
-    stop: StopSignals
+    def __init__(self, run: Run, task: Task, stop: StopSignals):
+        args = run.args
+        self.args, self.dist, self.precision = args, run.dist, run.precision
+        self.task, self.stop, self.progress = task, stop, Progress()
+        layout = torch.channels_last if args.channels_last else torch.preserve_format
+        self.model: nn.Module = task.model.to(run.dist.device, run.precision.dtype, memory_format=layout)
+        freeze_layers(self.model, args.freeze_at)
+        if args.grad_checkpointing:
+            enable_grad_checkpointing(self.model)
+        self.ema: ModelEmaV3 | None = None
+        if args.model_ema or (args.eval and run.checkpoint is not None and run.checkpoint.get("model_ema")):
+            self.ema = ModelEmaV3(self.model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        self.optimizer = build_optimizer(args, self.model, run.dist)
+        self.scheduler = build_scheduler(args, self.optimizer, self.updates_per_epoch)
+        if args.compile:
+            for model in (self.model, *(() if self.ema is None else (self.ema.module,))):
+                model.compile(mode=None if args.compile_mode == "default" else args.compile_mode)
+        self.parallel = run.dist.wrap(self.model, args.sync_bn, args.find_unused_parameters)
+        self.scaler = torch.amp.GradScaler(run.dist.device.type, enabled=run.precision.amp is torch.float16)
 
     @property
     def lr(self) -> float:
@@ -101,37 +106,6 @@ class Trainer:
     @property
     def epochs(self) -> int:
         return self.args.epochs + self.args.cooldown_epochs
-
-
-def build_trainer(run: Run, task: Task, stop: StopSignals) -> Trainer:
-    """Everything around the task's model, which goes to the device."""
-    args, dist, precision, model = run.args, run.dist, run.precision, task.model
-    layout = torch.channels_last if args.channels_last else torch.preserve_format
-    model.to(dist.device, precision.dtype, memory_format=layout)
-    freeze_layers(model, args.freeze_at)
-    if args.grad_checkpointing:
-        enable_grad_checkpointing(model)
-    ema = None
-    if args.model_ema or (args.eval and run.checkpoint is not None and run.checkpoint.get("model_ema")):
-        ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    optimizer = build_optimizer(args, model, dist)
-    if args.compile:
-        for compiled in (model, *(() if ema is None else (ema.module,))):
-            compiled.compile(mode=None if args.compile_mode == "default" else args.compile_mode)
-    return Trainer(
-        args=args,
-        dist=dist,
-        task=task,
-        model=model,
-        parallel=dist.wrap(model, sync_bn=args.sync_bn, find_unused=args.find_unused_parameters),
-        ema=ema,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(dist.device.type, enabled=precision.amp is torch.float16),
-        scheduler=build_scheduler(args, optimizer, len(task.train) // args.accum_iter),
-        precision=precision,
-        progress=Progress(),
-        stop=stop,
-    )
 
 
 def set_mode(task: Task, model: nn.Module, args: argparse.Namespace) -> None:
