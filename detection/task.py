@@ -19,7 +19,6 @@ from detection.flags import FLAGS
 from inputs.loader import Batch, EvalLoader
 from models.checkpoints import read_checkpoint, weights_of
 from models.resampling import keep_resampled
-from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.evaluation import evaluation_batches
 from training.log import report
@@ -39,16 +38,13 @@ class Detection(Task):
     shown = ("AP", "AP50")
     sample_flags = ("data_set",)
     fixed_sizes = False
-    plots = (
-        Plot("loss_plot.png", (Panel("Loss", {"train_loss": "training"}),)),
-        Plot(
-            "ap_plot.png",
-            (
-                Panel("AP (%)", {"test_box_AP": "boxes", "test_mask_AP": "masks"}),
-                Panel("AP at IoU 0.5 (%)", {"test_box_AP50": "boxes", "test_mask_AP50": "masks"}),
-            ),
-        ),
-    )
+    plots = {
+        "loss_plot.png": {"Loss": {"train_loss": "training"}},
+        "ap_plot.png": {
+            "AP (%)": {"test_box_AP": "boxes", "test_mask_AP": "masks"},
+            "AP at IoU 0.5 (%)": {"test_box_AP50": "boxes", "test_mask_AP50": "masks"},
+        },
+    }
 
     def __init__(self, run: Run):
         self._run = run

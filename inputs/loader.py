@@ -184,10 +184,7 @@ class _Batches:
 
 
 class Loader:
-    """This rank's batches, read ahead in worker processes and put on the device, one ahead of the step on CUDA.
-
-    Its length is the number of batches an epoch.
-    """
+    """This rank's batches, read ahead in worker processes and put on the device; as many as its length an epoch."""
 
     def __init__(
         self,
@@ -221,8 +218,7 @@ class Loader:
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from micro-step `start_step` on; raises UserError at an unreadable file."""
         loaded = self._load(self.sampler.epoch(epoch, start_step))
-        on_device = (self._samples.to_device(batch, self._device) for batch in loaded)
-        return one_ahead(on_device, self._device) if self._device.type == "cuda" else on_device
+        return (self._samples.to_device(batch, self._device) for batch in loaded)
 
     def _load(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
         """The batches that the workers could read."""
@@ -240,21 +236,6 @@ class Loader:
                     tell(f"skipped: {reason}")
             if loaded.images is not None:
                 yield loaded
-
-
-def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches, each copied and normalised on a stream of its own while the step before it computes."""
-    stream, ahead = torch.cuda.Stream(device), None
-    while True:
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            batch = next(batches, None)
-        if ahead is not None:
-            yield ahead
-        torch.cuda.current_stream(device).wait_stream(stream)
-        if batch is None:
-            return
-        ahead = batch
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,24 +13,9 @@ if TYPE_CHECKING:
 EMA = "_ema"  # ends the name of a column of the averaged weights
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Axes with a curve for each column of the log that has values, and a dashed one for its `EMA` twin.
-
-    label: of the vertical axis, with the unit; columns: name in the log -> name in the legend.
-    """
-
-    label: str
-    columns: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture of the run directory: panels one above the other, and a line under them for what to know."""
-
-    file: str
-    panels: tuple[Panel, ...]
-    note: str = ""
+# Axes one above the other, with a curve for each column of the log that has values, and a dashed one for its `EMA` twin.
+# Label of a vertical axis, with the unit -> column -> name in the legend.
+Plot = Mapping[str, Mapping[str, str]]
 
 
 def draw_curves(
@@ -41,25 +25,27 @@ def draw_curves(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot.panels)), dpi=120, layout="constrained")
-    column = figure.subplots(len(plot.panels), sharex=True, squeeze=False)[:, 0]
-    for axes, panel in zip(column, plot.panels, strict=True):
-        _draw_panel(axes, panel, rows, best_epoch)
+    figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot)), dpi=120, layout="constrained")
+    for axes, (label, columns) in zip(
+        figure.subplots(len(plot), sharex=True, squeeze=False)[:, 0], plot.items(), strict=True
+    ):
+        _draw_panel(axes, columns, rows, best_epoch)
+        axes.set_ylabel(label)
     axes.set_xlabel("Epoch")
     figure.align_ylabels()
     if len(rows) == 1:
         axes.set_xticks([rows[0]["epoch"]])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if plot.note:
-        figure.supxlabel(plot.note, fontsize=8, color="0.35")
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, Any]], best_epoch: int | None) -> None:
+def _draw_panel(
+    axes: Axes, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], best_epoch: int | None
+) -> None:
     marker = "o" if len(rows) <= 30 else None
-    for number, (column, name) in enumerate(panel.columns.items()):
+    for number, (column, name) in enumerate(columns.items()):
         for key, legend, style in ((column, name, "-"), (column + EMA, f"{name}, EMA", "--")):
             points = [(row["epoch"], row[key]) for row in rows if _is_drawable(row.get(key))]
             if points:
@@ -68,7 +54,6 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, Any]], bes
                 axes.plot(*zip(*points, strict=True), style, label=legend, **look)
     if best_epoch is not None:
         axes.axvline(best_epoch, color="0.5", linestyle=":", label=f"best: epoch {best_epoch}")
-    axes.set_ylabel(panel.label)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)

@@ -49,7 +49,7 @@ class RunDirectory:
         path: the directory; created if missing.
         dist: this process's rank and the world size.
         score: the key of a checkpoint's score, by which the best are chosen ("acc1").
-        plots: the plots to draw of the log.
+        plots: what to draw of the log, by the file of the picture.
         wandb: a project of Weights & Biases to log to as well.
 
     Raises:
@@ -58,7 +58,12 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: str | os.PathLike, dist: Distributed, score: str, plots: Sequence[Plot], wandb: str | None = None
+        self,
+        path: str | os.PathLike,
+        dist: Distributed,
+        score: str,
+        plots: Mapping[str, Plot],
+        wandb: str | None = None,
     ):
         self.path = Path(path)
         self._processes = dist.world_size
@@ -141,10 +146,10 @@ class RunDirectory:
         self._rows.sort(key=lambda row: row["epoch"])
         self._write_log()
         self._write_events(row)
-        for plot in self._plots:
-            self._draw(plot, best_epoch)
+        for file, plot in self._plots.items():
+            self._draw(file, plot, best_epoch)
         if self._wandb is not None:
-            self._wandb.log(row, [self.path / plot.file for plot in self._plots])
+            self._wandb.log(row, [self.path / file for file in self._plots])
 
     def _write_log(self) -> None:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))
@@ -165,11 +170,11 @@ class RunDirectory:
         except OSError as error:
             raise cannot_write(self.path / "tensorboard", error) from error
 
-    def _draw(self, plot: Plot, best_epoch: int | None) -> None:
+    def _draw(self, file: str, plot: Plot, best_epoch: int | None) -> None:
         if find_spec("matplotlib") is None:
             return
         figure = draw_curves(self._rows, plot, best_epoch, printable(self.path.resolve().name))
-        atomic_write(self.path / plot.file, lambda file: figure.savefig(file, format="png"))
+        atomic_write(self.path / file, lambda opened: figure.savefig(opened, format="png"))
 
     # ------------------------------------------------------------------------------------------- checkpoints
     def save_checkpoints(self, names: Sequence[str], state: Mapping[str, Any]) -> None:

@@ -3,11 +3,11 @@
 import pytest
 from tiny_runs import rows, train
 
-from runtime.curves import EMA, Panel, Plot, draw_curves
+from runtime.curves import EMA, draw_curves
 from training.classification import Classification
 
-LOSS = Plot("loss_plot.png", (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),), "A note.")
-TWO = Plot("two.png", (Panel("Top-1 (%)", {"test_acc1": "top-1"}), Panel("Top-5 (%)", {"test_acc5": "top-5"})))
+LOSS = {"Loss (nats)": {"train_loss": "training", "test_loss": "test"}}
+TWO = {"Top-1 (%)": {"test_acc1": "top-1"}, "Top-5 (%)": {"test_acc5": "top-5"}}
 
 
 def row(epoch):
@@ -38,21 +38,20 @@ def test_each_panel_marks_the_best_epoch():
         assert mark.get_label() == "best: epoch 3" and set(mark.get_xdata()) == {3}
 
 
-def test_a_picture_says_what_there_is_to_know_about_it():
+def test_a_title_is_not_taken_for_mathematics():
     figure = draw_curves([row(0)], LOSS, title="of $run")
-    assert (figure.get_supxlabel(), figure.get_suptitle()) == ("A note.", "of $run")
-    figure.draw_without_rendering()  # no mathematics
+    assert figure.get_suptitle() == "of $run"
+    figure.draw_without_rendering()
 
 
 @pytest.mark.slow
 def test_what_a_run_logs_is_what_its_pictures_draw(tmp_path):
     """The names of the columns stand in one table: a run with averaged weights has them all, twins included."""
     train(tmp_path, "--epochs", "1", "--model-ema")
-    panels = [panel for plot in Classification.plots for panel in plot.panels]
-    columns = [column for panel in panels for column in panel.columns]
+    columns = [column for plot in Classification.plots.values() for panel in plot.values() for column in panel]
     twins = [column + EMA for column in columns if column.startswith("test_")]
     (logged,) = rows(tmp_path)
     assert {*columns, *twins} <= logged.keys()
-    drawn = [len(axes.lines) for plot in Classification.plots for axes in draw_curves([logged], plot).axes]
+    drawn = [len(axes.lines) for plot in Classification.plots.values() for axes in draw_curves([logged], plot).axes]
     assert sum(drawn) == len(columns) + len(twins)
-    assert {plot.file for plot in Classification.plots} <= {path.name for path in tmp_path.iterdir()}
+    assert set(Classification.plots) <= {path.name for path in tmp_path.iterdir()}

@@ -18,7 +18,6 @@ from detection.task import Detection
 from inputs.loader import Batch
 from models.checkpoints import read_checkpoint
 from runtime import checkpoints
-from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from training.classification import evaluate
 from training.evaluation import evaluation_batches
@@ -77,7 +76,7 @@ class Regression(Task):
     score_format = "fit {:.3f}"
     shown = ("fit",)
     sample_flags = ()
-    plots = (Plot("fit.png", (Panel("Error", {"train_loss": "training", "test_error": "test"}),)),)
+    plots = {"fit.png": {"Error": {"train_loss": "training", "test_error": "test"}}}
 
     def __init__(self, run):
         self.args, self.dist = run.args, run.dist

@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.checkpoints import peek, read_checkpoint
 from runtime import checkpoints
-from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from runtime.run_directory import RunDirectory
 from utils import MachineError, UserError
@@ -22,10 +21,10 @@ from utils import MachineError, UserError
 MAIN = Distributed()
 
 
-PLOTS = (
-    Plot("loss_plot.png", (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),)),
-    Plot("acc_plot.png", (Panel("Top-1 (%)", {"test_acc1": "top-1"}), Panel("Top-5 (%)", {"test_acc5": "top-5"}))),
-)
+PLOTS = {
+    "loss_plot.png": {"Loss (nats)": {"train_loss": "training", "test_loss": "test"}},
+    "acc_plot.png": {"Top-1 (%)": {"test_acc1": "top-1"}, "Top-5 (%)": {"test_acc5": "top-5"}},
+}
 
 
 def opened(path, dist=MAIN):
@@ -245,7 +244,7 @@ def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_th
             directory.log_row(row(epoch))
     assert [(asked["project"], asked["id"]) for asked in fake.asked] == [("mine", None), ("mine", "abc")]
     assert fake.asked[0]["config"] == {"lr": 1e-3} and fake.ended == 2
-    plots = {pathlib.Path(plot.file).stem: f"image of {plot.file}" for plot in PLOTS}
+    plots = {pathlib.Path(file).stem: f"image of {file}" for file in PLOTS}
     assert fake.rows == [row(epoch) | plots for epoch in (0, 1)]
 
 

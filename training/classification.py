@@ -17,7 +17,6 @@ from inputs.token_labels import dense_targets
 from models.checkpoints import read_checkpoint, weights_of
 from models.pretrained import PREPROCESSING
 from models.pyramid import sample_mix_box
-from runtime.curves import Panel, Plot
 from runtime.processes import Distributed
 from runtime.provenance import plain
 from training.classification_flags import FLAGS, mixes
@@ -40,20 +39,11 @@ class Classification(Task):
     score_format = "top-1 {:.2f} %"
     shown = ("loss", "acc1")
     sample_flags = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part", "balanced_sampling")
-    plots = (
-        Plot(
-            "loss_plot.png",
-            (Panel("Loss (nats)", {"train_loss": "training", "test_loss": "test"}),),
-            "Mixup, cutmix and label smoothing raise the training loss: it does not compare with the test loss.",
-        ),
-        Plot(
-            "acc_plot.png",
-            (
-                Panel("Top-1 accuracy (%)", {"test_acc1": "top-1"}),
-                Panel("Top-5 accuracy (%)", {"test_acc5": "top-5"}),
-            ),
-        ),
-    )
+    plots = {
+        # Augmentation and smoothing raise the training loss: it does not compare with the test loss.
+        "loss_plot.png": {"Loss (nats)": {"train_loss": "training, augmented", "test_loss": "test"}},
+        "acc_plot.png": {"Top-1 accuracy (%)": {"test_acc1": "top-1"}, "Top-5 accuracy (%)": {"test_acc5": "top-5"}},
+    }
 
     def __init__(self, run: Run):
         self._run = run
@@ -200,13 +190,13 @@ def evaluate(
         Interrupted: between two batches, on every process, when one of them was signalled.
     """
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
     full = 0  # images of a batch
+    totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
     for batch in evaluation_batches(loader, dist, stop):
         images = as_input(batch.images, precision)
         if model._compiled_call_impl is not None:  # for a smaller last batch it would be compiled again
             full = max(full, len(images))
-            images = padded(images, full)
+            images = torch.cat([images, images[:1].expand(full - len(images), -1, -1, -1)])
         with precision.autocast():
             logits = model(images)[: len(batch.targets)]
         totals += count(logits.to(precision.dtype), batch.targets)
@@ -225,12 +215,6 @@ def evaluate(
         "images": int(images),
     }
     return results | ({"skipped": int(skipped)} if skipped else {})
-
-
-def padded(images: Tensor, batch_size: int) -> Tensor:
-    """(B, C, H, W) repeated to (batch_size, C, H, W); a model in evaluation mode treats each image by itself."""
-    missing = batch_size - len(images)
-    return torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing else images
 
 
 def count(logits: Tensor, targets: Tensor) -> Tensor:

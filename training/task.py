@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Task(ABC):
         ranked_by: the result of `evaluate` by which checkpoints are ranked; the larger the better.
         score_format: how a value of `ranked_by` is printed.
         shown: results of `evaluate` in an epoch's line on the console.
-        plots: the plots of the log that the run directory contains.
+        plots: the pictures of the log in the run directory, by file.
         sample_flags: what decides, beside the seed, which samples a run has; a run that resumes must have the same.
         fixed_sizes: whether all images of a run have one size.
         model: what is trained, with the weights it begins from.
@@ -37,7 +37,7 @@ class Task(ABC):
     ranked_by: ClassVar[str]
     score_format: str
     shown: ClassVar[Sequence[str]]
-    plots: ClassVar[Sequence[Plot]]
+    plots: ClassVar[Mapping[str, Plot]]
     sample_flags: ClassVar[Sequence[str]]
     fixed_sizes: ClassVar[bool] = True
     model: nn.Module
