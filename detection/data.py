@@ -41,10 +41,8 @@ def data_path(args: argparse.Namespace) -> str:
     return args.data_path or str(NUCLEI)
 
 
-def build_data(
-    args: argparse.Namespace, dist: Distributed, masks: bool
-) -> tuple[CocoImages, CocoImages, Loader, EvalLoader]:
-    """The data sets for training and validation, and their loaders.
+def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tuple[Loader, EvalLoader]:
+    """The loaders for training and validation.
 
     Raises:
         UserError: see `open_split`; the splits differ in their categories; there is nothing to train on; or an update
@@ -59,17 +57,11 @@ def build_data(
             f"{train_set.file}: it has no object to train on: crowds (iscrowd: 1) and boxes without area do not count"
         )
     sampler = GroupedSampler(
-        len(train_set),
-        args.batch_size,
-        args.seed,
-        dist.rank,
-        dist.world_size,
-        args.accum_iter,
-        groups=train_set.groups,
+        len(train_set), args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter, groups=train_set.groups
     )
     samples = DetectionSamples(train_set, TrainTransform(args), seed=args.seed, skip_bad_images=args.skip_bad_images)
     train = Loader(samples, sampler, dist, args.num_workers, args.pin_mem)
-    return train_set, val_set, train, build_eval_loader(val_set, args, dist)
+    return train, build_eval_loader(val_set, args, dist)
 
 
 def build_eval_loader(dataset: CocoImages, args: argparse.Namespace, dist: Distributed) -> EvalLoader:

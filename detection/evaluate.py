@@ -34,7 +34,7 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
         check_results(output, args.report)
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
     began = time.perf_counter()
-    results = predict(model, build_eval_loader(dataset, args, dist), dataset, dist, precision)
+    results = predict(model, build_eval_loader(dataset, args, dist), dist, precision)
     seconds = time.perf_counter() - began
     if not dist.is_main:
         return

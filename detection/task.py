@@ -51,8 +51,8 @@ class Detection(Task):
         self.args = run.args
         self.kinds = kinds_of(self.args.detector)
         self.score_format = f"{self.kinds[-1]} AP {{:.2f}}"
-        self.train_set, self.val_set, self.train, self.val = build_data(self.args, run.dist, "mask" in self.kinds)
-        self.model = build_model(run, self.train_set)
+        self.train, self.val = build_data(self.args, run.dist, "mask" in self.kinds)
+        self.model = build_model(run, self.train.dataset)
 
     def set_mode(self, model: Detector) -> None:
         """The heads always train: in evaluation mode a detector has no losses."""
@@ -75,11 +75,11 @@ class Detection(Task):
         return list(zip(batch.indices.tolist(), finite, strict=True))
 
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
-        results = predict(model, self.val, self.val_set, self._run.dist, self._run.precision, stop)
-        return evaluate(results, self.val_set, self.kinds, self._run.dist, model.detections)
+        results = predict(model, self.val, self._run.dist, self._run.precision, stop)
+        return evaluate(results, self.val.dataset, self.kinds, self._run.dist, model.detections)
 
     def identity(self) -> dict[str, Any]:
-        args, data = self.args, self.train_set
+        args, data = self.args, self.train.dataset
         return {
             "arch": models.resolve_arch(args.arch),
             "model_kwargs": args.model_kwargs,
@@ -96,11 +96,11 @@ class Detection(Task):
         return {"min_size": self.args.min_size[-1], "max_size": self.args.max_size}
 
     def describe(self) -> str:
-        data = self.train_set
+        data = self.train.dataset
         left_out = f", {data.without_area} without area left out" if data.without_area else ""
         return (
             f"{self.args.detector} on {self.args.data_set}, {len(data)} images with {data.objects} objects of "
-            f"{len(data.class_names)} categories{left_out}, {len(self.val_set)} validation images"
+            f"{len(data.class_names)} categories{left_out}, {len(self.val.dataset)} validation images"
         )
 
 
@@ -137,19 +137,15 @@ def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
-    loader: EvalLoader,
-    dataset: CocoImages,
-    dist: Distributed,
-    precision: Precision,
-    stop: StopSignals | None = None,
+    model: nn.Module, loader: EvalLoader, dist: Distributed, precision: Precision, stop: StopSignals | None = None
 ) -> list[Result]:
-    """The predictions of all processes for a data set, in the order of its images, on every process.
+    """The predictions of all processes for a loader's data set, in the order of its images, on every process.
 
     Raises:
         Interrupted: between two images, on every process, when one of them was signalled.
     """
     model.eval()
+    dataset: CocoImages = loader.dataset
     own: list[tuple[int, list[Result]]] = []
     with keep_resampled():
         for batch in evaluation_batches(loader, dist, stop):
@@ -157,8 +153,8 @@ def predict(
                 predictions = model(as_inputs(batch.images, precision))
             for index, prediction in zip(batch.indices.tolist(), predictions, strict=True):
                 own.append((index, to_results(prediction, dataset.entry(index)["id"], dataset.category_ids)))
-    gathered = sorted((found for process in dist.gather_objects(own) for found in process), key=lambda found: found[0])
-    return [result for _, results in gathered for result in results]
+    results = dict(found for process in dist.gather_objects(own) for found in process)
+    return [result for index in sorted(results) for result in results[index]]
 
 
 def evaluate(

@@ -56,12 +56,7 @@ def dataset_spec(name: str) -> DatasetSpec:
 
 
 def build_dataset(
-    name: str,
-    root: str | os.PathLike | None,
-    split: str,
-    *,
-    classes: Sequence[str] | None = None,
-    **options: Any,
+    name: str, root: str | os.PathLike | None, split: str, *, classes: Sequence[str] | None = None, **options: Any
 ) -> ImageDataset:
     """Open a data set.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 EMA = "_ema"  # ends the name of a column of the averaged weights
 
 
-# Axes one above the other, with a curve for each column of the log that has values, and a dashed one for its `EMA` twin.
+# Axes one above the other, with a curve for each column of the log that has values, and a dashed one for its EMA twin.
 # Label of a vertical axis, with the unit -> column -> name in the legend.
 Plot = Mapping[str, Mapping[str, str]]
 

@@ -19,15 +19,7 @@ from runtime.curves import Plot, draw_curves
 from runtime.processes import Distributed
 from runtime.provenance import describe_run, last_arguments, read_yaml
 from runtime.weights_and_biases import WeightsAndBiases
-from utils import (
-    TEMPORARY_SUFFIX,
-    UserError,
-    atomic_write,
-    cannot_write,
-    make_directory,
-    one_line,
-    printable,
-)
+from utils import TEMPORARY_SUFFIX, UserError, atomic_write, cannot_write, make_directory, one_line, printable
 
 try:
     from torch.utils.tensorboard import SummaryWriter

@@ -12,17 +12,7 @@ import models
 from inputs.catalogue import dataset_spec
 from inputs.inaturalist import RANKS
 from inputs.transforms import SMALL_INPUT
-from training.arguments import (
-    ABOVE_ZERO,
-    AMOUNT,
-    FRACTION,
-    FlagTable,
-    class_list,
-    number,
-    policy,
-    split_share,
-    text,
-)
+from training.arguments import ABOVE_ZERO, AMOUNT, FRACTION, FlagTable, class_list, number, policy, split_share, text
 from training.options import Checks, TaskFlags
 
 DATA_SETS = "DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 CSV hfds/... wds/..."

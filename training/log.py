@@ -7,7 +7,6 @@ import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -115,9 +114,10 @@ def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
         "wait_seconds": round(sums["wait_seconds"], 2),
         "memory_gib": round(peak_memory(dist), 2),
     }
+    shown = ["train_loss", *(f"test_{name}" for name in task.shown), "seconds", "wait_seconds", "memory_gib"]
     if args.skip_bad_images:
         row["skipped_images"] = int(dist.sum(torch.tensor(len(task.train.skipped), device=dist.device)))
-    shown = ("train_loss", *(f"test_{name}" for name in task.shown), "seconds", "wait_seconds", "memory_gib")
+        shown.append("skipped_images")
     speed = f"{row['images_per_second'] / dist.world_size:.0f} images/s per process"
     report(dist, f"epoch {progress.epoch}: " + ", ".join([*(f"{name} {row[name]:.4g}" for name in shown), speed]))
     return row
@@ -161,19 +161,6 @@ def profiler(trainer: Trainer) -> AbstractContextManager[torch.profiler.profile 
 
 
 def print_summary(trainer: Trainer) -> None:
-    """What was skipped, and the best score."""
-    dist, progress = trainer.dist, trainer.progress
-    skipped = skipped_files(trainer.task.train, dist)
-    if skipped is not None:
-        report(dist, skipped)
-    best = trainer.task.score_format.format(progress.best_score)
-    report(dist, f"best {best} in epoch {progress.best_epoch}; see {trainer.args.output_dir}")
-
-
-def skipped_files(train: Any, dist: Distributed) -> str | None:
-    """What --skip-bad-images left out on all processes, in one line; every one of them has to call it."""
-    files = sorted({path for found in dist.gather_objects(sorted(train.skipped)) for path in found})
-    if not files:
-        return None
-    named = ", ".join(files[:10]) + (", ..." if len(files) > 10 else "")
-    return f"{len(files)} unreadable images were skipped, others took their places: {named}"
+    """The best score."""
+    best = trainer.task.score_format.format(trainer.progress.best_score)
+    report(trainer.dist, f"best {best} in epoch {trainer.progress.best_epoch}; see {trainer.args.output_dir}")
