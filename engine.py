@@ -3,8 +3,6 @@
 A task (`training.task.Task`) says what is trained; the engine trains it and makes the run resumable.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

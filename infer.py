@@ -7,8 +7,6 @@ infer.py --model-path CKPT --image folder/ --output table.csv      predictions a
 infer.py --model-path spectformer_h_n --image a.jpg                a model whose weights come with the project
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

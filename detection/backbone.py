@@ -1,7 +1,5 @@
 """The feature pyramid of a detector: a classification model without its head, and an FPN."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Data sets in COCO's format: images, and a JSON file of the objects in them."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """COCO's evaluation of boxes and masks, by faster-coco-eval."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

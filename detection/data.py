@@ -1,7 +1,5 @@
 """What feeds a detector: images of any sizes with their objects, in loaders for training and evaluation."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any
@@ -56,9 +54,8 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tupl
         raise UserError(
             f"{train_set.file}: it has no object to train on: crowds (iscrowd: 1) and boxes without area do not count"
         )
-    sampler = GroupedSampler(
-        len(train_set), args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter, groups=train_set.groups
-    )
+    update = (args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter)
+    sampler = GroupedSampler(len(train_set), *update, groups=train_set.groups)
     samples = DetectionSamples(train_set, TrainTransform(args), seed=args.seed, skip_bad_images=args.skip_bad_images)
     train = Loader(samples, sampler, dist, args.num_workers, args.pin_mem)
     return train, build_eval_loader(val_set, args, dist)

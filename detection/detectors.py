@@ -1,7 +1,5 @@
 """torchvision's detectors on any feature pyramid, with the heads of their v2 builders or the classic ones."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

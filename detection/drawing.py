@@ -1,7 +1,5 @@
 """Pictures of objects in an image: masks, boxes, names, scores."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Sequence
 

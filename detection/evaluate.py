@@ -1,7 +1,5 @@
 """Evaluating a detector's checkpoint on data in COCO's layout."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -1,7 +1,5 @@
 """The flags of detection: the detector, its data, augmentation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

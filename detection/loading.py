@@ -1,7 +1,5 @@
 """A detector from its checkpoint."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

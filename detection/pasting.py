@@ -1,7 +1,5 @@
 """From masks on the grids of their boxes to masks of the whole image."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Finding objects in images, and drawing them."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a detector finds and misses: AP by category and by size, precision-recall curves, the worst images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

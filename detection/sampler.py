@@ -1,7 +1,5 @@
 """The order of the training images: each update has only wide or only tall ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

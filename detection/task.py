@@ -1,7 +1,5 @@
 """Object detection and instance segmentation as a task of the engine."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Augmentation of images with their objects, by `torchvision.transforms.v2`."""
 
-from __future__ import annotations
-
 import argparse
 
 from PIL import Image

@@ -1,7 +1,5 @@
 """The data sets by name, and what each requires of the command line and the augmentation."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

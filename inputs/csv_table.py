@@ -1,7 +1,5 @@
 """Images and labels listed in a CSV file."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -5,8 +5,6 @@ is arithmetic. So the order of the samples and their augmentation are the same f
 processes, and training resumes from the middle of an epoch without reading anything twice.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,16 +65,9 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         train_set, _ = divide_classes(train_set, share, seed, "train-part")
     if args.token_label_data and dist.is_main:
         check_label_maps(train_set, args.token_label_data, data.num_classes)
-    sampler = KeyedSampler(
-        len(train_set),
-        args.batch_size,
-        args.seed,
-        dist.rank,
-        dist.world_size,
-        args.accum_iter,
-        REPEATS if args.repeated_aug else 1,
-        balanced_probabilities(train_set) if args.balanced_sampling else None,
-    )
+    update = (args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter)
+    probabilities = balanced_probabilities(train_set) if args.balanced_sampling else None
+    sampler = KeyedSampler(len(train_set), *update, REPEATS if args.repeated_aug else 1, probabilities)
     transform = train_transform(
         args.input_size,
         glyphs=dataset_spec(args.data_set).glyphs,

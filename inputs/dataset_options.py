@@ -1,7 +1,5 @@
 """The options of a data set, as each builder gets them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """scikit-learn's handwritten digits, which need no files."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from inputs.dataset_options import DatasetOptions

@@ -1,7 +1,5 @@
 """Trees of class folders."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Hugging Face data sets: its package `datasets` prepares them, the images are read by position from their rows."""
 
-from __future__ import annotations
-
 import importlib
 import io
 import sys

@@ -1,7 +1,5 @@
 """Decoding images, and data sets whose images are files or arrays in memory."""
 
-from __future__ import annotations
-
 import os
 import re
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """INaturalist 2018 and 2019, as its annotations lay it out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from inputs.dataset_options import DatasetOptions

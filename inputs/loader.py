@@ -3,8 +3,6 @@
 A task subclasses `KeyedSamples` and says how a sample is read and how samples are collated.
 """
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import signal

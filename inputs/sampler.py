@@ -3,8 +3,6 @@
 A task with batches of its own kind (images grouped by aspect ratio, say) overrides `KeyedSampler.order`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -4,8 +4,6 @@ timm's reader streams them, in an order that depends on the number of workers an
 position, they are shuffled by key like any other data set.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -4,8 +4,6 @@
 `dense_targets` applies them to the label maps of a whole batch, on its device.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence

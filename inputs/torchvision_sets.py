@@ -1,7 +1,5 @@
 """The data sets that torchvision reads: CIFAR, Oxford Flowers, Stanford Cars, Oxford-IIIT Pets."""
 
-from __future__ import annotations
-
 import pickle
 from typing import NoReturn
 

@@ -1,7 +1,5 @@
 """From a decoded image to the model's input: timm's transforms, as DeiT sets them up, and random erasing."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Command lines: a parser whose errors are one line, types of values, tables of flags, and flags from YAML."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import functools

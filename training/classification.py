@@ -1,7 +1,5 @@
 """Classification as a task: class labels, mixed by mixup and cutmix, token labels, a teacher."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

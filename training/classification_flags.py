@@ -1,7 +1,5 @@
 """The flags of classification: data, augmentation, token labels, distillation."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from typing import Any
@@ -37,13 +35,7 @@ TABLE: FlagTable = {
         ("--balanced-sampling", bool, False, None, "draw every class equally often, with replacement"),
         ("--classes", class_list, None, "A,B,...", "only these classes, by name or number, in this order"),
         ("--inat-category", list(RANKS), "name", "RANK", "what INAT19 classifies: %(choices)s"),
-        (
-            "--eval-crop-pct --crop-pct",
-            CROP,
-            None,
-            "P",
-            "evaluation: part of the resized side kept (default: the model's)",
-        ),
+        ("--eval-crop-pct --crop-pct", CROP, None, "P", "evaluation: part of the side kept (default: the model's)"),
     ],
     "augmentation": [
         ("--scale", (FRACTION, 2), (0.08, 1.0), ("MIN", "MAX"), "share of the image's area in a random crop"),
@@ -72,13 +64,7 @@ TABLE: FlagTable = {
         ("--token-label", bool, False, None, "train on label maps, without mixup, cutmix and repeated augmentation"),
         ("--token-label-data", text, None, "DIR", "the label maps"),
         ("--token-label-size", number(int, 1, 10**4), None, "N", "side of the token grid (default: the model's)"),
-        (
-            "--token-label-crop",
-            ["right", "reference"],
-            "right",
-            None,
-            "reference: axes swapped, as in the released code",
-        ),
+        ("--token-label-crop", ["right", "reference"], "right", None, "reference: axes swapped, as published"),
         ("--ground-truth", bool, False, None, "blend the true class into the teacher's class target"),
         ("--dense-weight", AMOUNT, 0.5, "W", "weight of the token loss"),
         ("--cls-weight", AMOUNT, 1.0, "W", "weight of the class loss"),

@@ -1,7 +1,5 @@
 """Evaluation in step: all processes take a batch at a time, and stop together."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from typing import Any

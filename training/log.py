@@ -1,7 +1,5 @@
 """Output of a run: what is trained, the progress and the log row of an epoch, a profile, the summary."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import tempfile

@@ -4,8 +4,6 @@ A run has one criterion, called as ``criterion(images, outputs, targets)``. All 
 whatever autocast made of the model's outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A model as the command line asks for it: given weights, its layers frozen or recomputed."""
 
-from __future__ import annotations
-
 from timm.models import group_parameters
 from torch import Tensor, nn
 

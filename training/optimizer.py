@@ -1,7 +1,5 @@
 """The optimiser and its schedule."""
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from typing import Any

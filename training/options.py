@@ -4,8 +4,6 @@ Values come, in rising precedence, from the defaults here, the recipe or --confi
 take the precedence of the flag that implied them.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -83,13 +81,7 @@ RUN = {
     "the run": [
         ("--config", text, None, "YAML", "file of flags; the command line overrides it"),
         ("--output-dir", text, None, "DIR", "run directory (default: runs/<arch>-<data>)"),
-        (
-            "--resume",
-            text,
-            None,
-            "PATH|auto",
-            "checkpoint, or run directory (with its flags); auto: --output-dir's, if any",
-        ),
+        ("--resume", text, None, "PATH|auto", "checkpoint or run directory; auto: --output-dir's, if there is one"),
         ("--eval", bool, False, None, "evaluate the weights of --resume or --finetune, and stop"),
         ("--dry-run", bool, False, None, "build everything, try one update and one batch of evaluation, write nothing"),
         ("--print-config", bool, False, None, "print all settings as a file for --config, and stop"),
@@ -143,13 +135,7 @@ TRAINING = {
         ("--warmup-lr", AMOUNT, None, "LR", "initial learning rate (default: 1e-6, at most a tenth of the peak)"),
         ("--min-lr", AMOUNT, None, "LR", "final learning rate (default: 1e-5, at most a tenth of the peak)"),
         ("--cooldown-epochs", COUNT, 0, "N", "epochs at --min-lr after --epochs"),
-        (
-            "--decay-epochs",
-            POSITIVE,
-            None,
-            "N",
-            "step: between decays (default: 30); wsd: length (default: epochs / 5)",
-        ),
+        ("--decay-epochs", POSITIVE, None, "N", "of a step (default: 30), of wsd's decay (default: epochs / 5)"),
         ("--decay-milestones", integers, (30, 60), "N,N,...", "multistep: epochs of the decays (default: 30,60)"),
         ("--decay-rate", AMOUNT, 0.1, "R", "step, multistep, plateau: factor; poly: power"),
         ("--patience-epochs", COUNT, 10, "N", "plateau: epochs without improvement before a decay"),
@@ -177,19 +163,13 @@ TRAINING = {
 }
 CHECKS: Checks = [
     (lambda a: a.opt_betas and max(a.opt_betas) >= 1, "--opt-betas have to be below 1"),
-    (
-        lambda a: a.eval and bool(a.resume) == bool(a.finetune),
-        "--eval needs --resume PATH or --finetune PATH, not both",
-    ),
+    (lambda a: a.eval and bool(a.resume) == bool(a.finetune), "--eval needs one of --resume PATH or --finetune PATH"),
     (lambda a: a.dtype == "float64" and a.amp in ("bf16", "fp16"), "--dtype float64 excludes --amp"),
     (lambda a: a.eval and a.dry_run, "--eval and --dry-run exclude each other"),
     (lambda a: a.compile_mode != "default" and not a.compile, "--compile-mode needs --compile"),
     (lambda a: a.sync_bn and a.freeze_bn, "--sync-bn and --freeze-bn exclude each other"),
     (lambda a: a.warmup_updates and not a.sched_on_updates, "--warmup-updates needs --sched-on-updates"),
-    (
-        lambda a: a.model_kwargs.get("in_chans", 3) != 3,
-        "--model-kwargs in_chans: images have 3 channels, or --in-chans",
-    ),
+    (lambda a: a.model_kwargs.get("in_chans", 3) != 3, "--model-kwargs in_chans: use --in-chans"),
     (
         lambda a: READING_ARGUMENTS.intersection(a.model_kwargs),
         f"--model-kwargs: {', '.join(sorted(READING_ARGUMENTS))} make timm read other files; leave them out",

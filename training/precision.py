@@ -1,7 +1,5 @@
 """The precision that a model computes in, and what the device may do for speed."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Resuming: which checkpoint, whether it fits this run, what it contains, and how its state is restored."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """What a run trains: all that the engine asks of a task, such as classification."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
