@@ -29,20 +29,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inputs.catalogue import build_dataset
-from inputs.images import ImageDataset
+from inputs.images import ImageDataset, Subset
 from inputs.label_maps import MAP_SIZE, check_label_maps, encode_label_map, image_map_path
-from inputs.loader import KeyedImages
-from inputs.sampler import SampleKey
+from inputs.loader import EvalLoader, KeyedImages
 from models import load_checkpoint
 from runtime.cli import run_cli
 from runtime.processes import Distributed, init_distributed
@@ -109,36 +108,25 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
     Raises:
         UserError: the maps that are there already are another teacher's.
     """
-    model, transform, teacher = load_teacher(args, dataset.class_names)
+    model, samples, teacher = load_teacher(args, dataset.class_names)
     model, precision = model.to(dist.device), choose_precision(args, dist.device)
     make_directory(args.output_dir)
+    wanted = np.flatnonzero([not path.exists() for path in paths])
     origin = args.output_dir / ORIGIN
     if dist.is_main and not origin.exists():
         atomic_write(origin, teacher)
-    dist.barrier()
+    dist.barrier()  # all processes have the same `wanted`
     if origin.read_text() != teacher:
         raise UserError(f"--output-dir {args.output_dir}: its maps are another teacher's, see {origin}")
 
-    share = range(dist.rank, len(paths), dist.world_size)
-    wanted = [index for index in share if not paths[index].exists()]
     for folder in {paths[index].parent for index in wanted}:
         make_directory(folder)
-    samples = KeyedImages(dataset, transform, seed=0)
-    loader = DataLoader(
-        samples,
-        args.batch_size,
-        sampler=[SampleKey(0, index, 0) for index in wanted],
-        collate_fn=samples.join,
-        num_workers=args.num_workers,
-        pin_memory=dist.device.type == "cuda",
-    )
-    bar = tqdm(desc="writing maps", total=len(wanted), unit=" maps", disable=not dist.is_main)
+    loader = EvalLoader(samples(Subset(dataset, wanted)), args.batch_size, dist, args.num_workers, pin_memory=True)
+    bar = tqdm(desc="writing maps", total=-(-len(wanted) // dist.world_size), unit=" maps", disable=not dist.is_main)
     with ThreadPoolExecutor(WRITERS) as pool, bar:
         for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            maps = label_maps(model, batch.images.to(dist.device, non_blocking=True), precision)
-            for _ in pool.map(write_map, [paths[index] for index in batch.indices.tolist()], maps):
+            maps = label_maps(model, batch.images, precision)
+            for _ in pool.map(write_map, [paths[wanted[index]] for index in batch.indices.tolist()], maps):
                 bar.update()
     if dist.is_main:
         print(f"{len(paths)} label maps in {args.output_dir}")
@@ -148,8 +136,10 @@ def write_map(path: Path, label_map: Tensor) -> None:
     atomic_write(path, partial(torch.save, label_map))
 
 
-def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> tuple[nn.Module, Callable, str]:
-    """The teacher in evaluation mode, the transform of its images, and what identifies it as JSON.
+def load_teacher(
+    args: argparse.Namespace, class_names: Sequence[str]
+) -> tuple[nn.Module, Callable[[ImageDataset], KeyedImages], str]:
+    """The teacher in evaluation mode, what makes samples for it of a data set, and what identifies it as JSON.
 
     Raises:
         UserError: there is no such teacher, or it does not have the data set's classes.
@@ -173,9 +163,10 @@ def load_teacher(args: argparse.Namespace, class_names: Sequence[str]) -> tuple[
             raise UserError(f"--model-path {args.model_path}: its {info.num_classes} classes are not {classes}")
         model, config, input_size = info.model, vars(info), info.input_size
         weights = hashlib.sha256(info.path.read_bytes()).hexdigest()
-    look = {key: config[key] for key in ("mean", "std", "interpolation")}
-    transform = create_transform(tuple(input_size), **look, crop_pct=1.0, crop_mode="squash")
-    return model, transform, json.dumps({"weights": weights, "input_size": input_size, "classes": len(class_names)})
+    whole = {"interpolation": config["interpolation"], "crop_pct": 1.0, "crop_mode": "squash"}
+    transform = create_transform(tuple(input_size), **whole, use_prefetcher=True)  # to bytes
+    samples = partial(KeyedImages, transform=transform, mean=config["mean"], std=config["std"])
+    return model, samples, json.dumps({"weights": weights, "input_size": input_size, "classes": len(class_names)})
 
 
 @torch.inference_mode()
