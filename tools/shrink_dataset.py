@@ -32,21 +32,19 @@ SETTINGS = ".shrink_dataset.json"  # in the copy: what it was made with
 PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")
 
 
-def copy_files(args: argparse.Namespace, names: Sequence[str]) -> list[str | None]:
-    """Make the copies of some files; for each the reason why an image was not shrunk, if there is one."""
-    problems: list[str | None] = []
-    for source, target in ((args.source / name, args.target / name) for name in names):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.tmp")
-        problems.append(None)
-        try:
-            shrunk = is_image_name(source.name) and shrink(source, unfinished, args.short_side, args.quality)
-        except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
-            shrunk, problems[-1] = False, f"{source}: copied as it is: {error}"
-        if not shrunk:
-            shutil.copyfile(source, unfinished)
-        os.replace(unfinished, target)
-    return problems
+def copy_file(args: argparse.Namespace, name: str) -> str | None:
+    """Make the copy of a file; the reason why an image was not shrunk, if there is one."""
+    source, target, problem = args.source / name, args.target / name, None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.tmp")
+    try:
+        shrunk = is_image_name(source.name) and shrink(source, unfinished, args.short_side, args.quality)
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        shrunk, problem = False, f"{source}: copied as it is: {error}"
+    if not shrunk:
+        shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
+    return problem
 
 
 def shrink(source: Path, target: Path, short_side: int, quality: int) -> bool:
@@ -90,14 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_target(args.source, args.target, {"short_side": args.short_side, "quality": args.quality})
     names = [os.path.relpath(path, args.source) for path in walk_files(args.source)]
     missing = [name for name in names if not (args.target / name).exists()]
-    copies = DataLoader(missing, 16, num_workers=args.num_workers, collate_fn=partial(copy_files, args))
-    with tqdm(
-        desc="shrinking", total=len(names), initial=len(names) - len(missing), unit=" files", disable=None
-    ) as bar:
-        for problems in copies:
-            bar.update(len(problems))
-            for problem in filter(None, problems):
-                tqdm.write(problem, file=sys.stderr)
+    copies = DataLoader(missing, batch_size=None, num_workers=args.num_workers, collate_fn=partial(copy_file, args))
+    done = len(names) - len(missing)
+    for problem in tqdm(copies, "shrinking", total=len(names), initial=done, unit=" files", disable=None):
+        if problem is not None:
+            tqdm.write(problem, file=sys.stderr)
     copied = sum((args.target / name).is_file() for name in names)
     tell(f"{copied} of {len(names)} files are in {args.target}")
     if copied != len(names):

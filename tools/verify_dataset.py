@@ -27,16 +27,13 @@ from training.options import default_workers
 from utils import UserError, atomic_write
 
 
-def problems(dataset: ImageDataset, indices: Sequence[int]) -> list[str | None]:
-    """Why each image cannot be read, beginning with its name; None if it can."""
-    found: list[str | None] = []
-    for index in indices:
-        try:
-            dataset.load(index)
-            found.append(None)
-        except BadImage as error:
-            found.append(str(error))
-    return found
+def problem(dataset: ImageDataset, index: int) -> str | None:
+    """Why an image cannot be read, beginning with its name; None if it can."""
+    try:
+        dataset.load(index)
+    except BadImage as error:
+        return str(error)
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = {args.folder: ImageFiles(paths, [0] * len(paths), ["unknown"])}
     unreadable = []
     for name, dataset in parts.items():
-        images = range(len(dataset))
-        batches = DataLoader(images, 32, num_workers=args.num_workers, collate_fn=partial(problems, dataset))
-        found = (reason for batch in batches for reason in batch)
-        for index, reason in enumerate(tqdm(found, name, len(dataset), unit=" images", disable=None)):
+        images, check = range(len(dataset)), partial(problem, dataset)
+        found = DataLoader(images, batch_size=None, num_workers=args.num_workers, collate_fn=check)
+        for index, reason in enumerate(tqdm(found, name, unit=" images", disable=None)):
             if reason is not None:
                 tqdm.write(reason, file=sys.stdout)
                 unreadable.append({"path": dataset.path(index), "reason": reason})
