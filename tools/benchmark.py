@@ -12,8 +12,6 @@ NAME@bfloat16,compile,channels-last, or float32, float16, eager, contiguous. The
 A B B A ..., each in a process of its own. A ratio is that of two medians over the rounds.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -1,7 +1,5 @@
 """Models to compare in speed and memory: each runs in a process of its own, and they take turns."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 import signal
@@ -14,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Self
 
 import timm
 import torch
@@ -62,7 +61,7 @@ class Contender:
     settings: Settings
 
     @classmethod
-    def parse(cls, label: str, settings: Settings) -> Contender:
+    def parse(cls, label: str, settings: Settings) -> Self:
         """Read [plain:|onnx:]NAME[@SETTING[,SETTING...]].
 
         Raises:

@@ -7,8 +7,6 @@ arithmetic over the rate of products, and a kernel launch. The constants are tho
 all models, so the figures compare models; they do not predict a measurement.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

@@ -17,8 +17,6 @@ name of a model whose weights come with this project. Graphs take images as the 
 float32, normalised by the mean and std in the file's metadata.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import importlib

@@ -7,8 +7,6 @@ format; all other files, unreadable images among them, are copied as they are. A
 Exit codes: 0 every file has its copy, 1 some have none, 2 a mistake in the flags.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -12,8 +12,6 @@ change of the recipe all cells are trained again.
 OUTPUT/STUDY.md and .png are the table and the plot.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -7,8 +7,6 @@ Each image is decoded completely, as in training. Prints a line `FILE: reason` f
 Exit codes: 0 all can be read, 1 some cannot, 2 a mistake in the flags or in the data set's layout.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
