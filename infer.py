@@ -20,8 +20,8 @@ from detection.predict import draw_objects_in
 from inference.evaluate import average_mirrored, run_evaluation
 from inference.predict import run_prediction
 from inputs.inaturalist import RANKS
-from models.checkpoints import read_checkpoint
-from models.pretrained import build_from_checkpoint, find_checkpoint
+from models.checkpoints import peek, read_checkpoint
+from models.pretrained import find_checkpoint, load_checkpoint
 from runtime.cli import run_cli
 from runtime.processes import init_distributed
 from training.arguments import (
@@ -136,18 +136,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.image is not None and dist.world_size > 1:
         raise UserError("--image runs in one process")
     path = find_checkpoint(args.model_path)
-    checkpoint = read_checkpoint(path)
-    set_up_device(dist.device, fixed_sizes=not checkpoint.get("detector"))  # as in training
-    if checkpoint.get("detector"):
+    is_detector = bool(peek(path).get("detector"))
+    set_up_device(dist.device, fixed_sizes=not is_detector)  # as in training
+    if is_detector:
         for name in sorted(OF_CLASSIFIERS):
             if getattr(args, name) not in (None, False, {}):
                 raise UserError(f"--{name.replace('_', '-')} is for classifiers; {path} contains a detector")
         run = evaluate_detector if args.image is None else draw_objects_in
-        run(args, dist, load_detector(checkpoint, path, args.ema))
+        run(args, dist, load_detector(read_checkpoint(path), path, args.ema))
         return
-    loaded = build_from_checkpoint(
-        checkpoint, path, args.arch, ema=args.ema, input_size=args.input_size, model_kwargs=args.model_kwargs
-    )
+    loaded = load_checkpoint(path, args.arch, ema=args.ema, input_size=args.input_size, model_kwargs=args.model_kwargs)
     if args.eval_crop_pct is not None:
         loaded = dataclasses.replace(loaded, crop_pct=args.eval_crop_pct)
     channels = loaded.model_kwargs.get("in_chans", 3)

@@ -16,7 +16,6 @@ from detection.detectors import STRIDES, Detector, build_detector, kinds_of
 from detection.flags import FLAGS
 from inputs.loader import Batch, EvalLoader
 from models.checkpoints import read_checkpoint, weights_of
-from models.resampling import keep_resampled
 from runtime.processes import Distributed
 from training.evaluation import evaluation_batches
 from training.log import report
@@ -145,12 +144,11 @@ def predict(
     model.eval()
     dataset: CocoImages = loader.dataset
     own: list[tuple[int, list[Result]]] = []
-    with keep_resampled():
-        for batch in evaluation_batches(loader, dist, stop):
-            with precision.autocast():
-                predictions = model(as_inputs(batch.images, precision))
-            for index, prediction in zip(batch.indices.tolist(), predictions, strict=True):
-                own.append((index, to_results(prediction, dataset.entry(index)["id"], dataset.category_ids)))
+    for batch in evaluation_batches(loader, dist, stop):
+        with precision.autocast():
+            predictions = model(as_inputs(batch.images, precision))
+        for index, prediction in zip(batch.indices.tolist(), predictions, strict=True):
+            own.append((index, to_results(prediction, dataset.entry(index)["id"], dataset.category_ids)))
     results = dict(found for process in dist.gather_objects(own) for found in process)
     return [result for index in sorted(results) for result in results[index]]
 

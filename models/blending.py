@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .precision import autocast_off
-from .resampling import Grid, resampled, resize_grid, resize_image
+from .resampling import Grid, resize_grid, resize_image
 
 # Up to so many real channels a GPU multiplies by all blocks as one matrix, mostly zeros, as fast as it reads and writes
 # the rows, and no block has to be copied to be in one piece. Not on the meta device, where arithmetic is counted.
@@ -98,10 +98,8 @@ def resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
 
     Bicubic along each axis; multiplied by old / new width, which keeps the size of the sum.
     """
-    return weight if weight.shape[1:3] == half else resampled(_resize_token_weight, weight, half)
-
-
-def _resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
+    if weight.shape[1:3] == half:
+        return weight
     rows, width = half
     square = torch.stack([resize_image(part, (width, width), align_corners=False) for part in weight])
     flat = resize_image(square.flatten(2), (rows, width * width), align_corners=False)
@@ -132,8 +130,6 @@ class TensorBlending(nn.Module):
 @torch.fx.wrap
 def resize_planes(weight: Tensor, half: Grid) -> Tensor:
     """(12, h, w, C) to (12, *half, C), bicubic."""
-    return weight if weight.shape[1:3] == half else resampled(_resize_planes, weight, half)
-
-
-def _resize_planes(weight: Tensor, half: Grid) -> Tensor:
+    if weight.shape[1:3] == half:
+        return weight
     return torch.stack([resize_grid(plane, half, align_corners=False) for plane in weight])

@@ -53,10 +53,11 @@ class CheckpointError(ValueError):
     """A file that cannot be used as a checkpoint; the message is one line that begins with its path."""
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, after checking the CRC-32 of every entry of its zip archive.
 
-    Files from before torch's zip format (torch < 1.6) and `.safetensors` files have no checksum.
+    Files from before torch's zip format (torch < 1.6) and `.safetensors` files have no checksum. Without `verify` no
+    checksum is looked at and the tensors stay on the disk, which takes about 10 ms.
 
     Returns:
         The file's dict, with a saved `argparse.Namespace` under "args" as a dict. A `.safetensors` file comes back
@@ -70,12 +71,28 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if os.fspath(path).endswith(".safetensors"):
             return _read_safetensors(path)
-        check_archive(path)
+        if verify:
+            check_archive(path)
+        with torch.serialization.safe_globals(_SAFE), warnings.catch_warnings(action="ignore"):
+            mmap = not verify and zipfile.is_zipfile(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # zipfile and safetensors raise whatever the damage leads to
-        raise _unusable(path, error) from error
-    return _load(path)
+    except Exception as error:  # torch, zipfile and safetensors raise whatever the damage leads to
+        # Of torch's message only the reason: the rest advises to load the file unsafely.
+        reason = " ".join(str(error).partition("WeightsUnpickler error: ")[2].partition("Please use")[0].split())
+        reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {reason[:200]}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: it contains a {type(checkpoint).__name__}, not the dict of a checkpoint")
+    if isinstance(checkpoint.get("args"), argparse.Namespace):
+        checkpoint["args"] = vars(checkpoint["args"])
+    return checkpoint
+
+
+def peek(path: str | os.PathLike) -> dict[str, Any]:
+    """`read_checkpoint` without verifying it."""
+    return read_checkpoint(path, verify=False)
 
 
 def check_archive(file: str | os.PathLike | BinaryIO) -> None:
@@ -85,35 +102,6 @@ def check_archive(file: str | os.PathLike | BinaryIO) -> None:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
-
-
-def peek(path: str | os.PathLike) -> dict[str, Any]:
-    """`read_checkpoint` in about 10 ms: no checksum is verified, and the tensors stay on the disk."""
-    if os.fspath(path).endswith(".safetensors"):
-        return read_checkpoint(path)
-    return _load(path, mmap=zipfile.is_zipfile(path))
-
-
-def _load(path: str | os.PathLike, mmap: bool = False) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_SAFE), warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # torch, too, raises whatever the damage leads to
-        raise _unusable(path, error) from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: it contains a {type(checkpoint).__name__}, not the dict of a checkpoint")
-    if isinstance(checkpoint.get("args"), argparse.Namespace):
-        checkpoint["args"] = vars(checkpoint["args"])
-    return checkpoint
-
-
-def _unusable(path: str | os.PathLike, error: Exception) -> CheckpointError:
-    # Of torch's message only the reason: the rest advises to load the file unsafely.
-    reason = " ".join(str(error).partition("WeightsUnpickler error: ")[2].partition("Please use")[0].split())
-    reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
-    return CheckpointError(f"{path}: damaged, or not a checkpoint: {reason[:200]}")
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:

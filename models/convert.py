@@ -54,20 +54,12 @@ def _our_name(name: str) -> str:
 
 
 def _join_qkv(state_dict: StateDict) -> StateDict:
-    """Join q and kv of the blocks' attention; the class block keeps them apart."""
-    joined: StateDict = {}
-    for name, value in state_dict.items():
-        match = re.fullmatch(r"(.*\.mixer\.)(q|kv)\.(weight|bias)", name)
-        if match is None:
-            joined[name] = value
-            continue
-        prefix, part, leaf = match.groups()
-        if part == "kv" and f"{prefix}q.{leaf}" in state_dict:
-            continue
-        if f"{prefix}kv.{leaf}" not in state_dict:
-            joined[name] = value  # half a pair: reported by its name
-            continue
-        joined[f"{prefix}qkv.{leaf}"] = torch.cat((value, state_dict[f"{prefix}kv.{leaf}"]))
+    """Join q and kv of the blocks' attention; the class block keeps them apart. Half a pair stays as it is."""
+    joined = dict(state_dict)
+    for name in state_dict:
+        match = re.fullmatch(r"(.*\.mixer\.)q\.(weight|bias)", name)
+        if match and (kv := f"{match[1]}kv.{match[2]}") in state_dict:
+            joined[f"{match[1]}qkv.{match[2]}"] = torch.cat((joined.pop(name), joined.pop(kv)))
     return joined
 
 

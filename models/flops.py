@@ -7,10 +7,11 @@ attention's products of tokens with tokens, and SVT's are the layers alone with 
 import copy
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .layers import Attention, ClassAttention
 from .resampling import Grid, to_grid
@@ -18,36 +19,22 @@ from .resampling import Grid, to_grid
 aten = torch.ops.aten
 
 
-def _fft_flops(points: int, transforms: int, real: bool) -> int:
-    """5 N log2 N operations a complex transform of N points, half of it a real one (the usual convention)."""
-    return round((2.5 if real else 5.0) * points * math.log2(max(points, 2)) * transforms)
+def _fft(factor: float, shape, dim, *_, out_shape, **__) -> int:
+    """Factor N log2 N operations for a transform of N points: by convention 5 for complex and 2.5 for real points."""
+    points = max(shape, out_shape, key=math.prod)  # the spectrum of real points is about half as large
+    size = math.prod(points[axis] for axis in dim)
+    return round(factor * math.prod(points) * math.log2(max(size, 2)))
 
 
-def _real_to_complex(shape, dim, *_args, **_options) -> int:
-    points = math.prod(shape[axis] for axis in dim)
-    return _fft_flops(points, math.prod(shape) // points, real=True)
-
-
-def _complex_to_real(_shape, dim, *_args, out_shape, **_options) -> int:
-    points = math.prod(out_shape[axis] for axis in dim)
-    return _fft_flops(points, math.prod(out_shape) // points, real=True)
-
-
-def _complex_to_complex(shape, dim, *_args, **_options) -> int:
-    points = math.prod(shape[axis] for axis in dim)
-    return _fft_flops(points, math.prod(shape) // points, real=False)
-
-
-def _attention(query, key, value, *_args, **_options) -> int:
-    """Query with key and weights with value; shapes are (B, heads, tokens, channels)."""
-    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+def _attention(query, key, value, *_, **__) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 # What FlopCounterMode counts as nothing.
 FORMULAS = {
-    aten._fft_r2c: _real_to_complex,
-    aten._fft_c2r: _complex_to_real,
-    aten._fft_c2c: _complex_to_complex,
+    aten._fft_r2c: partial(_fft, 2.5),
+    aten._fft_c2r: partial(_fft, 2.5),
+    aten._fft_c2c: partial(_fft, 5.0),
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
 _LAYERS = (aten.mm, aten.addmm, aten.convolution)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .cpu.attention import attend
 from .cpu.feed_forward import feed_forward
@@ -177,7 +178,12 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual pair: x + mixer(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm residual pair: x + mixer(norm1(x)), then x + mlp(norm2(x)).
+
+    With `grad_checkpointing` its activations are computed again in the backward pass.
+    """
+
+    grad_checkpointing = False
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, drop_path: float):
         super().__init__()
@@ -188,6 +194,11 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.residuals, x, use_reentrant=False)
+        return self.residuals(x)
+
+    def residuals(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.mixer(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -195,7 +206,7 @@ class Block(nn.Module):
 class SpectralBlock(Block):
     """One residual around both: x + mlp(norm2(mixer(norm1(x))))."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def residuals(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm2(self.mixer(self.norm1(x)))))
 
 
@@ -288,7 +299,13 @@ def init_conv(module: nn.Module) -> None:
 
 
 def format_grid(x: Tensor, output_fmt: str) -> Tensor:
-    """A grid (B, H, W, C) as "NCHW", "NHWC" or a sequence "NLC"."""
+    """A grid (B, H, W, C) as "NCHW", "NHWC" or a sequence "NLC".
+
+    Raises:
+        ValueError: it is none of these.
+    """
     if output_fmt == "NCHW":
         return x.permute(0, 3, 1, 2).contiguous()
+    if output_fmt not in ("NHWC", "NLC"):
+        raise ValueError(f"output_fmt is NCHW, NHWC or NLC, not {output_fmt!r}")
     return x if output_fmt == "NHWC" else x.flatten(1, 2)

@@ -4,13 +4,13 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Mapping
 
 import timm
 import torch
-from timm.layers import DropPath
 from timm.models import adapt_input_conv
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoints import CheckpointError, check_model_kwargs, read_checkpoint, unwrap
 from .convert import StateDict, to_ours
@@ -19,25 +19,16 @@ from .resampling import Grid
 
 _WAVELET_FILTER = re.compile(r"(^|\.)(xfm|ifm)\.")
 _HEADS = ("head", "aux_head")
-# Settings with which a model can differ from the one that its weights were trained in.
-_FREE = {
-    "training",
-    "num_classes",
-    "in_chans",
-    "in_channels",
-    "inplace",
-    "token_label",
-    "global_pool",
-    "dynamic_img_size",
-    "grad_checkpointing",
-    "spectral_precision",
-}
-_FREE_LAYERS = (nn.Identity, nn.Dropout, DropPath)
 _logger = logging.getLogger(__name__)
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Whether it is a model of this project, whose names and grids the functions below know."""
+    return hasattr(model, "design")
+
+
 class WeightMismatch(ValueError):
-    """A checkpoint does not fit the model; the message names the keys in one line."""
+    """A checkpoint does not fit the model; the message names the first keys in one line."""
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
@@ -47,7 +38,7 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
     depends on the grid to the model's. What remains wrong is left for the loading to report.
     """
     weights = unwrap(state_dict)
-    if not hasattr(model, "checkpoint_format"):
+    if not is_ours(model):
         return weights
     weights = {name: value for name, value in to_ours(weights).items() if not _WAVELET_FILTER.search(name)}
     if getattr(model, "aux_head", None) is None:
@@ -56,7 +47,7 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
 
 
 def pretrained_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
-    """`checkpoint_filter_fn` for timm's `pretrained=True`, after comparing the model with what the file describes.
+    """`checkpoint_filter_fn` for timm's `pretrained=True`, after comparing the model's design with the file's.
 
     Weights of another image size are resampled, and logged. Other arguments can leave the weights' shapes as they are,
     or change the grid only, and would go unnoticed.
@@ -67,40 +58,23 @@ def pretrained_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
     file = model.pretrained_cfg.get("file")
     described = read_checkpoint(file) if file and os.path.isfile(file) else {}
     arch, kwargs = described.get("arch"), described.get("model_kwargs") or {}
-    if arch is not None and timm.is_model(arch) and hasattr(model, "checkpoint_format"):
+    if arch is not None and timm.is_model(arch):
         check_model_kwargs(kwargs, f"{file}: model_kwargs")
         with torch.device("meta"):
-            expected = timm.create_model(arch, **kwargs | {"img_size": model.img_size})
-        if (difference := _difference(expected, model)) is not None:
+            design = getattr(timm.create_model(arch, **kwargs | {"img_size": model.img_size}), "design", {})
+        different = [name for name in design | model.design if design.get(name) != model.design.get(name)]
+        if different:
             arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
             raise CheckpointError(
-                f"{file}: its weights are of another model ({difference}); load it by models.load_checkpoint({file!r}) "
-                f"or timm.create_model({arch!r}, pretrained=True, pretrained_cfg_overlay=dict(file={file!r}, "
-                f"num_classes={described.get('num_classes')}){arguments})"
+                f"{file}: its weights are of another model ({', '.join(different)}); load it by "
+                f"models.load_checkpoint({file!r}) or timm.create_model({arch!r}, pretrained=True, "
+                f"pretrained_cfg_overlay=dict(file={file!r}, num_classes={described.get('num_classes')}){arguments})"
             )
     size = tuple(described.get("input_size") or model.img_size)
     if size != tuple(model.img_size):
         shown = ["x".join(map(str, sides)) for sides in (size, model.img_size)]
         _logger.warning(f"{file}: weights for images of {shown[0]} pixels are resampled to {shown[1]}")
     return checkpoint_filter_fn(state_dict, model)
-
-
-def _difference(expected: nn.Module, model: nn.Module) -> str | None:
-    """The first module or setting in which two models differ, but for classifiers, stem channels and regularisation."""
-    theirs, ours = (
-        {
-            f"{name}.{key}": value
-            for name, module in built.named_modules()
-            if not name.startswith((*_HEADS, "class_block", "norm"))  # features_only has none
-            for key, value in ({"type": type(module).__name__} | vars(module)).items()
-            if isinstance(value, int | str | tuple) and key not in _FREE and not isinstance(module, _FREE_LAYERS)
-        }
-        for built in (expected, model)
-    )
-    for key in theirs | ours:
-        if theirs.get(key) != ours.get(key):
-            return f"{key.removeprefix('.')} is {theirs.get(key)}, not {ours.get(key)}"
-    return None
 
 
 def _resize(weights: StateDict, model: nn.Module) -> StateDict:
@@ -122,24 +96,31 @@ def _resize(weights: StateDict, model: nn.Module) -> StateDict:
 def source_grid(weights: StateDict, model_grid: Grid) -> Grid | None:
     """The grid of a file's position embeddings: given by its filters, else the model's, else a square."""
     tokens = weights["pos_embed"].shape[1] if weights["pos_embed"].ndim == 3 else 0
-    candidates = {grid for name, weight in weights.items() for grid in _possible_grids(name, weight, tokens)}
+    prefixes = {name.rpartition(".")[0] for name in weights}
+    candidates = {grid for prefix in prefixes for grid in filter_grids(weights, prefix)}
     grids = [*sorted(candidates, key=lambda grid: (grid != model_grid, grid)), model_grid, (math.isqrt(tokens),) * 2]
     return next((grid for grid in grids if tokens and math.prod(grid) == tokens), None)
 
 
-def _possible_grids(name: str, weight: Tensor, tokens: int) -> list[Grid]:
-    """The grids that a weight fits: a gate gives the number of rows, a low-pass weight both sides, made even."""
-    if name.endswith("mixer.complex_weight") and weight.ndim == 4:
-        return [(weight.shape[0], tokens // max(weight.shape[0], 1))]
-    if name.endswith("mixer.low_pass") and weight.ndim == 3:
-        height, width, _ = weight.shape
-        return [(rows, columns) for rows in (height, height - 1) for columns in (width, width - 1)]
+def filter_grids(weights: StateDict, mixer: str) -> list[Grid]:
+    """The grids that the weights of a mixer of that name can be for.
+
+    A gate keeps half of the columns and one more, so that an odd width looks like an even one. Low-pass weights are for
+    a grid that was made even.
+    """
+    gate, low_pass = weights.get(f"{mixer}.complex_weight"), weights.get(f"{mixer}.low_pass")
+    if gate is not None and gate.ndim == 4:
+        rows, columns = gate.shape[0], 2 * gate.shape[1] - 2
+        return [(rows, columns), (rows, columns + 1)]
+    if low_pass is not None and low_pass.ndim == 3:
+        rows, columns = low_pass.shape[:2]
+        return [(rows - odd_height, columns - odd_width) for odd_height in (0, 1) for odd_width in (0, 1)]
     return []
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """The names of a timm model's classifiers."""
-    if hasattr(model, "checkpoint_format"):
+    if is_ours(model):
         return _HEADS
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
     return (names,) if isinstance(names, str) else tuple(names)
@@ -152,24 +133,20 @@ def load_weights(model: nn.Module, state_dict: Mapping, new_head: bool = False) 
     classifiers are ignored and exactly those of the model may be missing.
 
     Raises:
-        WeightMismatch: anything else is missing, unexpected or of another shape. The model is as it was.
+        WeightMismatch: anything else is missing, unexpected or of another shape; some weights may have been loaded.
     """
     weights = _adapt_channels(checkpoint_filter_fn(state_dict, model), model)
-    heads = tuple(f"{name}." for name in classifier_names(model))
+    untouched: StateDict = {}
     if new_head:
+        heads = tuple(f"{name}." for name in classifier_names(model))
         weights = {name: value for name, value in weights.items() if not name.startswith(heads)}
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in weights]
-    untouched = [name for name in missing if new_head and name.startswith(heads)]
-    problems = [
-        _listed("missing", [name for name in missing if name not in untouched]),
-        _listed("unexpected", [name for name in weights if name not in expected]),
-        _listed("of another shape", _misshapen(weights, expected)),
-    ]
-    if any(problems):
-        raise WeightMismatch("the weights do not fit the model: " + "; ".join(filter(None, problems)))
-    model.load_state_dict(weights, strict=False)
-    return untouched
+        untouched = {name: value for name, value in model.state_dict().items() if name.startswith(heads)}
+    try:
+        model.load_state_dict(weights | untouched)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error).partition(":")[2], 400, placeholder=" ...")
+        raise WeightMismatch(f"the weights do not fit the model: {reason}") from error
+    return list(untouched)
 
 
 def _adapt_channels(weights: StateDict, model: nn.Module) -> StateDict:
@@ -179,20 +156,3 @@ def _adapt_channels(weights: StateDict, model: nn.Module) -> StateDict:
     if stem is None or wanted is None or stem.ndim != 4 or stem.shape[1] != 3 or wanted.shape[1] == 3:
         return weights
     return weights | {first: adapt_input_conv(wanted.shape[1], stem)}
-
-
-def _misshapen(weights: Mapping, expected: Mapping[str, Tensor]) -> Iterable[str]:
-    for name, value in weights.items():
-        if name not in expected:
-            continue
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if shape != tuple(expected[name].shape):
-            yield f"{name} ({shape}, not {tuple(expected[name].shape)})"
-
-
-def _listed(what: str, names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    if not names:
-        return ""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{what}: {', '.join(names[:limit])}{more}"

@@ -5,7 +5,7 @@ its width, its (height, width) grid and a number of heads, of which it takes wha
 own. One whose weights depend on the grid is a `GridMixer`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
@@ -19,8 +19,8 @@ from .spectral_gate import SpectralGate
 Options = Mapping[str, Mapping[str, object]]  # of a mixer's own, by its name in the table
 
 
-def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int, **options: str) -> nn.Module:
-    return ScatteringMixer(dim, grid, mixing, **options)
+def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int) -> nn.Module:
+    return ScatteringMixer(dim, grid, mixing)
 
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {
@@ -43,29 +43,50 @@ def build_mixer(name: str, dim: int, grid: Grid, num_heads: int, **options: obje
         ValueError: there is none.
         TypeError: it has no such option.
     """
-    return MIXERS[check_mixer(name)](dim, grid, num_heads, **options)
+    check_names([name])
+    return MIXERS[name](dim, grid, num_heads, **options)
 
 
-def check_mixer(name: str) -> str:
-    """The name.
-
-    Raises:
-        ValueError: no mixer is called so.
-    """
-    if name not in MIXERS:
-        raise ValueError(f"no mixer is called {name!r}; there are {', '.join(MIXERS)}")
-    return name
-
-
-def check_options(options: Options | None) -> Options:
-    """The options, none for None.
+def check_names(names: Iterable[str]) -> None:
+    """See that there are mixers of these names.
 
     Raises:
-        ValueError: they are for a mixer that there is not.
+        ValueError: there is none of one of them.
     """
-    for name in options or {}:
-        check_mixer(name)
-    return options or {}
+    for name in names:
+        if name not in MIXERS:
+            raise ValueError(f"no mixer is called {name!r}; there are {', '.join(MIXERS)}")
+
+
+def choose_mixers(
+    depths: Sequence[int],
+    spectral_depths: Sequence[int] | None,
+    default: Sequence[int],
+    mixer: str | None,
+    mixers: str | Sequence[str | Sequence[str]] | None,
+) -> list[list[str]]:
+    """The names of the mixers in the blocks of each stage: `mixers`, see `stage_mixers`, or else the papers' choice.
+
+    That is `mixer`, by default "spectral", in the first `spectral_depths` blocks of each stage, `default` for None, and
+    attention in the others.
+
+    Raises:
+        ValueError: both are given, or the arguments do not fit together.
+    """
+    if mixers is not None:
+        if spectral_depths is not None or mixer is not None:
+            raise ValueError("mixers says what each block has: leave out mixer, mixing, alpha and spectral_depths")
+        return stage_mixers(mixers, depths)
+    spectral_depths = default if spectral_depths is None else spectral_depths
+    fits = len(spectral_depths) == len(depths) and all(
+        0 <= a <= b for a, b in zip(spectral_depths, depths, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"there cannot be {tuple(spectral_depths)} spectral blocks (alpha) among {tuple(depths)}")
+    return [
+        [mixer or "spectral"] * spectral + ["attention"] * (depth - spectral)
+        for spectral, depth in zip(spectral_depths, depths, strict=True)
+    ]
 
 
 def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:
@@ -77,18 +98,14 @@ def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:
     words = mixers.split(",") if isinstance(mixers, str) else mixers
     if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
         raise ValueError(f'mixers are a list of names, or a text like "spectral*4,attention*8", not {mixers!r}')
-    counted = [_name_and_count(word) for word in words]
-    blocks = sum(count for _, count in counted)
-    if blocks != depth:
-        raise ValueError(f"mixers {mixers!r} are those of {blocks} blocks, not of {depth}")
-    return [name for name, count in counted for _ in range(count)]
-
-
-def _name_and_count(word: str) -> tuple[str, int]:
-    name, times, count = (part.strip() for part in word.partition("*"))
-    if times and not count.isdecimal():
-        raise ValueError(f"mixers: {word!r} is neither NAME nor NAME*COUNT")
-    return check_mixer(name), int(count) if times else 1
+    names = []
+    for word in words:
+        name, _, count = word.partition("*")
+        names += [name.strip()] * int(count or 1)
+    check_names(names)
+    if len(names) != depth:
+        raise ValueError(f"mixers {mixers!r} are those of {len(names)} blocks, not of {depth}")
+    return names
 
 
 def stage_mixers(mixers: str | Sequence[str | Sequence[str]], depths: Sequence[int]) -> list[list[str]]:

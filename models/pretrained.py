@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from . import spectformer, svt
 from .checkpoints import EMA_KEYS, CheckpointError, check_model_kwargs, read_checkpoint, weights_of
 from .convert import to_ours
-from .layers import Grid, GridMixer
-from .loading import WeightMismatch, load_weights, source_grid
+from .layers import GridMixer
+from .loading import WeightMismatch, filter_grids, load_weights, source_grid
+from .resampling import Grid, to_grid
 
 # All names this package registers.
 ARCHITECTURES = tuple(name for family in (spectformer, svt) for name in family.default_cfgs)
@@ -90,7 +91,8 @@ def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwa
     """
     name = resolve_arch(arch)
     if not timm.is_model(name):
-        raise ModelError(_unknown(name))
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ModelError(f"{name}: no such model" + (f"; did you mean {close[0]}?" if close else ""))
     arguments = dict(model_kwargs)
     try:
         if input_size is not None and get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
@@ -100,11 +102,6 @@ def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwa
             return timm.create_model(name, num_classes=num_classes, **arguments)
     except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, OverflowError) as error:
         raise ModelError(f"{name} with {arguments}: {' '.join(str(error).split())}") from error
-
-
-def _unknown(arch: str) -> str:
-    close = difflib.get_close_matches(arch, timm.list_models(), n=1)
-    return f"{arch}: no such model" + (f"; did you mean {close[0]}?" if close else "")
 
 
 @dataclass(frozen=True)
@@ -198,22 +195,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file cannot be used, contradicts the arguments, or needs `arch`.
     """
-    found = find_checkpoint(path)
-    return build_from_checkpoint(
-        read_checkpoint(found), found, arch, ema=ema, input_size=input_size, model_kwargs=model_kwargs
-    )
-
-
-def build_from_checkpoint(
-    checkpoint: dict[str, Any],
-    path: Path,
-    arch: str | None = None,
-    *,
-    ema: bool | None = None,
-    input_size: int | Grid | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> LoadedModel:
-    """`load_checkpoint` of a file that has been read already."""
+    path = find_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     if checkpoint.get("detector"):
         raise CheckpointError(f"{path}: it contains a detector, which infer.py runs, not a classifier")
     weights = weights_of(checkpoint, ema, path)
@@ -228,7 +211,7 @@ def build_from_checkpoint(
     cfg = get_pretrained_cfg(name) or PretrainedCfg()
     classes = _class_names(checkpoint, weights, cfg, path)
     own_size = checkpoint.get("input_size") or _native_size(weights, name, kwargs) or cfg.input_size[1:]
-    size = _pair(own_size if input_size is None else input_size)
+    size = to_grid(own_size if input_size is None else input_size)
     try:
         model = create_model(name, len(classes), size, kwargs)
         load_weights(model, weights)
@@ -241,10 +224,6 @@ def build_from_checkpoint(
     return LoadedModel(model.eval(), path, name, kwargs, classes, size, **preprocessing, **more)
 
 
-def _pair(size: Any) -> Grid:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def _model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> str:
     own, asked = (
         None if name is None else re.sub(r"^svt_(?=[sbl]$)", "svt_h_", resolve_arch(name))  # svt_s is short for svt_h_s
@@ -254,8 +233,6 @@ def _model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> 
         raise CheckpointError(f"{path}: it contains weights only; name their model by --arch (in Python: arch=...)")
     if own is not None and asked is not None and own != asked:
         raise CheckpointError(f"{path}: it contains {own}, not {arch}")
-    if not timm.is_model(own or asked):
-        raise CheckpointError(f"{path}: {_unknown(own or asked)}")
     return own or asked
 
 
@@ -277,29 +254,18 @@ def _class_names(
 def _native_size(weights: Mapping[str, Tensor], name: str, kwargs: Mapping[str, Any]) -> Grid | None:
     """The image size that bare weights of ours were made for; None if they do not depend on it.
 
-    The grid of the position embeddings, or of a pyramid's first filter, is compared with that of the model at its
-    default size. A spectral gate keeps half of its columns, so an odd width looks like an even one: a square
-    is assumed where that is possible.
+    The grid of the position embeddings, or of a pyramid's first filter, is as many strides of the model.
     """
     if name not in ARCHITECTURES:
         return None
     with torch.device("meta"):
         model = create_model(name, 0, None, kwargs)
     if "pos_embed" in weights:
-        grids = [(source_grid(weights, model.grid_size), model.grid_size)]
-    else:
-        mixers = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, GridMixer)]
-        grids = [(_filter_grid(weights, prefix), module.grid_size) for prefix, module in mixers]
-    for source, own in grids:
-        if source is not None:
-            return source[0] * model.img_size[0] // own[0], source[1] * model.img_size[1] // own[1]
+        grid = source_grid(weights, model.grid_size)
+        return grid and (grid[0] * model.patch_size, grid[1] * model.patch_size)
+    for prefix, module in model.named_modules():
+        if isinstance(module, GridMixer) and (grids := filter_grids(weights, prefix)):
+            rows, columns = next((grid for grid in grids if grid[0] == grid[1]), grids[0])  # a square where possible
+            stride = model.img_size[0] // module.grid_size[0]
+            return rows * stride, columns * stride
     return None
-
-
-def _filter_grid(weights: Mapping[str, Tensor], prefix: str) -> Grid | None:
-    """The grid of a spectral gate (rows, columns / 2 + 1, C, 2) or of low-pass weights (rows, columns, C)."""
-    if (gate := weights.get(f"{prefix}.complex_weight")) is not None:
-        rows, columns = gate.shape[:2]
-        return rows, rows if columns == rows // 2 + 1 else 2 * (columns - 1)
-    low_pass = weights.get(f"{prefix}.low_pass")
-    return None if low_pass is None else tuple(low_pass.shape[:2])

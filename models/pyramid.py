@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from timm.layers import calculate_drop_path_rates
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .base import ImageModel, build_variant, model_cfg, resize_mixers, run_block
+from .base import ImageModel, build_variant, model_cfg, resize_mixers
 from .layers import (
     SPECTRAL_PRECISIONS,
     Block,
@@ -23,12 +22,11 @@ from .layers import (
     FinalNorm,
     LayerNorm,
     Stem,
-    format_grid,
     init_conv,
     init_linear,
     set_spectral_precision,
 )
-from .mixers import Options, build_mixer, check_options, stage_mixers
+from .mixers import Options, build_mixer, check_names, choose_mixers
 from .resampling import Grid, to_grid
 
 HEAD_DIM = 32
@@ -47,15 +45,26 @@ IMAGENETTE = (
     "golf ball",
     "parachute",
 )
-# The pyramids for photographs of 128 pixels. The stem's convolutions see the largest grid: 16 channels keep them from
-# taking half of the time.
-TINY = {
-    "img_size": 128,
-    "stem_width": 32,
-    "embed_dims": (32, 64, 160, 160),
-    "depths": (1, 2, 4, 1),
-    "num_heads": (1, 2, 5, 5),
-    "mlp_ratios": (4, 4, 4, 3),
+# The published sizes s, b and l, and two more: n for images of 32 pixels, ti for photographs of 128.
+SIZES = {
+    "n": {
+        "img_size": 32,
+        "stem_width": 24,
+        "stem_stride": 2,
+        "embed_dims": (32, 64, 112, 128),
+        "depths": (1, 2, 3, 1),
+        "num_heads": (2, 2, 4, 4),
+        "mlp_ratios": (4, 4, 4, 4),
+    },
+    "ti": {
+        "img_size": 128,
+        "embed_dims": (32, 64, 160, 160),
+        "depths": (1, 2, 4, 1),
+        "mlp_ratios": (4, 4, 4, 3),
+    },
+    "s": {"embed_dims": (64, 128, 320, 448), "depths": (3, 4, 6, 3), "drop_path_rate": 0.1},
+    "b": {"stem_width": 64, "embed_dims": (64, 128, 320, 512), "depths": (3, 4, 12, 3), "drop_path_rate": 0.1},
+    "l": {"stem_width": 64, "embed_dims": (96, 192, 384, 512), "depths": (3, 6, 18, 3), "drop_path_rate": 0.3},
 }
 Box = tuple[int, int, int, int] | Tensor
 
@@ -66,15 +75,11 @@ class Stage(nn.Module):
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block], norm: nn.Module):
         super().__init__()
         self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.Sequential(*blocks)
         self.norm = norm
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = run_block(block, x, self.grad_checkpointing)
-        return self.norm(x)
+        return self.norm(self.blocks(self.downsample(x)))
 
 
 class Pyramid(ImageModel):
@@ -90,11 +95,7 @@ class Pyramid(ImageModel):
     `token_label_size`, x along the width, drawn by `sample_mix_box` unless given. Pass a tensor of
     four integers to avoid recompiling for every box.
 
-    Args:
-        img_size: in pixels, a side or (height, width). Filters and blending weights fit its grids; `set_input_size`
-            resamples them for another one.
-        in_chans: of the images.
-        num_classes: 0 for none, and features (B, C) instead of logits.
+    Args (the others are those of `ImageModel`):
         global_pool: what is classified: "token", the class token; "avg", the mean of the others; "", all tokens.
         stem_width: channels of the stem's convolutions.
         stem_stride: of the first stage, 4, 2 or 1; each of the others doubles it.
@@ -104,15 +105,7 @@ class Pyramid(ImageModel):
         mlp_ratios: hidden channels of the feed-forward networks as multiples of a stage's.
         spectral_depths: how many of each stage's first blocks have `mixer`, by default all of stages 1 and 2; the rest
             have attention.
-        mixer: a name in `models.mixers.MIXERS`, by default "spectral".
-        mixers: instead of both, the mixer of each block: lists, or "spectral*3/conv*4/attention*6/attention*3".
-        mixer_options: arguments of mixers by their name, such as {"afno": {"blocks": 4}}.
         token_label: see above.
-        drop_rate: of dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-        dynamic_img_size: take images of any size, for which weights are resampled each time.
-        spectral_precision: how exact spectral mixers are under autocast: "half", in its precision with products that
-            add up in float32, or "float32" throughout.
 
     Raises:
         ValueError: arguments do not fit together; in `forward`, images have another size, unless
@@ -121,7 +114,7 @@ class Pyramid(ImageModel):
 
     pools = ("token", "avg", "")
     num_prefix_tokens = 1
-    checkpoint_format = "pyramid"
+    parts_name = "stages"
 
     def __init__(
         self,
@@ -149,12 +142,14 @@ class Pyramid(ImageModel):
         super().__init__(num_classes, in_chans, img_size, dim, global_pool, drop_rate, dynamic_img_size)
         num_heads = num_heads or [max(dim // HEAD_DIM, 1) for dim in embed_dims]
         _check_stages(depths, embed_dims, num_heads, mlp_ratios)
-        names, options = _stage_mixers(depths, spectral_depths, mixer, mixers), check_options(mixer_options)
+        names = choose_mixers(depths, spectral_depths, (*depths[:2], 0, 0), mixer, mixers)
+        options = mixer_options or {}
+        check_names(options)
         self.embed_dims = tuple(embed_dims)
         self.token_label = token_label
         self.stem = Stem(in_chans, stem_width, embed_dims[0], stem_stride)
         self.stem_stride = stem_stride
-        self.stages = nn.ModuleList()
+        stages = []
         grids = stage_grids(self.img_size, len(depths), stem_stride)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for i, (dim, grid, heads) in enumerate(zip(embed_dims, grids, num_heads, strict=True)):
@@ -165,7 +160,8 @@ class Pyramid(ImageModel):
             downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
             last = i == len(depths) - 1  # its norm follows the class block
             norm = nn.Identity() if last else LayerNorm(dim, eps=1e-6)
-            self.stages.append(Stage(downsample, blocks, norm))
+            stages.append(Stage(downsample, blocks, norm))
+        self.stages = nn.Sequential(*stages)
         self.token_label_size = grids[-1]
         self.class_block = ClassBlock(dim, num_heads[-1], FeedForward(dim, int(dim * mlp_ratios[-1])))
         self.norm = FinalNorm(dim, eps=1e-6)
@@ -175,13 +171,12 @@ class Pyramid(ImageModel):
             {"num_chs": width, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
             for i, width in enumerate(embed_dims)
         ]
+        self.design = {"stem_width": stem_width, "stem_stride": stem_stride, "embed_dims": self.embed_dims}
+        self.design |= {"num_heads": tuple(num_heads), "mlp_ratios": tuple(mlp_ratios)}
+        self.design |= {"mixers": names, "mixer_options": options}
         self.apply(init_linear)
         self.apply(init_conv)
         set_spectral_precision(self, spectral_precision)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters exempt from weight decay besides all one-dimensional ones: none."""
-        return set()
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
@@ -210,23 +205,12 @@ class Pyramid(ImageModel):
         self.token_label_size = grids[-1]
         self._record_input_size(img_size)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        super().set_grad_checkpointing(enable)
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    def _add_class_token(self, x: Tensor) -> Tensor:
-        """The last stage's grid to normalised tokens (B, 1 + N, C)."""
-        return self.norm(self.class_block(x.flatten(1, 2)))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to normalised tokens (B, 1 + N, C), the class token first."""
+    def _embed(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self._add_class_token(x)
+        return self.stem(x)
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        return self.norm(self.class_block(x.flatten(1, 2)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, 1 + N, C) to logits (B, num_classes), or to the pooled features (B, C)."""
@@ -243,76 +227,23 @@ class Pyramid(ImageModel):
         """Images (B, in_chans, H, W) to logits (B, num_classes); with token labels, in training, see the class."""
         if self.training and self._labels_tokens:
             return self._forward_mixed(x, box)
-        check_box(box, self.token_label)
-        return self.forward_head(self.forward_features(x))
+        return super().forward(x)
 
     def _forward_mixed(self, x: Tensor, box: Box | None) -> tuple[Tensor, Tensor, Box]:
-        self._check_input(x)
         grid = stage_grids((x.shape[-2], x.shape[-1]), len(self.stages), self.stem_stride)[-1]
         box = given_or_sampled(box, grid)
-        x = swap_box(self.stem(x), box, scale=2 ** (len(self.stages) - 1))
-        for stage in self.stages:
-            x = stage(x)
-        x = self._add_class_token(x)
+        x = swap_box(self._embed(x), box, scale=2 ** (len(self.stages) - 1))
+        x = self._to_tokens(self.stages(x))
         token_logits = self.aux_head(x[:, 1:])
         token_logits = swap_box(token_logits.unflatten(1, grid), box).flatten(1, 2)
         return super().forward_head(x), token_logits, box
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        return_prefix_tokens: bool = False,
-    ) -> list[Tensor] | list[tuple[Tensor, Tensor]] | tuple[Tensor, list]:
-        """Outputs of chosen stages, and the features unless `intermediates_only`.
-
-        indices: the last n stages, all for None, or a list. norm: apply the final norm to the last stage, the
-        only one without a norm of its own. stop_early: run no stage after the last chosen one; if that leaves
-        stages out, the features are its grid. output_fmt: "NCHW" or "NHWC". return_prefix_tokens: pairs of a grid
-        and a class token (B, 1, C), the class block's for the last stage. The others have none: theirs is the mean of
-        the grid, as which the class token begins.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is NCHW or NHWC, not {output_fmt!r}")
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        self._check_input(x)
-        x = self.stem(x)
-        intermediates = []
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take:
-                last_stage = i == len(self.feature_info) - 1
-                grid = format_grid(self.norm(x) if norm and last_stage else x, output_fmt)
-                intermediates.append((grid, self._prefix(x, norm, last_stage)) if return_prefix_tokens else grid)
-        if intermediates_only:
-            return intermediates
-        complete = len(stages) == len(self.feature_info)
-        return (self._add_class_token(x) if complete else format_grid(x, output_fmt)), intermediates
-
-    def _prefix(self, grid: Tensor, norm: bool, last_stage: bool) -> Tensor:
+    def _prefix_token(self, grid: Tensor, norm: bool, last_stage: bool) -> Tensor:
         tokens = grid.flatten(1, 2)
         if not last_stage or isinstance(self.class_block, nn.Identity):  # pruned
             return tokens.mean(1, keepdim=True)
         token = self.class_block(tokens)[:, :1]
         return self.norm(token) if norm else token
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`; returns the indices kept, counted from the front."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.class_block = nn.Identity()
-            self.reset_classifier(0, "")
-        return take
 
 
 def _check_stages(*arguments: Sequence[float]) -> None:
@@ -320,43 +251,11 @@ def _check_stages(*arguments: Sequence[float]) -> None:
         raise ValueError("depths, embed_dims, num_heads, mlp_ratios: four numbers each")
 
 
-def _stage_mixers(
-    depths: Sequence[int],
-    spectral_depths: Sequence[int] | None,
-    mixer: str | None,
-    mixers: str | Sequence[str | Sequence[str]] | None,
-) -> list[list[str]]:
-    if mixers is not None:
-        if spectral_depths is not None or mixer is not None:
-            raise ValueError("mixers says what each block has: leave out spectral_depths and mixer")
-        return stage_mixers(mixers, depths)
-    spectral_depths = (*depths[:2], 0, 0) if spectral_depths is None else spectral_depths
-    if len(spectral_depths) != len(depths):
-        raise ValueError(f"spectral_depths {tuple(spectral_depths)}: four numbers, as depths")
-    if not all(0 <= spectral <= depth for spectral, depth in zip(spectral_depths, depths, strict=True)):
-        raise ValueError(f"spectral_depths {tuple(spectral_depths)} exceeds depths {tuple(depths)}")
-    return [
-        [mixer or "spectral"] * spectral + ["attention"] * (depth - spectral)
-        for spectral, depth in zip(spectral_depths, depths, strict=True)
-    ]
-
-
 def stage_grids(img_size: Grid, stages: int, stem_stride: int = 4) -> list[Grid]:
     """(rows, columns) of each stage; every halving rounds up, as its padded convolution does."""
     height, width = img_size
     strides = [stem_stride * 2**i for i in range(stages)]
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
-
-
-@torch.fx.wrap
-def check_box(box: Box | None, token_label: bool) -> None:
-    """See that the model has use for a box.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if box is not None and not token_label:
-        raise ValueError("a box to mix tokens in needs a model with token_label=True")
 
 
 @torch.fx.wrap
@@ -397,40 +296,31 @@ def swap_box(x: Tensor, box: Box, scale: int = 1) -> Tensor:
     return torch.where(inside[..., None], x.flip(0), x)
 
 
-def pyramid_cfg(source: dict[str, str]) -> dict:
-    """Timm's default configuration of a pyramid; `source` names paper and repository."""
-    return model_cfg("stem.conv.0", crop_pct=0.96, source=source)
+def pyramid_cfgs(family: str, source: dict[str, str]) -> dict[str, dict]:
+    """Timm's default configurations of a family's pyramids; `source` names paper and repository.
 
-
-def small_pyramid_cfg(name: str, source: dict[str, str]) -> dict:
-    """`pyramid_cfg` of a model for CIFAR-10's images of 32 pixels, seen whole, whose weights come with this package."""
-    return pyramid_cfg(source) | {
-        "file": str(WEIGHTS / f"{name}.cifar10.safetensors"),
-        "input_size": (3, 32, 32),
-        "crop_pct": 1.0,
-        "num_classes": len(CIFAR10),
-        "label_names": CIFAR10,
+    The smallest has weights in this package, for CIFAR-10's images seen whole; h_ti is for Imagenette's photographs.
+    """
+    cfg = model_cfg("stem.conv.0", crop_pct=0.96, source=source)
+    file = str(WEIGHTS / f"{family}_h_n.cifar10.safetensors")
+    cifar10 = {"file": file, "input_size": (3, 32, 32), "crop_pct": 1.0}
+    imagenette = {"input_size": (3, 128, 128), "crop_pct": 0.875}
+    return {
+        f"{family}_h_n.cifar10": cfg | cifar10 | {"num_classes": len(CIFAR10), "label_names": CIFAR10},
+        f"{family}_h_ti": cfg | imagenette | {"num_classes": len(IMAGENETTE), "label_names": IMAGENETTE},
+        **{f"{family}_h_{size}": cfg for size in ("s", "b", "l")},
     }
 
 
-def photograph_cfg(source: dict[str, str]) -> dict:
-    """`pyramid_cfg` of a model for Imagenette's photographs at 128 pixels."""
-    return pyramid_cfg(source) | {
-        "input_size": (3, 128, 128),
-        "crop_pct": 0.875,
-        "num_classes": len(IMAGENETTE),
-        "label_names": IMAGENETTE,
-    }
-
-
-def build_pyramid(name: str, pretrained: bool, variant: dict, spectral_stages: int, overrides: dict) -> Pyramid:
-    """The registered model `name`: the arguments of its variant, and those that the caller gives instead.
+def build_pyramid(name: str, pretrained: bool, overrides: dict, spectral_stages: int = 2) -> Pyramid:
+    """The registered model `name`, whose last part is its size, with the arguments that the caller gives instead.
 
     Unless the caller says otherwise, the blocks of the first `spectral_stages` stages are spectral.
     """
+    size = SIZES[name.rpartition("_")[2]]
     if "embed_dims" in overrides:
-        variant = variant | {"num_heads": None}  # those of the variant fit its own widths
-    arguments = variant | overrides
+        size = size | {"num_heads": None}  # those of the size fit its own widths
+    arguments = size | overrides
     if arguments.get("mixers") is None and arguments.get("spectral_depths") is None:
         depths = arguments["depths"]
         arguments["spectral_depths"] = [depth if i < spectral_stages else 0 for i, depth in enumerate(depths)]

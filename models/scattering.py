@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from .blending import EinsteinBlending, TensorBlending, resize_planes, resize_token_bias, resize_token_weight
 from .cpu.scattering import scatter
 from .layers import GridMixer
-from .resampling import Grid, resampled, resize_grid
-from .wavelet import WAVELET_BACKENDS, padded_grid
+from .resampling import Grid, resize_grid
+from .wavelet import DTCWT, padded_grid
 
 CHANNEL_BLOCKS = 4
 # mixing -> what the high-pass bands go through, in order
@@ -21,24 +21,10 @@ MIXINGS = {
 HALVED = ("channel_token", "token_half")  # those that scatter half of the channels
 
 
-def check_mixing(mixing: str) -> None:
-    """See that there is such a mixing.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if mixing not in MIXINGS:
-        raise ValueError(f"mixing is one of {', '.join(MIXINGS)}, not {mixing!r}")
-
-
 @torch.fx.wrap
 def resize_low_pass(low_pass: Tensor, grid: Grid) -> Tensor:
     """(H', W', C) for another even grid, bicubic."""
-    return low_pass if low_pass.shape[:2] == grid else resampled(_resize_plane, low_pass, grid)
-
-
-def _resize_plane(plane: Tensor, grid: Grid) -> Tensor:
-    return resize_grid(plane, grid, align_corners=False)
+    return low_pass if low_pass.shape[:2] == grid else resize_grid(low_pass, grid, align_corners=False)
 
 
 class ScatteringMixer(GridMixer):
@@ -51,14 +37,11 @@ class ScatteringMixer(GridMixer):
     channel. `spectral_precision` sets the precision under autocast.
 
     Raises:
-        ValueError: there is no such mixing or backend, or the channels make no whole blocks.
+        ValueError: the channels make no whole blocks.
     """
 
-    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel", backend: str = "native"):
+    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel"):
         super().__init__()
-        check_mixing(mixing)
-        if backend not in WAVELET_BACKENDS:
-            raise ValueError(f"the wavelet backend is one of {', '.join(WAVELET_BACKENDS)}, not {backend!r}")
         blends = MIXINGS[mixing]
         self.halved = mixing in HALVED
         multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in blends else 1)
@@ -68,7 +51,7 @@ class ScatteringMixer(GridMixer):
         self.mixing = mixing
         channels = dim // 2 if self.halved else dim
         height, width = padded_grid(grid_size)
-        self.wavelet = WAVELET_BACKENDS[backend]()
+        self.wavelet = DTCWT()
         self.low_pass = nn.Parameter(0.02 * torch.randn(height, width, channels))
         if "channel_blend" in blends:
             self.channel_blend = EinsteinBlending(CHANNEL_BLOCKS, channels // CHANNEL_BLOCKS, "channels")

@@ -9,7 +9,7 @@ from .cpu import is_exporting, may_run
 from .layers import GridMixer
 from .matrices import builder, matrix, multiply
 from .precision import autocast_off, full_precision
-from .resampling import Grid, resampled, resize_grid
+from .resampling import Grid, resize_grid
 
 # Rows or columns beyond which the FFT is faster than products in half precision.
 LARGEST_SIDE = 200
@@ -154,9 +154,5 @@ def resize_filter(complex_weight: Tensor, grid: Grid) -> Tensor:
     size = (grid[0], grid[1] // 2 + 1)
     if complex_weight.shape[:2] == size:
         return complex_weight
-    return resampled(_resize_filter, complex_weight, size)
-
-
-def _resize_filter(complex_weight: Tensor, size: Grid) -> Tensor:
     resized = resize_grid(complex_weight.flatten(2), size, align_corners=True)
     return resized.unflatten(2, complex_weight.shape[2:])

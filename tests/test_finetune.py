@@ -85,9 +85,9 @@ def test_transfer_from_a_token_label_model_drops_both_heads(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1", "num_heads=2"], "missing: blocks.2.norm1"),
-        (["--model-kwargs", "embed_dim=48", "depth=2", "alpha=1", "num_heads=2"], "of another shape"),
-        (TINY_SVT[len(DIGITS) :], "missing"),
+        (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1", "num_heads=2"], "Missing key.*blocks.2.norm1"),
+        (["--model-kwargs", "embed_dim=48", "depth=2", "alpha=1", "num_heads=2"], "size mismatch"),
+        (TINY_SVT[len(DIGITS) :], "Missing key"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, pretrained, flags, expected):
@@ -188,9 +188,9 @@ def test_the_checkpoint_says_which_model_is_fine_tuned(tmp_path, pretrained):
     state = last(tmp_path / "all")
     assert (state["arch"], state["model_kwargs"]["embed_dim"]) == ("spectformer_ti", 32)
     assert changed(weights(pretrained), state["model"]) == {"head.weight", "head.bias"}
-    with pytest.raises(UserError, match="missing: blocks.2"):
+    with pytest.raises(UserError, match="Missing key.*blocks.2"):
         transfer(tmp_path / "deep", *STILL, "--finetune", str(pretrained), "--model-kwargs", "depth=3", model=SMALL)
-    with pytest.raises(UserError, match="of another shape"):
+    with pytest.raises(UserError, match="the weights do not fit the model"):
         transfer(tmp_path / "other", *STILL, "--finetune", str(pretrained), "--arch", "spectformer-xs", model=DIGITS)
 
 

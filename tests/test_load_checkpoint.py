@@ -146,7 +146,7 @@ def test_a_model_of_timms_loads_too(tmp_path):
         ({"model_kwargs": {"checkpoint_path": "/etc/passwd"}}, None, "checkpoint_path"),
         ({"arch": "hf-hub:timm/resnet18"}, None, "no such model"),
         ({"detector": "mask_rcnn"}, None, "contains a detector"),
-        ({"model": {"head.weight": torch.ones(10, 3)}}, None, "missing"),
+        ({"model": {"head.weight": torch.ones(10, 3)}}, None, "Missing key"),
     ],
 )
 def test_a_checkpoint_that_contradicts_itself_or_the_call_is_refused_by_name(tmp_path, damage, arch, named):

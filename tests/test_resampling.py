@@ -5,7 +5,6 @@ import torch
 from torch.func import functional_call
 
 from models.mixers import build_mixer
-from models.resampling import GRIDS_KEPT, keep_resampled, resampled
 
 OWN, ODD = (6, 8), (7, 5)
 NAMES = ["spectral", "scattering_channel", "scattering_token", "scattering_channel_token"]
@@ -54,39 +53,3 @@ def test_height_and_width_are_not_taken_for_one_another(name):
     wide, high = (torch.randn(1, *grid, 8, dtype=torch.float64) for grid in ((5, 9), (9, 5)))
     assert layer(wide).shape == wide.shape and turned(high).shape == high.shape
     assert not torch.allclose(layer(wide).transpose(1, 2), layer(wide.transpose(1, 2)))
-
-
-@torch.no_grad()
-def test_evaluation_resamples_once_a_grid_and_training_each_time():
-    calls = []
-
-    def rule(weight, size):
-        calls.append(size)
-        return weight.new_ones(size)
-
-    weight = torch.zeros(3)
-    with keep_resampled():
-        first = resampled(rule, weight, (2, 3))
-        assert resampled(rule, weight, (2, 3)) is first and len(calls) == 1
-        with torch.enable_grad():
-            resampled(rule, weight, (2, 3))
-        assert len(calls) == 2
-        for side in range(4, 4 + GRIDS_KEPT):
-            resampled(rule, weight, (side, side))
-        resampled(rule, weight, (2, 3))  # forgotten: others came since
-        assert len(calls) == 3 + GRIDS_KEPT
-        assert resampled(rule, torch.zeros(3), (2, 3)) is not first
-    resampled(rule, weight, (2, 3))
-    assert len(calls) == 5 + GRIDS_KEPT
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_kept_changes_no_output_and_does_not_outlive_a_change_of_the_weights(name):
-    layer, x = mixer(name), torch.randn(2, *ODD, 8, dtype=torch.float64)
-    expected = layer(x)
-    with keep_resampled():
-        assert torch.equal(layer(x), expected) and torch.equal(layer(x), expected)
-    for weight in layer.parameters():
-        weight.mul_(2)
-    assert not torch.equal(layer(x), expected)

@@ -20,38 +20,21 @@ _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 def feed_forward(layer: nn.Module, x: Tensor) -> Tensor | None:
     """What `layers.FeedForward` makes of (B, H, W, C), or None where the kernel may not run."""
-    fc1, dwconv, act, fc2 = layer.fc1, layer.dwconv, layer.act, layer.fc2
-    if not _are_as_built(fc1, dwconv, act, fc2):
+    if not all(map(_is_known, layer.children())):
         return None
-    depthwise = (None, None) if dwconv is None else (dwconv.weight, dwconv.bias)
-    weights = (fc1.weight, fc1.bias, *depthwise, fc2.weight, fc2.bias)
+    depthwise = (None, None) if layer.dwconv is None else (layer.dwconv.weight, layer.dwconv.bias)
+    weights = (layer.fc1.weight, layer.fc1.bias, *depthwise, layer.fc2.weight, layer.fc2.bias)
     if not may_run(x, weights, tuple(layer.children())):
         return None
     return feed_forward_in_slices(to_autocast(x), *weights, torch.is_grad_enabled())[0]
 
 
-def _are_as_built(fc1: nn.Module, dwconv: nn.Module | None, act: nn.Module, fc2: nn.Module) -> bool:
-    """Whether these are the layers that `layers.FeedForward` has, and nobody replaced one."""
-    return (
-        type(fc1) is type(fc2) is nn.Linear
-        and fc1.bias is not None
-        and fc2.bias is not None
-        and (dwconv is None or _is_depthwise(dwconv))
-        and type(act) is nn.GELU
-        and act.approximate == "none"
-    )
-
-
-def _is_depthwise(layer: nn.Module) -> bool:
-    """Whether this is a depthwise 3x3 convolution that keeps the grid."""
-    return (
-        type(layer) is nn.Conv2d
-        and layer.kernel_size == (3, 3)
-        and layer.stride == layer.padding == layer.dilation == (1, 1)
-        and layer.groups == layer.in_channels == layer.out_channels
-        and layer.padding_mode == "zeros"
-        and layer.bias is not None
-    )
+def _is_known(layer: nn.Module) -> bool:
+    """Whether this is one of the layers that `layers.FeedForward` is built of, and nobody replaced it."""
+    if type(layer) is nn.Conv2d:
+        geometry = layer.kernel_size, layer.padding, layer.stride, layer.dilation, layer.groups
+        return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), layer.out_channels)
+    return type(layer) in (nn.Linear, nn.GELU)
 
 
 def general_feed_forward(
