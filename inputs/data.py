@@ -34,7 +34,6 @@ class Data:
     train: Loader | None
     val: EvalLoader
     class_names: tuple[str, ...]
-    input_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float
@@ -112,7 +111,7 @@ def build_eval(
         dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std, pixel_range=args.pixel_range
     )
     val = EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
-    return Data(None, val, dataset.class_names, size, tuple(mean), tuple(std), args.eval_crop_pct, interpolation)
+    return Data(None, val, dataset.class_names, tuple(mean), tuple(std), args.eval_crop_pct, interpolation)
 
 
 def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:

@@ -10,6 +10,15 @@ from inputs.folders import class_folders, split_folder
 from inputs.images import ImageArrays, ImageDataset, ImageFiles, class_number
 from utils import UserError, one_line
 
+# What the folder that torchvision looks for below the root must contain.
+_CONTENTS = {
+    "cifar-10-batches-py": "the Python version of CIFAR-10",
+    "cifar-100-python": "the Python version of CIFAR-100",
+    "flowers-102": "jpg/*.jpg, imagelabels.mat and setid.mat (or, instead of it, class folders in train/ and test/)",
+    "stanford_cars": "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_train/, cars_test_annos_withlabels.mat "
+    "and cars_test/ (or, instead of it, cars_anno.pkl, train/ and test/)",
+    "oxford-iiit-pet": "images/ and annotations/",
+}
 _CARS_PICKLE = "cars_anno.pkl"
 
 
@@ -37,7 +46,7 @@ def flowers(options: DatasetOptions) -> ImageDataset:
 
 
 def cars(options: DatasetOptions) -> ImageDataset:
-    """Stanford Cars: torchvision's layout with the devkit, or a folder with cars_anno.pkl, train/ and test/."""
+    """Stanford Cars: torchvision's layout with the devkit, or a folder with cars_anno.pkl."""
     if (options.root / _CARS_PICKLE).is_file():
         return _cars_with_pickle(options)
     data = _open(StanfordCars, "stanford_cars", options, split="train" if options.train else "test")
@@ -89,5 +98,4 @@ def _open(builder: type, folder: str, options: DatasetOptions, **arguments: str 
         return builder(str(root), **arguments)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         hint = "; --download fetches it" if arguments.get("download") is False else ""
-        layout = f"{folder}/ in the layout of torchvision's {builder.__name__}"
-        raise options.missing(f"{layout}{hint} ({one_line(error)})") from error
+        raise options.missing(f"{folder}/ with {_CONTENTS[folder]}{hint} ({one_line(error)})") from error

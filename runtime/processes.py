@@ -34,7 +34,6 @@ class Distributed:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     device: torch.device = torch.device("cpu")
 
     @property
@@ -110,8 +109,7 @@ def rank_in_job() -> tuple[int, int, int]:
         names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
     else:
         return 0, 1, 0
-    rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in names)
-    return rank, world_size, local_rank
+    return tuple(int(os.environ.get(name, "0")) for name in names)
 
 
 def local_world_size() -> int:
@@ -161,7 +159,7 @@ def init_distributed(device: str = "auto") -> Distributed:
         except (RuntimeError, OSError, ValueError) as error:  # gloo's own errors are plain RuntimeErrors
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"the {world_size} processes did not meet at {address}: {one_line(error)}") from error
-    return Distributed(rank, world_size, local_rank, chosen)
+    return Distributed(rank, world_size, chosen)
 
 
 def _choose_device(name: str, world_size: int, local_rank: int) -> torch.device:

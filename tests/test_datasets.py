@@ -563,7 +563,7 @@ def test_erasing_is_timms(mode, count):
 def test_the_flags_make_loaders_that_know_their_data():
     data = build_data(arguments(batch_size=100, classes=["3", "5", "7"]), Distributed())
     assert data.class_names == ("3", "5", "7") and data.num_classes == 3
-    assert (data.input_size, data.crop_pct, data.interpolation) == ((32, 32), 1.0, "bicubic")
+    assert (data.crop_pct, data.interpolation) == (1.0, "bicubic")
     assert len(data.train) == len(data.train.dataset) // 100
     batch = next(data.train.epoch(0))
     assert batch.images.shape == (100, 3, 32, 32) and batch.images.dtype == torch.float32

@@ -66,7 +66,7 @@ def test_runs_are_named_after_their_folder(tmp_path):
 def test_a_dry_run_is_not_refused_for_a_directory_that_exists_and_writes_nothing(tmp_path):
     train(tmp_path, *EPOCH)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="continue that run"):
+    with pytest.raises(UserError, match="continues that run"):
         train(tmp_path, *EPOCH)
     train(tmp_path, *EPOCH, "--dry-run")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -147,7 +147,7 @@ def test_mistakes_of_the_first_hour_are_answered_with_the_way_out(tmp_path):
     with pytest.raises(UserError, match=r"did you mean .*svt_s\.yaml\?"):
         transfer("--config", str(tmp_path / "svt_s.py"))
     train(tmp_path / "run", *EPOCH)
-    with pytest.raises(UserError, match=f"from its weights: --finetune {tmp_path / 'run'}"):
+    with pytest.raises(UserError, match=f"--finetune {tmp_path / 'run'}"):
         train(tmp_path / "run", *EPOCH, "--resume", "auto", "--batch-size", "32")
     with pytest.raises(UserError, match="--val-split"):
         train(tmp_path / "flat", *EPOCH, "--data-path", str(photographs(tmp_path / "cats", ["."])))

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 
 from timm.utils import ParseKwargs
 
-from inputs import transforms
-from inputs.transforms import image_size
+from inputs.transforms import image_size, train_transform
 from runtime.provenance import last_arguments, read_yaml
 from utils import UserError, one_line, quote
 
@@ -194,7 +193,7 @@ def policy(text: str) -> str:
     if text in ("", "none"):
         return ""
     try:
-        transforms.train_transform(32, aa=text)
+        train_transform(32, aa=text)
     except Exception as error:  # timm's parser raises whatever it stumbles over
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a policy; rand-m9-mstd0.5-inc1 is one") from error
     return text

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,12 +71,8 @@ class ClassLoss(nn.Module):
         super().__init__()
         if bce:
             self.loss = BinaryCrossEntropy(smoothing, pos_weight=class_weights)
-        elif class_weights is not None:
-            self.loss = nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
-        elif soft_targets:
-            self.loss = SoftTargetCrossEntropy()
         else:
-            self.loss = LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+            self.loss = nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         """Raises UserError for a model that mixes images by itself, whose targets these are not."""
