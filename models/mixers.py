@@ -19,8 +19,8 @@ from .spectral_gate import SpectralGate
 Options = Mapping[str, Mapping[str, object]]  # of a mixer's own, by its name in the table
 
 
-def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int) -> nn.Module:
-    return ScatteringMixer(dim, grid, mixing)
+def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int, **options: str) -> nn.Module:
+    return ScatteringMixer(dim, grid, mixing, **options)
 
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {

@@ -7,7 +7,7 @@ from .blending import EinsteinBlending, TensorBlending, resize_planes, resize_to
 from .cpu.scattering import scatter
 from .layers import GridMixer
 from .resampling import Grid, resize_grid
-from .wavelet import DTCWT, padded_grid
+from .wavelet import WAVELET_BACKENDS, padded_grid
 
 CHANNEL_BLOCKS = 4
 # mixing -> what the high-pass bands go through, in order
@@ -34,14 +34,16 @@ class ScatteringMixer(GridMixer):
     the high-pass bands go through: "channel" or "token", Einstein blending over channels or over tokens; "tensor",
     tensor blending as well; "channel_token", both Einstein blendings, or "token_half", the second alone, on half
     of the channels, while the other half takes a depthwise 3x3 convolution and the two are interleaved channel by
-    channel. `spectral_precision` sets the precision under autocast.
+    channel. `spectral_precision` sets the precision under autocast, `backend` what computes the transform.
 
     Raises:
-        ValueError: the channels make no whole blocks.
+        ValueError: there is no such backend, or the channels make no whole blocks.
     """
 
-    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel"):
+    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel", backend: str = "native"):
         super().__init__()
+        if backend not in WAVELET_BACKENDS:
+            raise ValueError(f"wavelet_backend is one of {', '.join(WAVELET_BACKENDS)}, not {backend!r}")
         blends = MIXINGS[mixing]
         self.halved = mixing in HALVED
         multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in blends else 1)
@@ -51,7 +53,7 @@ class ScatteringMixer(GridMixer):
         self.mixing = mixing
         channels = dim // 2 if self.halved else dim
         height, width = padded_grid(grid_size)
-        self.wavelet = DTCWT()
+        self.wavelet = WAVELET_BACKENDS[backend]()
         self.low_pass = nn.Parameter(0.02 * torch.randn(height, width, channels))
         if "channel_blend" in blends:
             self.channel_blend = EinsteinBlending(CHANNEL_BLOCKS, channels // CHANNEL_BLOCKS, "channels")

@@ -9,6 +9,7 @@ SpectFormer's bodies with scattering instead of the gate.
 from timm.models import generate_default_cfgs, register_model
 
 from .pyramid import Pyramid, build_pyramid, pyramid_cfgs
+from .scattering import MIXINGS
 from .vanilla import Vanilla, build_vanilla, vanilla_cfgs
 
 SOURCE = {
@@ -23,7 +24,14 @@ default_cfgs = generate_default_cfgs(_pyramids | _aliases | vanilla_cfgs("svt_va
 
 
 def _scattering(mixing: str | None, default: str, arguments: dict) -> dict:
-    """The caller's arguments with scattering as `mixer`, unless `mixers` says what each block has."""
+    """The caller's arguments with scattering as `mixer`, unless `mixers` says what each block has.
+
+    `wavelet_backend` becomes an option of the scattering mixers.
+    """
+    arguments = dict(arguments)
+    if backend := arguments.pop("wavelet_backend", None):
+        options = {f"scattering_{name}": {"backend": backend} for name in MIXINGS}
+        arguments["mixer_options"] = options | (arguments.get("mixer_options") or {})
     if mixing is None and arguments.get("mixers") is not None:
         return arguments
     return {"mixer": f"scattering_{mixing or default}"} | arguments
@@ -52,7 +60,7 @@ def svt_h_s(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Py
     """SVT-H-S: 22.1M parameters with the token-label head, 3.9 GFLOPs at 224.
 
     mixing: "channel" (released code, the default), "channel_token" (the published models) or another one of
-    `ScatteringMixer`.
+    `ScatteringMixer`. wavelet_backend: "native" (the default) or "pytorch_wavelets", which needs that package.
     """
     return build_pyramid("svt_h_s", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
 

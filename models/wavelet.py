@@ -12,12 +12,13 @@ the layout that their blending multiplies.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from .matrices import builder, matrix, multiply
-from .precision import autocast_off
+from .precision import autocast_off, full_precision
 from .resampling import Grid
 
 # near_sym_b: the first half of each odd, symmetric filter, its centre included.
@@ -185,3 +186,43 @@ class DTCWT(nn.Module):
     def inverse(self, low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
         """The (B, H, W, C) signal of a low-pass image and its bands; `grid` = (H, W), which may be odd."""
         return synthesise(low, bands, grid)
+
+
+@lru_cache
+def _library_transforms(dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    try:
+        from pytorch_wavelets import DTCWTForward, DTCWTInverse
+    except ImportError as error:
+        raise ImportError(
+            f"wavelet_backend='pytorch_wavelets' needs that package and setuptools<81: {error}"
+        ) from error
+    forward = DTCWTForward(J=1, biort="near_sym_b", qshift="qshift_b")
+    inverse = DTCWTInverse(biort="near_sym_b", qshift="qshift_b")
+    return forward.to(device, dtype), inverse.to(device, dtype)
+
+
+class LibraryDTCWT(nn.Module):
+    """`DTCWT` computed by the pytorch_wavelets package, which is imported only where this class is used."""
+
+    def __init__(self):
+        super().__init__()
+        _library_transforms(torch.float32, torch.device("cpu"))  # a missing package is an error here already
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast_off(x):
+            signal = full_precision(x).permute(0, 3, 1, 2)
+            transform, _ = _library_transforms(signal.dtype, signal.device)
+            low, (high,) = transform(signal)
+            return low.permute(0, 2, 3, 1).to(x.dtype), high.permute(0, 3, 4, 2, 5, 1).to(x.dtype)
+
+    def inverse(self, low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
+        """See `DTCWT.inverse`."""
+        with autocast_off(low):
+            image = full_precision(low).permute(0, 3, 1, 2)
+            high = full_precision(bands).permute(0, 5, 3, 1, 2, 4)
+            _, transform = _library_transforms(image.dtype, image.device)
+            x = transform((image, [high]))
+            return x[:, :, : grid[0], : grid[1]].permute(0, 2, 3, 1).to(low.dtype)
+
+
+WAVELET_BACKENDS = {"native": DTCWT, "pytorch_wavelets": LibraryDTCWT}

@@ -1,12 +1,14 @@
+import sys
+
 import pytest
+import timm
 import torch
-from pytorch_wavelets import DTCWTForward, DTCWTInverse
 from torch import nn
 
 from models import wavelet
 from models.blending import EinsteinBlending
 from models.scattering import ScatteringMixer
-from models.wavelet import DTCWT
+from models.wavelet import DTCWT, LibraryDTCWT
 
 
 def grid_of(height, width, channels=2, batch=1, dtype=torch.float32):
@@ -16,20 +18,35 @@ def grid_of(height, width, channels=2, batch=1, dtype=torch.float32):
 
 @pytest.mark.slow
 def test_transform_is_that_of_pytorch_wavelets_for_every_even_size():
-    forward = DTCWTForward(J=1, biort="near_sym_b", qshift="qshift_b")
-    inverse = DTCWTInverse(biort="near_sym_b", qshift="qshift_b")
-    ours = DTCWT()
+    ours, library = DTCWT(), LibraryDTCWT()
     for height in range(8, 66, 2):
         grid = (height, 74 - height)
         x = grid_of(*grid)
-        their_low, (their_high,) = forward(x.permute(0, 3, 1, 2))  # (B, C, H, W), (B, C, 6, H / 2, W / 2, 2)
-        low, high = their_low.permute(0, 2, 3, 1), their_high.permute(0, 3, 4, 2, 5, 1)
-        for mine, theirs in zip(ours(x), (low, high), strict=True):
+        for mine, theirs in zip(ours(x), library(x), strict=True):
             assert (mine - theirs).abs().max() <= 1e-5, grid
-        weight = torch.randn(their_high.shape, generator=torch.Generator().manual_seed(1))
-        theirs = inverse((their_low, [their_high * weight])).permute(0, 2, 3, 1)
-        mine = ours.inverse(low, high * weight.permute(0, 3, 4, 2, 5, 1), grid)
-        assert (mine - theirs).abs().max() <= 1e-5, grid
+        low, high = library(x)
+        weight = torch.randn(high.shape, generator=torch.Generator().manual_seed(1))
+        difference = ours.inverse(low, high * weight, grid) - library.inverse(low, high * weight, grid)
+        assert difference.abs().max() <= 1e-5, grid
+
+
+def test_the_library_is_needed_only_by_its_backend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_wavelets", None)  # as if it were not installed
+    wavelet._library_transforms.cache_clear()
+    assert ScatteringMixer(8, (4, 4))(grid_of(4, 4, channels=8)).shape == (1, 4, 4, 8)
+    with pytest.raises(ImportError, match="pytorch_wavelets"):
+        timm.create_model("svt_h_n", wavelet_backend="pytorch_wavelets")
+
+
+@pytest.mark.slow
+def test_models_with_either_wavelet_backend_agree():
+    torch.manual_seed(0)
+    native = timm.create_model("svt_h_n", num_classes=10, wavelet_backend="native").eval()
+    library = timm.create_model("svt_h_n", num_classes=10, wavelet_backend="pytorch_wavelets").eval()
+    library.load_state_dict(native.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert isinstance(library.stages[0].blocks[0].mixer.wavelet, LibraryDTCWT)
+    assert (native(images) - library(images)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("grid", [(25, 31), (7, 7), (8, 9), (57, 56), (1, 3), (121, 119)])
