@@ -101,6 +101,8 @@ def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:
     names = []
     for word in words:
         name, _, count = word.partition("*")
+        if not (count.strip() or "1").isdecimal():
+            raise ValueError(f"mixers: {word!r} is neither NAME nor NAME*COUNT")
         names += [name.strip()] * int(count or 1)
     check_names(names)
     if len(names) != depth:

@@ -378,8 +378,8 @@ def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
     [
         ("spectral*4,atention*8", "no mixer is called 'atention'; there are attention, spectral"),
         ("spectral*4,attention*7", "those of 11 blocks, not of 12"),
-        ("spectral*x,attention*8", "invalid literal for int"),
-        ("spectral*4/attention*8", "invalid literal for int"),
+        ("spectral*x,attention*8", "is neither NAME nor NAME\\*COUNT"),
+        ("spectral*4/attention*8", "is neither NAME nor NAME\\*COUNT"),
     ],
 )
 def test_wrong_mixers_are_told_in_one_line(mixers, expected):

@@ -39,7 +39,9 @@ class HelpFormatter(argparse.HelpFormatter):
         return "\n\n".join(part if part.startswith(" ") else fill(part, width, indent) for part in paragraphs)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        obvious = action.default in (None, False, True, "", argparse.SUPPRESS) or action.default == {}
+        obvious = (
+            action.default is None or isinstance(action.default, bool) or action.default in ("", argparse.SUPPRESS, {})
+        )
         return action.help if obvious or "default" in action.help else f"{action.help} (default: %(default)s)"
 
 

@@ -18,6 +18,7 @@ LR_BATCH = 512  # --lr is for this many images an update (DeiT)
 MIN_LR, WARMUP_LR, DECAY_EPOCHS = 1e-5, 1e-6, 30  # DeiT's
 SHORTEST_WARMUP = 2  # updates of a --warmup-part; the first two would be lost
 SAMPLED_STEPS = 1000  # of a schedule that is looked at beforehand
+APEX = "https://github.com/NVIDIA/apex (PyPI's package of that name is unrelated)"
 
 
 def images_per_update(args: argparse.Namespace, dist: Distributed) -> int:
@@ -67,7 +68,9 @@ def build_optimizer(
             layer_decay=args.layer_decay,
             **options,
         )
-    except (ImportError, TypeError, ValueError, AssertionError) as error:
+    except ImportError as error:
+        raise UserError(f"--opt {args.opt}: {one_line(error)}; install that package, apex from {APEX}") from error
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
 
 
