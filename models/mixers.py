@@ -82,7 +82,8 @@ def choose_mixers(
         0 <= a <= b for a, b in zip(spectral_depths, depths, strict=True)
     )
     if not fits:
-        raise ValueError(f"there cannot be {tuple(spectral_depths)} spectral blocks (alpha) among {tuple(depths)}")
+        given = f"spectral_depths {tuple(spectral_depths)} (alpha in a vanilla model)"
+        raise ValueError(f"{given} do not fit depths {tuple(depths)}")
     return [
         [mixer or "spectral"] * spectral + ["attention"] * (depth - spectral)
         for spectral, depth in zip(spectral_depths, depths, strict=True)
