@@ -49,6 +49,13 @@ def test_models_with_either_wavelet_backend_agree():
     assert (native(images) - library(images)).abs().max() <= 1e-4
 
 
+def test_the_cpu_kernel_does_not_run_in_place_of_the_library(monkeypatch):
+    transform, called = LibraryDTCWT.forward, []
+    monkeypatch.setattr(LibraryDTCWT, "forward", lambda self, x: called.append(x) or transform(self, x))
+    ScatteringMixer(8, (4, 4), "channel", backend="pytorch_wavelets")(grid_of(4, 4, channels=8))
+    assert called
+
+
 @pytest.mark.parametrize("grid", [(25, 31), (7, 7), (8, 9), (57, 56), (1, 3), (121, 119)])
 def test_odd_sizes_are_reconstructed(grid):
     x = grid_of(*grid)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..blending import EinsteinBlending, blend_channels
 from ..matrices import matrix
 from ..precision import full_precision, to_autocast
-from ..wavelet import analyse, analysis_matrix, synthesis_matrix, synthesise
+from ..wavelet import DTCWT, analyse, analysis_matrix, synthesis_matrix, synthesise
 from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
 
 # Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 2 to 16.
@@ -27,7 +27,7 @@ def scatter(
     x: Tensor, wavelet: torch.nn.Module, low_pass: Tensor, blend: EinsteinBlending, half: bool
 ) -> Tensor | None:
     """What `ScatteringMixer` makes of (B, H, W, C) by channel blending, or None where the kernel may not run."""
-    if not may_run(x, (low_pass, *blend.parameters()), (wavelet, blend), half=half):
+    if type(wavelet) is not DTCWT or not may_run(x, (low_pass, *blend.parameters()), (wavelet, blend), half=half):
         return None
     signal = to_autocast(x) if half else full_precision(x)
     return scatter_in_slices(signal, low_pass, *blend.real_layers(), torch.is_grad_enabled())[0]
