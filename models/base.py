@@ -1,4 +1,4 @@
-"""What both bodies share as timm models: forward pass, features, classifier, gradient checkpointing, registration."""
+"""The timm interface of both backbones: forward pass, features, classifier, gradient checkpointing, registration."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,31 +15,31 @@ from .resampling import Grid, to_grid
 
 
 class ImageModel(nn.Module):
-    """Base of the models. Images are (B, in_chans, H, W); features are a token sequence (B, N, C).
+    """Base class of the models. Images are (B, in_chans, H, W); features are a token sequence (B, N, C).
 
-    `_embed` makes a grid of the images, the modules of `parts` transform it one after the other, and `_to_tokens` makes
-    a normalised sequence of the last grid.
+    `_embed` maps the images to a grid, the modules in `parts` transform the grid one after another, and `_to_tokens`
+    maps the last grid to a normalized sequence.
 
     Arguments of both families:
-        img_size: in pixels, a side or (height, width). Position embeddings, filters and blending weights fit its grids;
-            `set_input_size` resamples them for another one.
-        in_chans: of the images.
-        num_classes: 0 for none, and features (B, C) instead of logits.
-        mixer: a name in `models.mixers.MIXERS`, by default "spectral".
-        mixers: instead of `mixer` and the numbers of blocks that have it, the mixer of each block: lists, or a text
-            like "spectral*4,attention*8", with a slash between stages.
-        mixer_options: arguments of mixers by their name, such as {"afno": {"blocks": 4}}.
-        drop_rate: of dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-        dynamic_img_size: take images of any size, for which weights are resampled each time.
-        spectral_precision: how exact spectral mixers are under autocast: "half", in its precision with products that
-            add up in float32, or "float32" throughout.
+        img_size: image size in pixels, a side or (height, width). Position embeddings, filters and blending weights
+            are created for this size; `set_input_size` resamples them for another one.
+        in_chans: number of image channels.
+        num_classes: number of classes; with 0, the model returns features (B, C) instead of logits.
+        mixer: the name of the spectral mixer in `models.mixers.MIXERS`, by default "spectral".
+        mixers: the mixer of every block, instead of `mixer` and the number of blocks that use it: lists of names, or a
+            string such as "spectral*4,attention*8", with a slash between stages.
+        mixer_options: keyword arguments by mixer name, such as {"afno": {"blocks": 4}}.
+        drop_rate: dropout rate before the classifier.
+        drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first block.
+        dynamic_img_size: whether to accept images of any size, by resampling the weights in every forward pass.
+        spectral_precision: precision of the spectral mixers under autocast: "half" for autocast's dtype with float32
+            accumulation, or "float32".
     """
 
-    pools: tuple[str, ...]  # what global_pool can be, the default first
-    num_prefix_tokens: int  # 1 where a class block puts a class token in front of the sequence
-    parts_name: str  # the attribute that is `parts`
-    design: dict[str, Any]  # the arguments that a checkpoint must agree with, see `loading.pretrained_filter_fn`
+    pools: tuple[str, ...]  # the values of global_pool, the default first
+    num_prefix_tokens: int  # 1 if a class block prepends a class token to the sequence
+    parts_name: str  # the attribute that `parts` returns
+    design: dict[str, Any]  # the arguments that must match a checkpoint's, see `loading.pretrained_filter_fn`
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class ImageModel(nn.Module):
 
     def _set_pool(self, global_pool: str) -> None:
         if global_pool not in self.pools:
-            raise ValueError(f"global_pool is one of {', '.join(map(repr, self.pools))}, not {global_pool!r}")
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, self.pools))}, not {global_pool!r}")
         self.global_pool = global_pool
 
     def _classifier(self) -> nn.Module:
-        """A new classifier, the identity for no classes, where the model's weights are."""
+        """Create a classifier, or the identity for 0 classes, on the device of the model."""
         if self.num_classes == 0:
             return nn.Identity()
         like = next(self.parameters())
@@ -77,35 +77,35 @@ class ImageModel(nn.Module):
         return head.train(self.training)
 
     def get_classifier(self) -> nn.Module:
-        """The classifier: a linear layer, or the identity for no classes."""
+        """Return the classifier: a linear layer, or the identity for 0 classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` (0: none, the model returns its features)."""
+        """Replace the classifier by one for `num_classes` (0: the model returns its features)."""
         self.num_classes = num_classes
         if global_pool is not None:
             self._set_pool(global_pool)
         self.head = self._classifier()
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters exempt from weight decay besides all one-dimensional ones."""
+        """Return the parameters exempt from weight decay, in addition to all one-dimensional ones."""
         return set()
 
     @property
     def parts(self) -> nn.Sequential:
-        """The blocks of a vanilla model, the stages of a pyramid."""
+        """The blocks of a vanilla model or the stages of a pyramid."""
         return getattr(self, self.parts_name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to normalised tokens (B, N, C), in pyramids the class token first."""
+        """Map images to normalized tokens (B, N, C); in a pyramid, the class token is first."""
         return self._to_tokens(self.parts(self._embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, N, C) to logits (B, num_classes), or to the pooled features (B, C)."""
+        """Map features (B, N, C) to logits (B, num_classes), or with `pre_logits` to pooled features (B, C)."""
         pooled = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
         return pooled if pre_logits else self.head(pooled)
 
@@ -119,13 +119,13 @@ class ImageModel(nn.Module):
         intermediates_only: bool = False,
         return_prefix_tokens: bool = False,
     ) -> list[Tensor] | list[tuple[Tensor, Tensor]] | tuple[Tensor, list]:
-        """Outputs of chosen `parts`, and the features unless `intermediates_only`.
+        """Return the features and the outputs of selected `parts`; with `intermediates_only`, only the outputs.
 
-        indices: the last n parts, all for None, or a list. norm: apply the final norm to those that have none of their
-        own, which are all blocks and the last stage. stop_early: run nothing after the last chosen one; the features of
-        a pyramid that leaves stages out are its grid. output_fmt: "NCHW", "NHWC" or "NLC".
-        return_prefix_tokens: of a pyramid, pairs of a grid and a class token (B, 1, C), the class block's for the last
-        stage. The others have none: theirs is the mean of the grid, as which the class token begins.
+        indices: a list of parts, the last n parts, or None for all. norm: apply the final norm to outputs that have no
+        norm of their own, those of all blocks and of the last stage. stop_early: skip the parts after the last
+        selected one; a pyramid that skips stages returns its grid as features. output_fmt: "NCHW", "NHWC" or "NLC".
+        return_prefix_tokens: return pairs of a pyramid's grid and class token (B, 1, C). Only the last stage has a
+        class token, from the class block; the other stages return the mean of the grid.
         """
         take, last = feature_take_indices(len(self.parts), indices)
         parts = self.parts[: last + 1] if stop_early else self.parts
@@ -141,14 +141,14 @@ class ImageModel(nn.Module):
             intermediates.append((grid, self._prefix_token(x, norm, last_stage=not has_norm)) if pairs else grid)
         if intermediates_only:
             return intermediates
-        if self.num_prefix_tokens and len(parts) < len(self.feature_info):  # the class block is for the last stage
+        if self.num_prefix_tokens and len(parts) < len(self.feature_info):  # the class block needs the last stage
             return format_grid(x, output_fmt), intermediates
         return self._to_tokens(x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the `parts` after the last of `indices`; returns the indices kept, counted from the front."""
+        """Remove the `parts` after the last of `indices`; return the indices as non-negative numbers."""
         take, last = feature_take_indices(len(self.parts), indices)
         setattr(self, self.parts_name, self.parts[: last + 1])
         if prune_norm:
@@ -160,18 +160,18 @@ class ImageModel(nn.Module):
         return take
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
         for module in self.modules():
             if isinstance(module, Block):
                 module.grad_checkpointing = enable
 
     def compile(self, *, mode: str | None = None, options: Mapping[str, Any] | None = None, **arguments: Any) -> None:
-        """`nn.Module.compile`, in place, without TorchInductor's layout optimization.
+        """Compile the model in place (`nn.Module.compile`) without TorchInductor's layout optimization.
 
-        It takes every tensor of four axes for (B, C, H, W), and would transpose each (B, H, W, C) that is kept for the
-        backward pass, and back. `torch.compile(model, options={"layout_optimization": False})` is the same. Unlike
-        there, `mode` and `options` go together: a mode is a set of options.
+        That optimization assumes four-dimensional tensors to be (B, C, H, W) and would transpose every (B, H, W, C)
+        saved for the backward pass. `torch.compile(model, options={"layout_optimization": False})` does the same, but
+        does not accept `mode` and `options` together.
         """
         if arguments.get("backend", "inductor") == "inductor":
             of_mode = torch._inductor.list_mode_options(mode) if mode else {}
@@ -183,7 +183,7 @@ class ImageModel(nn.Module):
             check_image_size(x, self.img_size)
 
     def _record_input_size(self, img_size: int | Grid) -> None:
-        """Keep the size where timm looks for a model's current input and its construction arguments."""
+        """Store the size where timm reads a model's current input size and constructor arguments."""
         self.img_size = to_grid(img_size)
         self._traits = dict(getattr(self, "_traits", {}), img_size=self.img_size)
         self._model_args = dict(getattr(self, "_model_args", {}), img_size=self.img_size)
@@ -191,30 +191,30 @@ class ImageModel(nn.Module):
 
 @torch.fx.wrap
 def check_image_size(x: Tensor, img_size: Grid) -> None:
-    """See that images (B, 3, H, W) have the size that the model is built for.
+    """Check that images (B, in_chans, H, W) have the model's image size.
 
     Raises:
-        ValueError: they have another one.
+        ValueError: if they do not.
     """
     height, width = x.shape[-2:]
     if (height, width) != img_size:
         raise ValueError(
-            f"the model is built for images of {img_size[0]}x{img_size[1]} pixels, not {height}x{width}: "
+            f"the model expects images of {img_size[0]}x{img_size[1]} pixels, not {height}x{width}: "
             "use img_size, set_input_size or dynamic_img_size=True"
         )
 
 
 def resize_mixers(blocks: nn.Module, grid_size: Grid) -> None:
-    """Give every mixer in `blocks` whose weights depend on the grid those of another one."""
+    """Resample the grid-dependent weights of all mixers in `blocks` to another grid."""
     for block in blocks:
         if isinstance(block.mixer, GridMixer):
             block.mixer.set_grid_size(grid_size)
 
 
 def model_cfg(first_conv: str, crop_pct: float, source: dict[str, str]) -> dict:
-    """Timm's default configuration of a model; `source` names paper and repository.
+    """Return timm's default configuration of a model; `source` has the paper and repository.
 
-    There is no pool size: unpooled features are a sequence of tokens.
+    `pool_size` is None because unpooled features are a token sequence.
     """
     return {
         "url": "",
@@ -236,10 +236,10 @@ def model_cfg(first_conv: str, crop_pct: float, source: dict[str, str]) -> dict:
 def build_variant(
     model: type[ImageModel], name: str, pretrained: bool, out_indices: int | Sequence[int], arguments: dict
 ) -> ImageModel:
-    """The registered model `name`.
+    """Build the registered model `name`.
 
-    By default `features_only` gives the outputs at `out_indices`, of images of any size: detection and segmentation
-    have them.
+    With `features_only`, it returns the outputs at `out_indices` by default, and accepts images of any size, as
+    detection and segmentation need.
     """
     if arguments.get("features_only"):
         arguments = {"dynamic_img_size": True} | arguments

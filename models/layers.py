@@ -1,4 +1,4 @@
-"""Layers the two families share. Every block and mixer maps a token grid (B, H, W, C) to (B, H, W, C)."""
+"""Layers shared by the two families. Every block and mixer maps a token grid (B, H, W, C) to (B, H, W, C)."""
 
 import math
 
@@ -13,7 +13,7 @@ from .cpu.feed_forward import feed_forward
 from .precision import autocast_enabled, autocast_off, full_precision, to_autocast
 from .resampling import Grid
 
-# torch.fx must not look into these. It finds wrapped functions by the module that calls them.
+# torch.fx must not trace these. It looks wrapped functions up in the module that calls them.
 torch.fx.wrap("full_precision")
 torch.fx.wrap("to_autocast")
 
@@ -21,23 +21,23 @@ SPECTRAL_PRECISIONS = ("half", "float32")  # the default first
 
 
 class GridMixer(nn.Module):
-    """Base of the mixers whose weights depend on the (H, W) of the token grid, `grid_size`.
+    """Base class of mixers whose weights depend on the size (H, W) of the token grid, `grid_size`.
 
-    `spectral_precision` is the precision under autocast: "half", autocast's, with products that add up in float32, or
-    "float32" throughout. Each mixer has a static method `resize_weights(weights, grid)`: its weights by name, those
-    that depend on the grid resampled to another one. It ignores names it does not know; loading reports them.
+    `spectral_precision` sets the precision under autocast: "half" computes in autocast's dtype and accumulates products
+    in float32, "float32" computes in float32. Every subclass has a static method `resize_weights(weights, grid)`, which
+    returns the weights by name with those that depend on the grid resampled. Loading reports the names it ignores.
     """
 
     grid_size: Grid
     spectral_precision = SPECTRAL_PRECISIONS[0]
 
     def spectral_input(self, x: Tensor) -> Tensor:
-        """The tokens in the precision to compute in; float64 as they are."""
+        """Cast the tokens to the precision of the computation; float64 stays float64."""
         return to_autocast(x) if self.spectral_precision == "half" else full_precision(x)
 
     @torch.no_grad()
     def set_grid_size(self, grid_size: Grid) -> None:
-        """Resample all weights that depend on the grid to another (H, W) for good."""
+        """Replace all weights that depend on the grid by ones resampled to another (H, W)."""
         old = dict(self.named_parameters())
         for name, weight in self.resize_weights(old, grid_size).items():
             if weight is not old[name]:
@@ -47,23 +47,23 @@ class GridMixer(nn.Module):
 
 
 def set_spectral_precision(model: nn.Module, precision: str) -> None:
-    """Choose the precision of all spectral mixers in a model, one of SPECTRAL_PRECISIONS, see `GridMixer`.
+    """Set the precision of all spectral mixers in a model, one of SPECTRAL_PRECISIONS, see `GridMixer`.
 
     Raises:
-        ValueError: there is no such precision.
+        ValueError: if the precision is unknown.
     """
     if precision not in SPECTRAL_PRECISIONS:
-        raise ValueError(f"spectral_precision is one of {', '.join(SPECTRAL_PRECISIONS)}, not {precision!r}")
+        raise ValueError(f"spectral_precision must be one of {', '.join(SPECTRAL_PRECISIONS)}, not {precision!r}")
     for module in model.modules():
         if isinstance(module, GridMixer):
             module.spectral_precision = precision
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over channels. Under autocast in half precision: sums are in float32 anyway.
+    """Layer norm over channels. It stays in half precision under autocast, since sums are in float32 anyway.
 
     PyTorch's autocast on CUDA casts the input to float32 and the output back, which moves more memory than the norm
-    itself; timm has `timm.layers.set_fast_norm` against it.
+    itself. `timm.layers.set_fast_norm` serves the same purpose.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class FinalNorm(nn.LayerNorm):
-    """The norm before pooling and classifier, under autocast in float32: in bf16 the loss strays three times as far."""
+    """The norm before pooling, in float32 under autocast: with bf16 the loss deviates three times as much."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(full_precision_in_autocast(x), self.normalized_shape, self.weight, self.bias, self.eps)
@@ -86,16 +86,16 @@ def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor, 
 
 @torch.fx.wrap
 def full_precision_in_autocast(x: Tensor) -> Tensor:
-    """A half-precision tensor as float32 where autocast is on."""
+    """Cast a half-precision tensor to float32 if autocast is on."""
     return full_precision(x) if autocast_enabled(x) else x
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens of a (B, H, W, C) grid.
 
-    One biased linear makes queries, keys and values; the scale is head_dim ** -0.5. After
-    `timm.layers.set_fused_attn(False)` the attention map passes through `attn_drop`, an identity where
-    `timm.utils.AttentionExtract` finds it.
+    A single linear layer with bias computes queries, keys and values; the scale is head_dim ** -0.5. After
+    `timm.layers.set_fused_attn(False)`, the attention map passes through the identity `attn_drop`, so that
+    `timm.utils.AttentionExtract` can read it.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         """(B, N, 3, heads, head_dim) to (B, N, heads, head_dim)."""
         if self.fused_attn and (x := attend(qkv)) is not None:
             return x
-        # Unbound before they are transposed to (B, heads, N, head_dim): the backward pass then copies once.
+        # Unbind before transposing to (B, heads, N, head_dim), so that the backward pass copies only once.
         q, k, v = qkv.unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.fused_attn:
@@ -124,12 +124,12 @@ class Attention(nn.Module):
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
-    """Softmax(q k^T / sqrt(head_dim)): of each query how much it takes of each value, (..., queries, N)."""
+    """Compute softmax(q k^T / sqrt(head_dim)), the attention weights (..., queries, N)."""
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
 
 
 class ClassAttention(nn.Module):
-    """Attention in which only the first token of a (B, 1 + N, C) sequence is a query; returns it, (B, 1, C)."""
+    """Attention with the first token of a (B, 1 + N, C) sequence as the only query; returns that token, (B, 1, C)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -148,10 +148,10 @@ class ClassAttention(nn.Module):
 
 
 def check_heads(dim: int, num_heads: int) -> int:
-    """The number of heads.
+    """Return the number of heads.
 
     Raises:
-        ValueError: it does not divide the width, or is none.
+        ValueError: if the number does not divide the width or is less than 1.
     """
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
@@ -173,14 +173,14 @@ class FeedForward(nn.Module):
             return y
         x = self.fc1(x)
         if self.dwconv is not None:
-            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels_last views: no copies
+            x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels_last views, no copies
         return self.fc2(self.act(x))
 
 
 class Block(nn.Module):
     """Pre-norm residual pair: x + mixer(norm1(x)), then x + mlp(norm2(x)).
 
-    With `grad_checkpointing` its activations are computed again in the backward pass.
+    With `grad_checkpointing`, the backward pass recomputes the block's activations.
     """
 
     grad_checkpointing = False
@@ -204,16 +204,16 @@ class Block(nn.Module):
 
 
 class SpectralBlock(Block):
-    """One residual around both: x + mlp(norm2(mixer(norm1(x))))."""
+    """One residual connection around mixer and MLP: x + mlp(norm2(mixer(norm1(x))))."""
 
     def residuals(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm2(self.mixer(self.norm1(x)))))
 
 
 class ClassBlock(nn.Module):
-    """Puts the mean token in front of a (B, N, C) sequence and refines it: (B, 1 + N, C).
+    """Prepends the mean of a (B, N, C) sequence as its class token and refines it: (B, 1 + N, C).
 
-    Both residuals, class attention and MLP, act on the class token alone.
+    Both residual branches, class attention and MLP, update only the class token.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp: nn.Module):
@@ -231,7 +231,7 @@ class ClassBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches: images (B, 3, H, W) to a contiguous grid (B, H // size, W // size, C)."""
+    """Embedding of non-overlapping patches: images (B, 3, H, W) to a contiguous grid (B, H // size, W // size, C)."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int):
         super().__init__()
@@ -244,16 +244,16 @@ class PatchEmbed(nn.Module):
 class Stem(nn.Module):
     """Convolutional stem: images (B, 3, H, W) to a grid (B, ceil(H / stride), ceil(W / stride), dim).
 
-    A stride of 4 is 2 in the first convolution and 2 in the last; 2 is the first's alone.
+    With stride 4, the first and the last convolution have stride 2. With stride 2, only the first has.
 
     Raises:
-        ValueError: the stride is none of 1, 2 and 4.
+        ValueError: if the stride is not 1, 2 or 4.
     """
 
     def __init__(self, in_chans: int, width: int, dim: int, stride: int = 4):
         super().__init__()
         if stride not in (1, 2, 4):
-            raise ValueError(f"the stem's stride is 1, 2 or 4, not {stride!r}")
+            raise ValueError(f"stem_stride must be 1, 2 or 4, not {stride!r}")
         first_stride = min(stride, 2)
         layers: list[nn.Module] = []
         for source, kernel, step in ((in_chans, 7, first_stride), (width, 3, 1), (width, 3, 1)):
@@ -264,13 +264,13 @@ class Stem(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In channels_last, written so that vmap takes it, the grid below is a view of the convolution's output.
+        # channels_last makes the grid below a view of the convolution's output. vmap supports this way of writing it.
         x = self.conv(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
-    """Between stages: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), dim_out)."""
+    """Downsampling between stages: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), dim_out)."""
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
@@ -282,7 +282,7 @@ class Downsample(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """For `Module.apply`: linear weights truncated normal (std 0.02), biases 0. Norms start at 1 and 0."""
+    """Initialize linear layers (for `Module.apply`): weights truncated normal with std 0.02, biases 0."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -290,7 +290,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def init_conv(module: nn.Module) -> None:
-    """For `Module.apply`: convolutions normal with std sqrt(2 / fan_out), biases 0."""
+    """Initialize convolutions (for `Module.apply`): weights normal with std sqrt(2 / fan_out), biases 0."""
     if isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
@@ -299,13 +299,13 @@ def init_conv(module: nn.Module) -> None:
 
 
 def format_grid(x: Tensor, output_fmt: str) -> Tensor:
-    """A grid (B, H, W, C) as "NCHW", "NHWC" or a sequence "NLC".
+    """Convert a grid (B, H, W, C) to "NCHW", "NHWC" or a sequence "NLC".
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: if the format is unknown.
     """
     if output_fmt == "NCHW":
         return x.permute(0, 3, 1, 2).contiguous()
     if output_fmt not in ("NHWC", "NLC"):
-        raise ValueError(f"output_fmt is NCHW, NHWC or NLC, not {output_fmt!r}")
+        raise ValueError(f"output_fmt must be NCHW, NHWC or NLC, not {output_fmt!r}")
     return x if output_fmt == "NHWC" else x.flatten(1, 2)

@@ -1,8 +1,8 @@
-"""The token mixers by name, and which of them stands in which block.
+"""The table of token mixers, and the choice of a mixer for every block.
 
-A mixer maps (B, H, W, C) to (B, H, W, C). To add one, write its class and an entry. An entry builds a mixer from
-its width, its (height, width) grid and a number of heads, of which it takes what it needs, and the options of its
-own. One whose weights depend on the grid is a `GridMixer`.
+A mixer maps (B, H, W, C) to (B, H, W, C). To add one, write its class and an entry in `MIXERS`: a function of the
+width, the (height, width) grid and the number of heads, which it may ignore, and of the mixer's own options. Derive
+the class from `GridMixer` if its weights depend on the grid.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from .resampling import Grid
 from .scattering import MIXINGS, ScatteringMixer
 from .spectral_gate import SpectralGate
 
-Options = Mapping[str, Mapping[str, object]]  # of a mixer's own, by its name in the table
+Options = Mapping[str, Mapping[str, object]]  # mixer name -> the mixer's own options
 
 
 def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int, **options: str) -> nn.Module:
@@ -37,25 +37,25 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_mixer(name: str, dim: int, grid: Grid, num_heads: int, **options: object) -> nn.Module:
-    """The mixer called `name`.
+    """Build the mixer called `name`.
 
     Raises:
-        ValueError: there is none.
-        TypeError: it has no such option.
+        ValueError: if no mixer has this name.
+        TypeError: if the mixer has no such option.
     """
     check_names([name])
     return MIXERS[name](dim, grid, num_heads, **options)
 
 
 def check_names(names: Iterable[str]) -> None:
-    """See that there are mixers of these names.
+    """Check that all mixer names exist.
 
     Raises:
-        ValueError: there is none of one of them.
+        ValueError: if one of them does not.
     """
     for name in names:
         if name not in MIXERS:
-            raise ValueError(f"no mixer is called {name!r}; there are {', '.join(MIXERS)}")
+            raise ValueError(f"no mixer is called {name!r}; choose from {', '.join(MIXERS)}")
 
 
 def choose_mixers(
@@ -65,17 +65,17 @@ def choose_mixers(
     mixer: str | None,
     mixers: str | Sequence[str | Sequence[str]] | None,
 ) -> list[list[str]]:
-    """The names of the mixers in the blocks of each stage: `mixers`, see `stage_mixers`, or else the papers' choice.
+    """Return the names of the mixers in each stage's blocks, from `mixers` if given, see `stage_mixers`.
 
-    That is `mixer`, by default "spectral", in the first `spectral_depths` blocks of each stage, `default` for None, and
-    attention in the others.
+    Otherwise, the first `spectral_depths` blocks of each stage (None for `default`) use `mixer`, by default "spectral",
+    and the remaining blocks use attention.
 
     Raises:
-        ValueError: both are given, or the arguments do not fit together.
+        ValueError: if both ways are mixed, or the arguments are inconsistent.
     """
     if mixers is not None:
         if spectral_depths is not None or mixer is not None:
-            raise ValueError("mixers says what each block has: leave out mixer, mixing, alpha and spectral_depths")
+            raise ValueError("mixers sets every block's mixer: leave out mixer, mixing, alpha and spectral_depths")
         return stage_mixers(mixers, depths)
     spectral_depths = default if spectral_depths is None else spectral_depths
     fits = len(spectral_depths) == len(depths) and all(
@@ -91,14 +91,14 @@ def choose_mixers(
 
 
 def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:
-    """The names of the mixers in `depth` blocks: of a list, or of a text like "spectral*4,attention*8".
+    """Return the mixer names of `depth` blocks, given as a list or as a string such as "spectral*4,attention*8".
 
     Raises:
-        ValueError: it is something else, there is no such mixer, or there are more or fewer names than blocks.
+        ValueError: if the value is malformed, a mixer is unknown, or the number of names is not `depth`.
     """
     words = mixers.split(",") if isinstance(mixers, str) else mixers
     if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f'mixers are a list of names, or a text like "spectral*4,attention*8", not {mixers!r}')
+        raise ValueError(f'mixers must be a list of names or a string like "spectral*4,attention*8", not {mixers!r}')
     names = []
     for word in words:
         name, _, count = word.partition("*")
@@ -107,17 +107,17 @@ def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:
         names += [name.strip()] * int(count or 1)
     check_names(names)
     if len(names) != depth:
-        raise ValueError(f"mixers {mixers!r} are those of {len(names)} blocks, not of {depth}")
+        raise ValueError(f"mixers {mixers!r} name {len(names)} blocks, but there are {depth}")
     return names
 
 
 def stage_mixers(mixers: str | Sequence[str | Sequence[str]], depths: Sequence[int]) -> list[list[str]]:
-    """`block_mixers` for each stage: of a list, or of a text with a slash between stages, "spectral*3/attention*4".
+    """Apply `block_mixers` to each stage of a list, or of a string with slashes, "spectral*3/attention*4".
 
     Raises:
-        ValueError: it is something else, there are more or fewer stages, or as `block_mixers`.
+        ValueError: if the value is malformed or has another number of stages; see also `block_mixers`.
     """
     stages = mixers.split("/") if isinstance(mixers, str) else mixers
     if not isinstance(stages, Sequence) or len(stages) != len(depths):
-        raise ValueError(f"mixers are {len(depths)} lists, one a stage, or a text with slashes, not {mixers!r}")
+        raise ValueError(f"mixers must be {len(depths)} lists, one per stage, or a string with slashes, not {mixers!r}")
     return [block_mixers(stage, depth) for stage, depth in zip(stages, depths, strict=True)]

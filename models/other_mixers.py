@@ -1,4 +1,4 @@
-"""Mixers of other papers: FNet, Fourier operator and AFNO on the Fourier transform, convolution and pooling beside."""
+"""Mixers from other papers: FNet, FNO and AFNO, which use the Fourier transform, and convolution and pooling."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from .resampling import Grid
 
 @torch.fx.wrap
 def spectrum(x: Tensor) -> Tensor:
-    """FFT over the (B, H, W, C) grid, real and imaginary part (B, H, W // 2 + 1, 2, C), in float32 or float64."""
+    """Compute the FFT of a (B, H, W, C) grid as (B, H, W // 2 + 1, 2, C), real part first, in float32 or float64."""
     with autocast_off(x):
         frequencies = torch.fft.rfft2(full_precision(x), dim=(1, 2), norm="ortho")
         return torch.stack((frequencies.real, frequencies.imag), -2)
@@ -19,14 +19,14 @@ def spectrum(x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def from_spectrum(parts: Tensor, grid: Grid) -> Tensor:
-    """The (B, H, W, C) grid of a `spectrum`."""
+    """Invert `spectrum`: return the (B, H, W, C) grid."""
     with autocast_off(parts):
         return torch.fft.irfft2(torch.complex(*parts.unbind(-2)), s=grid, dim=(1, 2), norm="ortho")
 
 
 @torch.fx.wrap
 def complex_linear(parts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(..., 2, C) times the complex (2, C, C) plus (2, C), real part first throughout."""
+    """Multiply (..., 2, C) by a complex weight (2, C, C) and add a bias (2, C); the real part is always first."""
     weight, bias = real_matrix(weight.to(parts.dtype)), real_bias(bias.to(parts.dtype))
     with autocast_off(parts):
         return F.linear(parts.flatten(-2), weight.mT, bias).view(parts.shape)
@@ -34,7 +34,7 @@ def complex_linear(parts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def real_spectrum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Real part of the FFT over some axes."""
+    """Compute the real part of the FFT over the given axes."""
     with autocast_off(x):
         return torch.fft.fftn(full_precision(x), dim=axes, norm="ortho").real.to(x.dtype)
 
@@ -42,8 +42,8 @@ def real_spectrum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 class FNet(nn.Module):
     """The real part of the FFT over the (B, H, W, C) grid, without weights (https://arxiv.org/abs/2105.03824).
 
-    With `channels` it is transformed along the channels too, as in that paper. Orthonormal, so that it keeps the
-    size of what it transforms.
+    `channels` adds an FFT along the channels, as in that paper. The transform is orthonormal, so it preserves the
+    magnitude of its input.
     """
 
     def __init__(self, channels: bool = False):
@@ -55,7 +55,7 @@ class FNet(nn.Module):
 
 
 class FourierOperator(nn.Module):
-    """FFT, one complex linear layer for all frequencies, inverse FFT: FNO in the table of SVT's paper."""
+    """FFT, a complex linear layer shared by all frequencies, inverse FFT: "FNO" in the SVT paper's table."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -67,18 +67,18 @@ class FourierOperator(nn.Module):
 
 
 class AFNO(nn.Module):
-    """FFT, two complex layers in blocks of channels, soft shrinkage, inverse FFT, and the input added.
+    """Adaptive Fourier neural operator (https://arxiv.org/abs/2111.13587).
 
-    Adaptive Fourier neural operator (https://arxiv.org/abs/2111.13587).
+    FFT, two complex layers on blocks of channels, soft shrinkage, inverse FFT and a residual connection.
 
     Raises:
-        ValueError: the channels make no whole blocks.
+        ValueError: if the number of channels is not a multiple of `blocks`.
     """
 
     def __init__(self, dim: int, blocks: int = 8, shrinkage: float = 0.01):
         super().__init__()
         if dim % blocks:
-            raise ValueError(f"AFNO takes a multiple of {blocks} channels, not {dim}")
+            raise ValueError(f"AFNO needs a multiple of {blocks} channels, not {dim}")
         self.shrinkage = shrinkage
         self.mlp = EinsteinBlending(blocks, dim // blocks, "channels")
 
@@ -88,7 +88,7 @@ class AFNO(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel over the (B, H, W, C) grid."""
+    """Depthwise convolution over the (B, H, W, C) grid."""
 
     def __init__(self, dim: int, kernel_size: int = 3):
         super().__init__()
@@ -99,7 +99,7 @@ class DepthwiseConv(nn.Module):
 
 
 class AveragePooling(nn.Module):
-    """The mean of 3x3 tokens less the token itself: PoolFormer's mixer (https://arxiv.org/abs/2111.11418)."""
+    """The mean of 3x3 tokens minus the token itself: PoolFormer's mixer (https://arxiv.org/abs/2111.11418)."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, stride=1, padding=1, count_include_pad=False)

@@ -1,7 +1,7 @@
-"""The four-stage pyramid body of SpectFormer-H and SVT-H, strides 4, 8, 16, 32.
+"""The four-stage pyramid backbone of SpectFormer-H and SVT-H, with strides 4, 8, 16 and 32.
 
-The two families differ in the mixer of the early blocks (SpectFormer, section 3; SVT, section 3). Stem,
-feed-forward and class block are those of Wave-ViT (https://arxiv.org/abs/2207.04978), MixToken is that of
+The two families differ in the mixer of the early blocks (SpectFormer, section 3; SVT, section 3). The stem,
+feed-forward network and class block come from Wave-ViT (https://arxiv.org/abs/2207.04978), MixToken from
 token labelling (https://arxiv.org/abs/2104.10858).
 """
 
@@ -32,7 +32,7 @@ from .resampling import Grid, to_grid
 HEAD_DIM = 32
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# Imagenette's ten classes of ImageNet, in the order of their WordNet ids.
+# The ten ImageNet classes of Imagenette, sorted by WordNet id.
 IMAGENETTE = (
     "tench",
     "English springer",
@@ -45,7 +45,7 @@ IMAGENETTE = (
     "golf ball",
     "parachute",
 )
-# The published sizes s, b and l, and two more: n for images of 32 pixels, ti for photographs of 128.
+# The published sizes s, b and l, plus n for 32-pixel images and ti for 128-pixel photographs.
 SIZES = {
     "n": {
         "img_size": 32,
@@ -70,7 +70,7 @@ Box = tuple[int, int, int, int] | Tensor
 
 
 class Stage(nn.Module):
-    """Downsampling (but for the first stage), blocks, norm; grids in, grids out."""
+    """Downsampling (except in the first stage), blocks and norm, from one (B, H, W, C) grid to another."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block], norm: nn.Module):
         super().__init__()
@@ -83,32 +83,32 @@ class Stage(nn.Module):
 
 
 class Pyramid(ImageModel):
-    """The body of SpectFormer-H and SVT-H: images (B, in_chans, H, W) to logits (B, num_classes).
+    """The SpectFormer-H and SVT-H model: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    Stem, four stages of blocks that halve the grid from one to the next, and a class block that sums the last grid up
-    in a class token. Features are tokens (B, 1 + N, C), the class token first.
+    A stem is followed by four stages of blocks, each with half the resolution of the previous one, and a class block
+    that summarizes the last grid in a class token. Features are tokens (B, 1 + N, C), the class token first.
 
-    With `token_label`, a second linear, `aux_head`, classifies every token of the last stage. In evaluation
-    the logits are then class + 0.5 * maximum over tokens. In training `forward(x, box)` swaps the stem's
-    tokens inside the box with those of the flipped batch (MixToken) and returns class logits, token logits
-    (B, h * w, num_classes), swapped back, and the box: (x1, y1, x2, y2) on the last stage's grid
-    `token_label_size`, x along the width, drawn by `sample_mix_box` unless given. Pass a tensor of
-    four integers to avoid recompiling for every box.
+    With `token_label`, a second linear layer, `aux_head`, classifies every token of the last stage. The logits in
+    evaluation are then class logits + 0.5 * maximum of the token logits. In training, `forward(x, box)` applies
+    MixToken: it swaps the stem's tokens inside the box with those of the flipped batch. It returns the class logits,
+    the token logits (B, h * w, num_classes), swapped back, and the box: (x1, y1, x2, y2) on the last stage's grid
+    `token_label_size`, x along the width. Without a box, `sample_mix_box` draws one. Pass the box as a tensor of four
+    integers to avoid recompiling for every box.
 
-    Args (the others are those of `ImageModel`):
-        global_pool: what is classified: "token", the class token; "avg", the mean of the others; "", all tokens.
-        stem_width: channels of the stem's convolutions.
-        stem_stride: of the first stage, 4, 2 or 1; each of the others doubles it.
-        embed_dims: channels of each stage.
-        depths: blocks of each stage.
-        num_heads: of attention in each stage; by default a head is 32 channels wide.
-        mlp_ratios: hidden channels of the feed-forward networks as multiples of a stage's.
-        spectral_depths: how many of each stage's first blocks have `mixer`, by default all of stages 1 and 2; the rest
-            have attention.
-        token_label: see above.
+    Args (see `ImageModel` for the others):
+        global_pool: "token" classifies the class token, "avg" the mean of the other tokens, "" every token.
+        stem_width: number of channels of the stem's convolutions.
+        stem_stride: stride of the first stage, 4, 2 or 1; every later stage doubles the stride.
+        embed_dims: number of channels in each stage.
+        depths: number of blocks in each stage.
+        num_heads: number of attention heads in each stage; by default a head has 32 channels.
+        mlp_ratios: ratio of hidden to embedding channels in each stage's feed-forward networks.
+        spectral_depths: number of leading blocks in each stage that use `mixer`, by default all blocks of stages 1 and
+            2. The remaining blocks use attention.
+        token_label: whether to add `aux_head`, see above.
 
     Raises:
-        ValueError: arguments do not fit together; in `forward`, images have another size, unless
+        ValueError: if arguments are inconsistent, or if `forward` gets images of another size without
             `dynamic_img_size`.
     """
 
@@ -158,7 +158,7 @@ class Pyramid(ImageModel):
                 token_mixer = build_mixer(name, dim, grid, heads, **options.get(name, {}))
                 blocks.append(Block(dim, token_mixer, FeedForward(dim, int(dim * mlp_ratios[i]), depthwise=True), rate))
             downsample = Downsample(embed_dims[i - 1], dim) if i else nn.Identity()
-            last = i == len(depths) - 1  # its norm follows the class block
+            last = i == len(depths) - 1  # the last stage's norm follows the class block
             norm = nn.Identity() if last else LayerNorm(dim, eps=1e-6)
             stages.append(Stage(downsample, blocks, norm))
         self.stages = nn.Sequential(*stages)
@@ -179,7 +179,7 @@ class Pyramid(ImageModel):
         set_spectral_precision(self, spectral_precision)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        """Return regular expressions that group parameters by depth, for layer-wise learning rate decay."""
         if coarse:
             blocks = r"^stages\.(\d+)"
         else:
@@ -192,13 +192,13 @@ class Pyramid(ImageModel):
         return {"stem": r"^stem", "blocks": blocks, "class_block": last}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` (0: none), and a new `aux_head` where there was one."""
+        """Replace the classifier, and `aux_head` if present, by one for `num_classes` (0 for no classifier)."""
         super().reset_classifier(num_classes, global_pool)
         if self.token_label:
             self.aux_head = self._classifier()
 
     def set_input_size(self, img_size: int | Grid) -> None:
-        """Resample filters and blending weights to another image size, by the rule of each mixer."""
+        """Resize the model to another image size: each mixer resamples its grid-dependent weights."""
         grids = stage_grids(to_grid(img_size), len(self.stages), self.stem_stride)
         for stage, grid in zip(self.stages, grids, strict=True):
             resize_mixers(stage.blocks, grid)
@@ -213,7 +213,7 @@ class Pyramid(ImageModel):
         return self.norm(self.class_block(x.flatten(1, 2)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, 1 + N, C) to logits (B, num_classes), or to the pooled features (B, C)."""
+        """Map tokens (B, 1 + N, C) to logits (B, num_classes), or with `pre_logits` to pooled features (B, C)."""
         logits = super().forward_head(x, pre_logits)
         if pre_logits or not self._labels_tokens or not self.global_pool:
             return logits
@@ -224,7 +224,7 @@ class Pyramid(ImageModel):
         return self.token_label and self.num_classes > 0
 
     def forward(self, x: Tensor, box: Box | None = None) -> Tensor | tuple[Tensor, Tensor, Box]:
-        """Images (B, in_chans, H, W) to logits (B, num_classes); with token labels, in training, see the class."""
+        """Map images (B, in_chans, H, W) to logits (B, num_classes); see the class for training with token labels."""
         if self.training and self._labels_tokens:
             return self._forward_mixed(x, box)
         return super().forward(x)
@@ -248,11 +248,11 @@ class Pyramid(ImageModel):
 
 def _check_stages(*arguments: Sequence[float]) -> None:
     if {len(stages) for stages in arguments} != {4}:
-        raise ValueError("depths, embed_dims, num_heads, mlp_ratios: four numbers each")
+        raise ValueError("depths, embed_dims, num_heads and mlp_ratios must each have four values")
 
 
 def stage_grids(img_size: Grid, stages: int, stem_stride: int = 4) -> list[Grid]:
-    """(rows, columns) of each stage; every halving rounds up, as its padded convolution does."""
+    """Return (rows, columns) of each stage's grid. Halving rounds up, as the padded convolution does."""
     height, width = img_size
     strides = [stem_stride * 2**i for i in range(stages)]
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
@@ -260,15 +260,15 @@ def stage_grids(img_size: Grid, stages: int, stem_stride: int = 4) -> list[Grid]
 
 @torch.fx.wrap
 def given_or_sampled(box: Box | None, grid_size: Grid) -> Box:
-    """The box, or if there is none one from `sample_mix_box`."""
+    """Return the box, or sample one if it is None."""
     return sample_mix_box(grid_size) if box is None else box
 
 
 def sample_mix_box(grid_size: Grid, device: torch.device | None = None) -> Box:
-    """A random MixToken box (x1, y1, x2, y2) on a (rows, columns) grid, from torch's CPU generator.
+    """Sample a MixToken box (x1, y1, x2, y2) on a (rows, columns) grid with torch's CPU generator.
 
-    lambda ~ Beta(1, 1), sides sqrt(1 - lambda) of the grid's, centre uniform, clipped to the grid. Four integers, or
-    with a device a tensor on it, for which a compiled model is compiled once; the copy waits for nothing.
+    lambda ~ Beta(1, 1). The sides are sqrt(1 - lambda) times the grid's, the centre is uniform, and the box is clipped
+    to the grid. Returns four integers; with `device`, a tensor there, copied asynchronously, to avoid recompiling.
     """
     height, width = grid_size
     lam, column, row = torch.rand(3).tolist()
@@ -288,7 +288,7 @@ def sample_mix_box(grid_size: Grid, device: torch.device | None = None) -> Box:
 
 @torch.fx.wrap
 def swap_box(x: Tensor, box: Box, scale: int = 1) -> Tensor:
-    """(B, H, W, C) with the tokens inside box * scale exchanged with those of the batch in reverse order."""
+    """Swap the tokens of (B, H, W, C) inside box * scale with those of the batch in reverse order."""
     x1, y1, x2, y2 = (scale * side for side in box)
     rows = torch.arange(x.shape[1], device=x.device)
     columns = torch.arange(x.shape[2], device=x.device)
@@ -313,19 +313,19 @@ def pyramid_cfgs(family: str, source: dict[str, str]) -> dict[str, dict]:
 
 
 def build_pyramid(name: str, pretrained: bool, overrides: dict, spectral_stages: int = 2) -> Pyramid:
-    """The registered model `name`, whose last part is its size, with the arguments that the caller gives instead.
+    """Build the registered model `name`, whose last part is its size; `overrides` replace the size's arguments.
 
-    Unless the caller says otherwise, the blocks of the first `spectral_stages` stages are spectral.
+    By default, all blocks of the first `spectral_stages` stages are spectral.
     """
     size = SIZES[name.rpartition("_")[2]]
     if "embed_dims" in overrides:
-        size = size | {"num_heads": None}  # those of the size fit its own widths
+        size = size | {"num_heads": None}  # the size's heads only fit its own widths
     arguments = size | overrides
     if arguments.get("mixers") is None and arguments.get("spectral_depths") is None:
         depths = arguments["depths"]
         arguments["spectral_depths"] = [depth if i < spectral_stages else 0 for i, depth in enumerate(depths)]
     if arguments.get("token_label"):
-        # Both heads are replaced when a checkpoint of another number of classes is loaded.
+        # Loading a checkpoint with another number of classes replaces both heads.
         overlay = {"classifier": ("head", "aux_head"), **(arguments.get("pretrained_cfg_overlay") or {})}
         arguments["pretrained_cfg_overlay"] = overlay
     return build_variant(Pyramid, name, pretrained, (0, 1, 2, 3), arguments)

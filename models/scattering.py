@@ -10,7 +10,7 @@ from .resampling import Grid, resize_grid
 from .wavelet import WAVELET_BACKENDS, padded_grid
 
 CHANNEL_BLOCKS = 4
-# mixing -> what the high-pass bands go through, in order
+# mixing -> the modules applied to the high-pass bands, in order
 MIXINGS = {
     "channel": ("channel_blend",),
     "channel_token": ("channel_blend", "token_blend"),
@@ -18,37 +18,37 @@ MIXINGS = {
     "token_half": ("token_blend",),
     "tensor": ("tensor_blend",),
 }
-HALVED = ("channel_token", "token_half")  # those that scatter half of the channels
+HALVED = ("channel_token", "token_half")  # transform half of the channels
 
 
 @torch.fx.wrap
 def resize_low_pass(low_pass: Tensor, grid: Grid) -> Tensor:
-    """(H', W', C) for another even grid, bicubic."""
+    """Resample (H', W', C) to another even grid, bicubic."""
     return low_pass if low_pass.shape[:2] == grid else resize_grid(low_pass, grid, align_corners=False)
 
 
 class ScatteringMixer(GridMixer):
     """Wavelet transform of the token grid with learned blending of its bands: (B, H, W, C) to (B, H, W, C).
 
-    The low-pass image is multiplied by `low_pass` (H', W', C) (tensor blending; H', W' even). `mixing` says what
-    the high-pass bands go through: "channel" or "token", Einstein blending over channels or over tokens; "tensor",
-    tensor blending as well; "channel_token", both Einstein blendings, or "token_half", the second alone, on half
-    of the channels, while the other half takes a depthwise 3x3 convolution and the two are interleaved channel by
-    channel. `spectral_precision` sets the precision under autocast, `backend` what computes the transform.
+    The low-pass image is multiplied by `low_pass` (H', W', C), H' and W' even (tensor blending). `mixing` chooses the
+    blending of the high-pass bands: "channel" or "token", Einstein blending over channels or tokens; "tensor", tensor
+    blending; "channel_token", both Einstein blendings; "token_half", Einstein blending over tokens. The last two act
+    on half of the channels; the other half passes through a depthwise 3x3 convolution, and the two are interleaved
+    channel by channel. `backend` is a key of `WAVELET_BACKENDS`.
 
     Raises:
-        ValueError: there is no such backend, or the channels make no whole blocks.
+        ValueError: if the backend is unknown, or the number of channels is not divisible into blocks.
     """
 
     def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel", backend: str = "native"):
         super().__init__()
         if backend not in WAVELET_BACKENDS:
-            raise ValueError(f"wavelet_backend is one of {', '.join(WAVELET_BACKENDS)}, not {backend!r}")
+            raise ValueError(f"wavelet_backend must be one of {', '.join(WAVELET_BACKENDS)}, not {backend!r}")
         blends = MIXINGS[mixing]
         self.halved = mixing in HALVED
         multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in blends else 1)
         if dim % multiple:
-            raise ValueError(f"mixing={mixing!r} takes a multiple of {multiple} channels, not {dim}")
+            raise ValueError(f"mixing={mixing!r} needs a multiple of {multiple} channels, not {dim}")
         self.grid_size = grid_size
         self.mixing = mixing
         channels = dim // 2 if self.halved else dim
@@ -72,7 +72,7 @@ class ScatteringMixer(GridMixer):
         return torch.stack((local, self.scatter(spectral)), -1).flatten(-2)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Transform, blending, inverse transform."""
+        """Apply the wavelet transform, the blending and the inverse transform."""
         low_pass = resize_low_pass(self.low_pass, padded_grid(x.shape[1:3]))
         if self.mixing == "channel":
             half = self.spectral_precision == "half"
@@ -85,10 +85,10 @@ class ScatteringMixer(GridMixer):
 
     @staticmethod
     def resize_weights(weights: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
-        """Those of the mixer's weights that depend on the grid, for another (H, W). The others pass through.
+        """Resample the weights that depend on the grid to another (H, W); return the others unchanged.
 
-        The authors released no rule for scattering; this is ours, modelled on theirs for position embeddings:
-        bicubic, align_corners=False, along each axis.
+        The authors released no rule for scattering. This one follows their rule for position embeddings: bicubic,
+        align_corners=False, along each axis.
         """
         height, width = padded_grid(grid)
         half = (height // 2, width // 2)

@@ -1,4 +1,4 @@
-"""The vanilla body: spectral blocks first, attention blocks after, on one grid of patches (SpectFormer, section 3)."""
+"""The vanilla backbone: spectral blocks, then attention blocks, on a single patch grid (SpectFormer, section 3)."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ from .mixers import Options, build_mixer, check_names, choose_mixers
 from .precision import to_autocast
 from .resampling import Grid, resize_grid, to_grid
 
-torch.fx.wrap("to_autocast")  # torch.fx must not look into it
+torch.fx.wrap("to_autocast")  # torch.fx must not trace it
 HEAD_DIM = 64
 ALPHA = 4
 # The published sizes.
@@ -34,23 +34,23 @@ SIZES = {
 
 
 class Vanilla(ImageModel):
-    """The body of the vanilla SpectFormer and SVT: images (B, in_chans, H, W) to logits (B, num_classes).
+    """The vanilla SpectFormer and SVT model: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    Blocks of attention are residual pairs, all others have one residual around mixer and feed-forward network. Features
-    are tokens (B, N, embed_dim).
+    An attention block has two residual connections, around the mixer and around the feed-forward network. Every other
+    block has a single one around both. Features are tokens (B, N, embed_dim).
 
-    Args (the others are those of `ImageModel`):
-        patch_size: pixels of a patch's side.
-        global_pool: what is classified: "avg", the mean of the tokens; "", each of them.
-        embed_dim: channels.
-        depth: blocks.
-        num_heads: of attention; by default a head is 64 channels wide.
-        mlp_ratio: hidden channels of the feed-forward networks as a multiple of `embed_dim`.
-        alpha: how many of the first blocks have `mixer`, by default the paper's 4; the others have attention.
+    Args (see `ImageModel` for the others):
+        patch_size: side of a patch in pixels.
+        global_pool: "avg" classifies the mean of the tokens, "" every token.
+        embed_dim: number of channels.
+        depth: number of blocks.
+        num_heads: number of attention heads; by default a head has 64 channels.
+        mlp_ratio: ratio of hidden channels to `embed_dim` in the feed-forward networks.
+        alpha: number of leading blocks that use `mixer`, by default the paper's 4. The remaining blocks use attention.
 
     Raises:
-        ValueError: arguments do not fit together, or leave no patch; in `forward`, images have another size, unless
-            `dynamic_img_size`.
+        ValueError: if arguments are inconsistent or the image is smaller than a patch, or if `forward` gets images of
+            another size without `dynamic_img_size`.
     """
 
     pools = ("avg", "")
@@ -106,11 +106,11 @@ class Vanilla(ImageModel):
         set_spectral_precision(self, spectral_precision)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters exempt from weight decay besides all one-dimensional ones."""
+        """Return the parameters exempt from weight decay, in addition to all one-dimensional ones."""
         return {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        """Return regular expressions that group parameters by depth, for layer-wise learning rate decay."""
         blocks = r"^blocks\.(\d+)"
         return {
             "stem": r"^pos_embed|^patch_embed",
@@ -119,7 +119,7 @@ class Vanilla(ImageModel):
 
     @torch.no_grad()
     def set_input_size(self, img_size: int | Grid) -> None:
-        """Resample position embeddings and filters to another image size, by the authors' rule."""
+        """Resize the model to another image size: resample position embeddings and the mixers' weights."""
         grid_size = patch_grid(to_grid(img_size), self.patch_size)
         resized = resize_pos_embed(self.pos_embed, self.grid_size, grid_size)
         self.pos_embed = nn.Parameter(resized, self.pos_embed.requires_grad)
@@ -128,7 +128,7 @@ class Vanilla(ImageModel):
         self._record_input_size(img_size)
 
     def resize_weights(self, weights: dict[str, Tensor], source_grid: Grid) -> dict[str, Tensor]:
-        """The model's own grid-dependent weights, read from a checkpoint of another grid, for this one's."""
+        """Resample the position embeddings of a checkpoint from `source_grid` to the model's grid."""
         return {"pos_embed": resize_pos_embed(weights["pos_embed"], source_grid, self.grid_size)}
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -143,33 +143,33 @@ class Vanilla(ImageModel):
 
 
 def patch_grid(img_size: Grid, patch_size: int) -> Grid:
-    """Patches in an image, (rows, columns). What is left of a side that is no multiple is not seen.
+    """Return the (rows, columns) of patches in an image. Pixels beyond the last whole patch are ignored.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if the image is smaller than a patch.
     """
     if patch_size < 1:
-        raise ValueError(f"patch_size is at least 1, not {patch_size}")
+        raise ValueError(f"patch_size must be at least 1, not {patch_size}")
     grid = (img_size[0] // patch_size, img_size[1] // patch_size)
     if 0 in grid:
-        raise ValueError(f"an image of {img_size[0]}x{img_size[1]} pixels holds no {patch_size}-pixel patch")
+        raise ValueError(f"img_size {img_size[0]}x{img_size[1]} is smaller than patch_size {patch_size}")
     return grid
 
 
 @torch.fx.wrap
 def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
-    """(1, N, C) position embeddings of one grid for another: bicubic, align_corners=False (the authors')."""
+    """Resample position embeddings (1, N, C) to another grid: bicubic, align_corners=False, as the authors do."""
     if old == new:
         return pos_embed
     return resize_grid(pos_embed[0].unflatten(0, old), new, align_corners=False).flatten(0, 1)[None]
 
 
 def vanilla_cfgs(family: str, source: dict[str, str]) -> dict[str, dict]:
-    """Timm's default configurations of a family's vanilla models; `source` names paper and repository."""
+    """Return timm's default configurations of a family's vanilla models; `source` has the paper and repository."""
     cfg = model_cfg("patch_embed.proj", crop_pct=0.875, source=source)  # resize to 256, crop 224
     return {f"{family}_{size}": cfg for size in SIZES}
 
 
 def build_vanilla(name: str, pretrained: bool, overrides: dict) -> Vanilla:
-    """The registered model `name`, whose last part is its size, with the arguments that the caller gives instead."""
+    """Build the registered model `name`, whose last part is its size; `overrides` replace the size's arguments."""
     return build_variant(Vanilla, name, pretrained, 3, SIZES[name.rpartition("_")[2]] | overrides)

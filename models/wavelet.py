@@ -1,14 +1,14 @@
 """One level of the 2-D dual-tree complex wavelet transform on channels-last grids.
 
-The transform of SVT's scattering layers (SVT, section 3): level 1 of the DTCWT of Selesnick, Baraniuk and
-Kingsbury (2005) with the biorthogonal `near_sym_b` filters and half-sample symmetric extension. At level 1
-the two trees are the even and the odd samples of an undecimated transform: each of the three high-pass
-images, 2x2 pixels at a time, becomes two complex bands.
+SVT's scattering layers use this transform (SVT, section 3): level 1 of the DTCWT of Selesnick, Baraniuk and
+Kingsbury (2005) with the biorthogonal `near_sym_b` filters and half-sample symmetric extension. At level 1, the
+two trees are the even and the odd samples of an undecimated transform. Each of the three high-pass images
+becomes two complex bands: every 2x2 pixels give one number of each.
 
-Filtering an axis is a product with a small dense matrix, which contains the extension and the padding of odd
-sizes. It does more arithmetic than a convolution and still takes less time, on any grid of an image model. The sums and
-differences that turn 2x2 pixels into complex numbers are in the matrix too, so that bands come out of the product in
-the layout that their blending multiplies.
+Each axis is filtered by a product with a small dense matrix, which includes the extension and the padding of odd
+sizes. This takes more arithmetic but less time than a convolution, for the grid sizes of image models. The matrix
+also includes the sums and differences that turn 2x2 pixels into complex numbers, so the product gives the bands in
+the layout that the blending needs.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from .matrices import builder, matrix, multiply
 from .precision import autocast_off, full_precision
 from .resampling import Grid
 
-# near_sym_b: the first half of each odd, symmetric filter, its centre included.
+# near_sym_b: the first half of each symmetric filter of odd length, including its centre.
 _ANALYSIS_LOW = (-9 / 5120, 0.0, 57 / 2560, -3 / 64, -247 / 5120, 19 / 64, 711 / 1280)
 _SYNTHESIS_LOW = (
     7.062639508928571e-05, 0.0, -0.0013419015066964285, -0.0018833705357142855, 0.007156808035714285,
@@ -34,7 +34,7 @@ def _symmetric(half: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _alternate(taps: tuple[float, ...]) -> tuple[float, ...]:
-    """The other channel's high-pass: taps at odd distance from the centre change sign."""
+    """Derive a high-pass from the other channel's low-pass: taps at odd distance from the centre change sign."""
     centre = len(taps) // 2
     return tuple(-tap if (i - centre) % 2 else tap for i, tap in enumerate(taps))
 
@@ -43,19 +43,19 @@ def _scaled(taps: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(2**-0.25 * tap for tap in taps)
 
 
-# (low, high). All are scaled by 2 ** -1/4, so that the images filtered twice carry the 1 / sqrt(2) that turning
-# 2x2 pixels into complex numbers takes; the low-pass image does without it.
+# (low, high). All are scaled by 2 ** -1/4: filtering both axes then includes the factor 1 / sqrt(2) of turning 2x2
+# pixels into complex numbers. The low-pass image has no such factor, so its matrices undo the scaling.
 ANALYSIS = _scaled(_symmetric(_ANALYSIS_LOW)), _scaled(_alternate(_symmetric(_SYNTHESIS_LOW)))
 SYNTHESIS = _scaled(_symmetric(_SYNTHESIS_LOW)), _scaled(_alternate(_symmetric(_ANALYSIS_LOW)))
 
 
 def padded_grid(grid: Grid) -> Grid:
-    """(H, W) rounded up to even numbers: the size of the low-pass image."""
+    """Round (H, W) up to even numbers, the size of the low-pass image."""
     return grid[0] + grid[0] % 2, grid[1] + grid[1] % 2
 
 
 def _filter_matrix(taps: tuple[float, ...], size: int) -> Tensor:
-    """(size, size) float64 matrix, on the CPU, that filters `size` samples extended half-sample symmetrically."""
+    """(size, size) float64 CPU matrix that filters `size` samples with half-sample symmetric extension."""
     half = len(taps) // 2
     place = torch.arange(size)[:, None] + torch.arange(-half, half + 1)
     place = place % (2 * size)
@@ -70,9 +70,9 @@ def _even_then_odd(matrix: Tensor) -> Tensor:
 
 @builder
 def analysis_matrix(size: int) -> Tensor:
-    """(2 * even size, size) float64: the even and the odd samples of the low-pass, then of the high-pass signal.
+    """(2 * even size, size) float64 matrix to the even and odd samples of the low-pass, then the high-pass signal.
 
-    An odd signal repeats its last sample.
+    A signal of odd length repeats its last sample.
     """
     even = size + size % 2
     filters = torch.cat([_even_then_odd(_filter_matrix(taps, even)) for taps in ANALYSIS])
@@ -83,14 +83,14 @@ def analysis_matrix(size: int) -> Tensor:
 
 @builder
 def synthesis_matrix(size: int) -> Tensor:
-    """(size, 2 * even size) float64: what `analysis_matrix` gives back to the signal, padding cropped."""
+    """(size, 2 * even size) float64 matrix, the inverse of `analysis_matrix`; it crops the padding."""
     even = size + size % 2
     return torch.cat([_even_then_odd(_filter_matrix(taps, even).T).T for taps in SYNTHESIS], 1)[:size]
 
 
 @builder
 def _low_analysis(size: int) -> Tensor:
-    """(even size, size) float64: the low-pass signal in the order of its samples, unscaled."""
+    """(even size, size) float64 matrix to the low-pass signal, in sample order and without the scaling."""
     return 2**0.25 * analysis_matrix(size).unflatten(0, (4, -1))[:2].transpose(0, 1).flatten(0, 1)
 
 
@@ -101,7 +101,7 @@ def _low_synthesis(size: int) -> Tensor:
 
 @builder
 def _rows_analysis(size: int) -> Tensor:
-    """(2 * even size, size) float64: `analysis_matrix` by pairs of rows, (pair, low or high, even or odd)."""
+    """(2 * even size, size) float64, `analysis_matrix` with rows ordered (pair, low or high, even or odd)."""
     return analysis_matrix(size).unflatten(0, (2, 2, -1)).permute(2, 0, 1, 3).flatten(0, 2)
 
 
@@ -112,9 +112,9 @@ def _rows_synthesis(size: int) -> Tensor:
 
 @builder
 def _bands_analysis(size: int) -> Tensor:
-    """(12w, 4 * size) float64, where w is half the even size: from a pair of filtered rows to the bands of w squares.
+    """(12w, 4 * size) float64 matrix from a pair of filtered rows to the bands of w squares, w = even size / 2.
 
-    A column is (low or high, even or odd row, place in it), a row (square, orientation, real or imaginary).
+    Columns are ordered (low or high, even or odd row, position), rows (square, orientation, real or imaginary).
     """
     return _bands_matrix(analysis_matrix(size))
 
@@ -125,9 +125,9 @@ def _bands_synthesis(size: int) -> Tensor:
 
 
 def _bands_matrix(filters: Tensor) -> Tensor:
-    """Of the filters for the width, (4w, size): see `_bands_analysis`.
+    """Build `_bands_analysis` from the filters for the width, (4w, size).
 
-    The pixels a b over c d of a square make two complex numbers, (a - d) + (b + c)i and (a + d) + (b - c)i.
+    A square with the pixels a b above c d gives two complex numbers, (a - d) + (b + c)i and (a + d) + (b - c)i.
     """
     low_even, low_odd, high_even, high_odd = filters.unflatten(0, (4, -1))
     at15, at165 = _complex_pair(low_even, low_odd, of_high_rows=True)
@@ -137,7 +137,7 @@ def _bands_matrix(filters: Tensor) -> Tensor:
 
 
 def _complex_pair(even: Tensor, odd: Tensor, of_high_rows: bool) -> Iterator[Tensor]:
-    """Rows (w, 2, 4 * size) of `_bands_matrix`: two complex bands of the pixels of high-pass or low-pass rows."""
+    """Yield the rows (w, 2, 4 * size) of `_bands_matrix` for two complex bands of high-pass or low-pass rows."""
     for real, imaginary in (((even, -odd), (odd, even)), ((even, odd), (odd, -even))):
         parts = torch.stack((torch.cat(real, 1), torch.cat(imaginary, 1)), 1)
         nothing = torch.zeros_like(parts)
@@ -146,7 +146,7 @@ def _complex_pair(even: Tensor, odd: Tensor, of_high_rows: bool) -> Iterator[Ten
 
 @torch.fx.wrap
 def analyse(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, H, W, C) to low-pass image and bands, see `DTCWT`."""
+    """Transform (B, H, W, C) to the low-pass image and the bands, see `DTCWT`."""
     batch, height, width, channels = x.shape
     with autocast_off(x):
         low = multiply(matrix(_low_analysis, height, like=x), x.flatten(2))
@@ -159,7 +159,7 @@ def analyse(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.fx.wrap
 def synthesise(low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
-    """Low-pass image and bands to (B, H, W, C), see `DTCWT.inverse`."""
+    """Transform the low-pass image and the bands to (B, H, W, C), see `DTCWT.inverse`."""
     height, width = grid
     batch, channels = low.shape[0], low.shape[3]
     with autocast_off(low):
@@ -174,17 +174,17 @@ def synthesise(low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
 class DTCWT(nn.Module):
     """Level-1 dual-tree complex wavelet transform of (B, H, W, C), and its inverse, on any grid.
 
-    `forward` gives the low-pass image (B, H', W', C), H' and W' being H and W rounded up to even, and six complex bands
-    (B, H'/2, W'/2, 6, 2, C) oriented at 15, 45, 75, 105, 135, 165 degrees, real part before imaginary. `inverse`
-    reconstructs the signal, up to 1e-5 of it in float32 and 1e-2 in bfloat16: both compute in the input's dtype with
-    autocast off; products add up in float32.
+    `forward` returns the low-pass image (B, H', W', C), where H' and W' are H and W rounded up to even numbers, and six
+    complex bands (B, H'/2, W'/2, 6, 2, C), oriented at 15, 45, 75, 105, 135 and 165 degrees, real part first. `inverse`
+    reconstructs the signal with a relative error of 1e-5 in float32 and 1e-2 in bfloat16. Both compute in the input's
+    dtype with autocast off; products accumulate in float32.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return analyse(x)
 
     def inverse(self, low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
-        """The (B, H, W, C) signal of a low-pass image and its bands; `grid` = (H, W), which may be odd."""
+        """Reconstruct the signal (B, H, W, C) from low-pass image and bands; `grid` is (H, W) and may be odd."""
         return synthesise(low, bands, grid)
 
 
@@ -194,7 +194,7 @@ def _library_transforms(dtype: torch.dtype, device: torch.device) -> tuple[nn.Mo
         from pytorch_wavelets import DTCWTForward, DTCWTInverse
     except ImportError as error:
         raise ImportError(
-            f"wavelet_backend='pytorch_wavelets' needs that package and setuptools<81: {error}"
+            f"wavelet_backend='pytorch_wavelets': install pytorch_wavelets and setuptools<81 ({error})"
         ) from error
     forward = DTCWTForward(J=1, biort="near_sym_b", qshift="qshift_b")
     inverse = DTCWTInverse(biort="near_sym_b", qshift="qshift_b")
@@ -202,11 +202,11 @@ def _library_transforms(dtype: torch.dtype, device: torch.device) -> tuple[nn.Mo
 
 
 class LibraryDTCWT(nn.Module):
-    """`DTCWT` computed by the pytorch_wavelets package, which is imported only where this class is used."""
+    """`DTCWT` computed by the optional pytorch_wavelets package."""
 
     def __init__(self):
         super().__init__()
-        _library_transforms(torch.float32, torch.device("cpu"))  # a missing package is an error here already
+        _library_transforms(torch.float32, torch.device("cpu"))  # a missing package raises here
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with autocast_off(x):

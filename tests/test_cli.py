@@ -376,8 +376,8 @@ def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
 @pytest.mark.parametrize(
     ("mixers", "expected"),
     [
-        ("spectral*4,atention*8", "no mixer is called 'atention'; there are attention, spectral"),
-        ("spectral*4,attention*7", "those of 11 blocks, not of 12"),
+        ("spectral*4,atention*8", "no mixer is called 'atention'; choose from attention, spectral"),
+        ("spectral*4,attention*7", "name 11 blocks, but there are 12"),
         ("spectral*x,attention*8", "is neither NAME nor NAME\\*COUNT"),
         ("spectral*4/attention*8", "is neither NAME nor NAME\\*COUNT"),
     ],
