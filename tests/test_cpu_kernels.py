@@ -239,6 +239,8 @@ def test_layers_that_somebody_replaced_or_pruned_are_called():
     layer.dwconv = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12).double()
     h = layer.dwconv(layer.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     torch.testing.assert_close(layer(x), layer.fc2(layer.act(h)))
+    layer.act = nn.GELU("tanh")
+    torch.testing.assert_close(layer(x), layer.fc2(layer.act(h)))
     layer.fc2.forward = lambda h: 7 * h  # as libraries do that move weights about
     torch.testing.assert_close(layer(x), 7 * layer.act(h))
 

@@ -32,9 +32,11 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor | None:
 def _is_known(layer: nn.Module) -> bool:
     """Whether this is one of the layers that `layers.FeedForward` is built of, and nobody replaced it."""
     if type(layer) is nn.Conv2d:
-        geometry = layer.kernel_size, layer.padding, layer.stride, layer.dilation, layer.groups
-        return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), layer.out_channels)
-    return type(layer) in (nn.Linear, nn.GELU)
+        geometry = layer.kernel_size, layer.padding, layer.padding_mode, layer.stride, layer.dilation, layer.groups
+        return geometry == ((3, 3), (1, 1), "zeros", (1, 1), (1, 1), layer.out_channels) and layer.bias is not None
+    if type(layer) is nn.GELU:
+        return layer.approximate == "none"
+    return type(layer) is nn.Linear and layer.bias is not None
 
 
 def general_feed_forward(
