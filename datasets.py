@@ -1,7 +1,7 @@
-"""The data of a run: see `inputs.data`.
+"""The data of a run, see `inputs.data`.
 
-Hugging Face's package of the same name is reached by ``--data-set hfds/...`` (`inputs.hugging_face`), not by
-importing it here.
+This is not Hugging Face's package of the same name; use ``--data-set hfds/...`` for its data sets
+(`inputs.hugging_face`).
 """
 
 from inputs.data import Data, build_data, build_eval

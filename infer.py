@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Evaluate a model with its weights on a data set, or predict images with it; measure and explain its predictions.
+"""Evaluate a trained model on a data set, or predict images with it and explain the predictions.
 
 infer.py --model-path runs/mine --data-path /path/to/imagenet      loss, acc@1, acc@5, images/s
-infer.py --model-path CKPT --image a.jpg folder/ --explain         the most likely classes and what spoke for them
+infer.py --model-path CKPT --image a.jpg folder/ --explain         most likely classes, with evidence maps
 infer.py --model-path CKPT --image folder/ --output table.csv      predictions as a table
-infer.py --model-path spectformer_h_n --image a.jpg                a model whose weights come with the project
+infer.py --model-path spectformer_h_n --image a.jpg                a model whose weights the project includes
 """
 
 import argparse
@@ -44,44 +44,44 @@ from utils import UserError
 
 FLAGS: FlagTable = {
     "model": [
-        ("--model-path", text, None, "CKPT", "a checkpoint, a run directory (its best), or a model's name"),
-        ("--arch", text, None, "NAME", "the model, where the file contains only weights"),
-        ("--model-kwargs", KeyValues, {}, "KEY=VALUE", "constructor arguments beside the checkpoint's"),
-        ("--mixer-module", python_module, None, "FILE.py", "as in training, for a model with mixers of its own"),
-        ("--ema", bool, None, None, "the averaged weights (default: if the checkpoint has them)"),
-        ("--input-size", image_size, None, "PIXELS", "side, or HEIGHTxWIDTH (default: the checkpoint's)"),
+        ("--model-path", text, None, "CKPT", "checkpoint, run directory (its best checkpoint) or model name"),
+        ("--arch", text, None, "NAME", "model name, for a file that only contains weights"),
+        ("--model-kwargs", KeyValues, {}, "KEY=VALUE", "constructor arguments in addition to the checkpoint's"),
+        ("--mixer-module", python_module, None, "FILE.py", "file that adds the model's custom mixers, as in training"),
+        ("--ema", bool, None, None, "use the averaged weights (default: if the checkpoint has them)"),
+        ("--input-size", image_size, None, "PIXELS", "image side or HEIGHTxWIDTH (default: the checkpoint's)"),
     ],
     "evaluation": [
         ("--data-set", text, None, "NAME", "as in training (default: the checkpoint's, or IMNET)"),
-        ("--data-path", text, None, "DIR", "folder of the data set"),
+        ("--data-path", text, None, "DIR", "data set folder"),
         ("--csv-columns", (text, "+"), None, "NAME", "as in training (default: the checkpoint's)"),
-        ("--split", ["val", "test"], "val", None, "images to evaluate"),
+        ("--split", ["val", "test"], "val", None, "split to evaluate"),
         ("--classes", class_list, None, "A,B,...", "only these (default: the checkpoint's that the data has)"),
-        ("--val-split", split_share, None, "P[:SEED]", "of class folders without val/ (default: the checkpoint's)"),
-        ("--inat-category", list(RANKS), "name", None, "class of INAT19"),
-        ("--skip-bad-images", bool, False, None, "leave out and count unreadable images"),
-        ("--report", Path, None, "DIR", "write a confusion matrix and accuracies per class there"),
+        ("--val-split", split_share, None, "P[:SEED]", "share for class folders without val/ (default: the run's)"),
+        ("--inat-category", list(RANKS), "name", None, "taxonomic rank of the INAT19 classes"),
+        ("--skip-bad-images", bool, False, None, "skip and count unreadable images"),
+        ("--report", Path, None, "DIR", "write a confusion matrix and per-class accuracies to this folder"),
     ],
     "prediction": [
-        ("--image", (Path, "+"), None, "FILE", "images, or folders of images, to predict"),
-        ("--topk", POSITIVE, 5, "N", "classes per image"),
-        ("--quiet", bool, False, None, "no line for each image"),
-        ("--embeddings", Path, None, "NPY", "write each image's features there, and the file names beside them (.txt)"),
-        ("--drawings", text, "detections", "DIR", "of a detector: the images with what was found"),
-        ("--min-score", FRACTION, 0.5, "P", "of a detector: the lowest score that is drawn"),
+        ("--image", (Path, "+"), None, "FILE", "images or image folders to predict"),
+        ("--topk", POSITIVE, 5, "N", "number of classes to show per image"),
+        ("--quiet", bool, False, None, "do not print a line per image"),
+        ("--embeddings", Path, None, "NPY", "write the images' features to this file, and their names to a .txt file"),
+        ("--drawings", text, "detections", "DIR", "for a detector: where to save images with the detected objects"),
+        ("--min-score", FRACTION, 0.5, "P", "for a detector: lowest score to draw"),
     ],
     "both": [
-        ("--output", Path, None, "FILE", "results: .json, for --image also .csv or .parquet"),
-        ("--eval-crop-pct", number(float, 0.1, 1), None, "P", "part of the resized side kept (default: as trained)"),
+        ("--output", Path, None, "FILE", "write the results to a .json file; with --image also .csv or .parquet"),
+        ("--eval-crop-pct", number(float, 0.1, 1), None, "P", "centre crop / resized side (default: as trained)"),
         ("--batch-size", POSITIVE, 128, "N", "images per process and step"),
-        ("--num-workers", WORKERS, min(4, os.cpu_count() or 1), "N", "loader processes; 0: load in this one"),
-        ("--tta", bool, False, None, "average the logits of an image and its mirror image"),
-        ("--pin-mem", bool, True, None, "page-locked batches, for faster copies to a GPU"),
+        ("--num-workers", WORKERS, min(4, os.cpu_count() or 1), "N", "loader processes; 0: load in the main process"),
+        ("--tta", bool, False, None, "average the logits of each image and its mirror image"),
+        ("--pin-mem", bool, True, None, "use page-locked batches, for faster copies to a GPU"),
         ("--device", text, "auto", None, "auto, cpu, cuda or cuda:N"),
-        ("--amp", ["auto", "bf16", "fp16", "none"], "auto", None, "mixed precision; auto: on CUDA"),
+        ("--amp", ["auto", "bf16", "fp16", "none"], "auto", None, "mixed precision; auto: only on CUDA"),
     ],
 }
-# Flags that a detector does not have.
+# Flags that detectors do not support.
 OF_CLASSIFIERS = {"arch", "model_kwargs", "input_size", "classes", "val_split", "skip_bad_images", "eval_crop_pct"}
 OF_CLASSIFIERS |= {"explain", "embeddings", "tta"}
 
@@ -90,31 +90,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line.
 
     Raises:
-        UserError: in one line, for anything unknown, malformed or contradictory.
+        UserError: if an argument is unknown, malformed or contradicts another one.
     """
-    parser = Parser("Evaluate a model with its weights on a data set, or predict images with it.")
+    parser = Parser("Evaluate a trained model on a data set, or predict images with it.")
     add_flags(parser, FLAGS)
-    help_text = "save what spoke for the class, over the image (default: in explained/)"
+    help_text = "overlay each image with the evidence for its class and save it (default: in explained/)"
     parser.add_argument("--explain", nargs="?", const="explained", metavar="DIR", help=help_text)
     parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
     if args.model_path is None and args.arch is None:
         raise UserError(
-            "--model-path says what to run: a checkpoint, a run directory, or one of " + ", ".join(models.shipped())
+            "--model-path is missing: set it to a checkpoint, a run directory or one of " + ", ".join(models.shipped())
         )
-    if args.model_path is None:  # --arch alone: a model whose weights come with the project
+    if args.model_path is None:  # only --arch: a model whose weights the project includes
         args.model_path, args.arch = args.arch, None
     if (args.explain is not None or args.embeddings is not None) and args.image is None:
         raise UserError("--explain and --embeddings need --image")
     if args.explain is not None and args.tta:
-        raise UserError("--explain excludes --tta: it is about one image, without its mirror image")
+        raise UserError("--explain does not support --tta: it explains the prediction of a single image")
     if args.image is not None and (args.data_set or args.data_path or args.report):
-        raise UserError("--image predicts images; --data-set, --data-path and --report are for evaluation")
+        raise UserError("--image predicts images: leave out --data-set, --data-path and --report")
     return args
 
 
 def with_trained_data(args: argparse.Namespace, loaded: models.LoadedModel) -> argparse.Namespace:
-    """The arguments with data set, split and size taken from the checkpoint where the command line leaves them open."""
+    """Complete the arguments: data set, split, size and preprocessing default to those of the checkpoint."""
     trained = loaded.checkpoint.get("args") or {}
     data_set = args.data_set or trained.get("data_set") or "IMNET"
     val_split = trained.get("val_split") if args.val_split is None and data_set == trained.get("data_set") else None
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     dist = init_distributed(args.device)
     if args.image is not None and dist.world_size > 1:
-        raise UserError("--image runs in one process")
+        raise UserError("--image runs in a single process: start infer.py without torchrun")
     path = find_checkpoint(args.model_path)
     is_detector = bool(peek(path).get("detector"))
     set_up_device(dist.device, fixed_sizes=not is_detector)  # as in training
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded = dataclasses.replace(loaded, crop_pct=args.eval_crop_pct)
     channels = loaded.model_kwargs.get("in_chans", 3)
     if channels != len(loaded.mean):
-        raise UserError(f"{path}: the model expects {channels} channels, its mean is for {len(loaded.mean)}")
+        raise UserError(f"{path}: the model expects {channels} channels, but its mean has {len(loaded.mean)} values")
     if args.tta:
         average_mirrored(loaded.model)
     run = run_evaluation if args.image is None else run_prediction

@@ -1,1 +1,1 @@
-"""The parts of `infer.py` for classifiers: evaluation, prediction, explanations, files."""
+"""The classifier part of `infer.py`: evaluation, prediction, explanations and output files."""

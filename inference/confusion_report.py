@@ -1,4 +1,4 @@
-"""What a classifier confuses: tables and a picture of the confusion matrix."""
+"""Report on a classifier's confusions: tables and a figure of the confusion matrix."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,18 +9,18 @@ from matplotlib.figure import Figure
 
 from .output_files import as_label, save_figure, write_csv
 
-NAMED_CLASSES = 60  # up to so many classes a confusion matrix has their names at its sides
-COUNTED_CLASSES = 20  # and up to so many the counts in its cells
+NAMED_CLASSES = 60  # the figure labels at most this many classes
+COUNTED_CLASSES = 20  # the figure shows counts for at most this many classes
 
 
 def class_accuracies(confusion: np.ndarray) -> np.ndarray:
-    """The part of each class's images that were recognised; NaN where there are none."""
+    """Return the share of each class's images that were classified correctly; NaN for a class without images."""
     with np.errstate(invalid="ignore"):
         return confusion.diagonal() / confusion.sum(1)
 
 
 def write_report(folder: Path, confusion: np.ndarray, names: Sequence[str], title: str) -> None:
-    """`confusion_matrix.csv`, `confusion_matrix.png` and `per_class.csv`, the worst class first."""
+    """Write `confusion_matrix.csv`, `confusion_matrix.png` and `per_class.csv`, the worst class first."""
     write_csv(
         folder / "confusion_matrix.csv",
         ["true \\ predicted", *names],
@@ -37,14 +37,14 @@ def write_report(folder: Path, confusion: np.ndarray, names: Sequence[str], titl
 
 
 def most_confused(confusion: np.ndarray, index: int, names: Sequence[str]) -> str:
-    """The other class for which a class is taken most often, or nothing."""
+    """Return the class that a class is most often mistaken for, or an empty string."""
     others = confusion[index].copy()
     others[index] = 0
     return names[others.argmax()] if others.any() else ""
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """The confusion matrix, each row in per cent of its true class; few classes have names and counts."""
+    """Draw the confusion matrix, each row in per cent of its true class; label it if there are few classes."""
     classes = len(names)
     side = min(max(0.42 * classes, 2.8), 8.0)
     figure = Figure(figsize=(side + 1.6, side + 1.2), layout="constrained")

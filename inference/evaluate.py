@@ -1,4 +1,4 @@
-"""A classifier's loss and accuracies on a data set."""
+"""Evaluate a classifier on a data set: loss and accuracies."""
 
 import argparse
 import time
@@ -25,17 +25,17 @@ from .output_files import check_results, write_json
 
 
 def average_mirrored(model: nn.Module) -> None:
-    """Make a classifier of images (B, C, H, W) return the mean of its logits for them and for their mirror images."""
+    """Make a classifier return the mean of the logits for images (B, C, H, W) and for their mirror images."""
 
     def add_mirrored(model: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
         (images,) = inputs
-        return (logits + model.forward(images.flip(-1))) / 2  # `forward` alone: this hook would call itself
+        return (logits + model.forward(images.flip(-1))) / 2  # calling the model would run this hook again
 
     model.register_forward_hook(add_mirrored)
 
 
 def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> None:
-    """Evaluate on all processes; the main one prints, and writes the results and the report where there is a place."""
+    """Evaluate on all processes. The main process prints the results and writes them to files on request."""
     data, present = open_data(args, dist, loaded)
     output = args.output or default_output(args, loaded.path)
     if dist.is_main:
@@ -43,7 +43,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     model = loaded.model.to(dist.device)
     data.val.dataset.labels = np.array(present)[data.val.dataset.labels]
     columns = torch.tensor(present, device=dist.device)
-    own: list[np.ndarray] = []  # for each batch (3, B): true classes, predictions, and those among the data's classes
+    own: list[np.ndarray] = []  # (3, B) per batch: true class, prediction, best of the classes in the data
 
     def watch(logits: Tensor, targets: Tensor) -> None:
         among_present = columns[logits[:, columns].argmax(1)]
@@ -90,14 +90,14 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
 
 
 def setting(args: argparse.Namespace, dist: Distributed, loaded: Any) -> dict[str, Any]:
-    """What results depend on: the flags, the loaded model or detector, the machine."""
+    """Return the settings of the results: the flags, the loaded model or detector and the machine."""
     model = {"model_path": str(loaded.path), "arch": loaded.arch, "ema": loaded.ema}
     machine = {"processes": dist.world_size, "device": str(dist.device)}
     return vars(args) | model | machine | {"torch": torch.__version__, "timm": timm.__version__}
 
 
 def default_output(args: argparse.Namespace, path: Path) -> Path | None:
-    """Beside a run's checkpoint, named after it, the data and the split; None for a file outside run directories."""
+    """Return a file next to the run's checkpoint, named after it, the data and the split; None outside a run."""
     if not (path.parent / "args.yaml").is_file():
         return None
     data = data_name(args.data_set, args.data_path).lower().replace("/", "-")
@@ -105,14 +105,14 @@ def default_output(args: argparse.Namespace, path: Path) -> Path | None:
 
 
 def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> tuple[Data, list[int]]:
-    """The data, and the model's indices of its classes.
+    """Open the data; return it with the model's index of each of its classes.
 
-    Classes are found by name, and the data may lack some of the model's. Where the checkpoint has no names, or the
-    data set numbers its classes, they are taken in order. Of a data set on some of whose classes the model was trained
-    (--classes), the others are left out.
+    Classes are matched by name, and the data may lack some of the model's classes. If the checkpoint has no class
+    names, both numbers of classes must agree, and classes are matched in order. If the model was trained on a subset
+    of the data set's classes (--classes), only these are evaluated.
 
     Raises:
-        UserError: the data has classes that the model does not know.
+        UserError: if the data has classes that the model does not know.
     """
 
     def build(classes: Sequence[str] | None) -> Data:
@@ -132,5 +132,5 @@ def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) 
     shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
     raise UserError(
         f"--data-set {args.data_set}: {loaded.path} does not know {len(unknown)} of its {data.num_classes} classes: "
-        f"{shown}; --classes chooses classes"
+        f"{shown}; use --classes to evaluate only some"
     )

@@ -1,4 +1,4 @@
-"""Which parts of an image spoke for a class."""
+"""Explain a prediction by the parts of the image that support the class."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,23 +15,23 @@ from utils import UserError, make_directory
 
 from .output_files import as_label
 
-# Perceptually uniform, and the less opaque the less there is to say: the photograph stays to be seen.
+# Perceptually uniform, and transparent for low values, so that the photograph remains visible.
 _colours = matplotlib.colormaps["plasma"](np.linspace(0, 1, 256))
 _colours[:, 3] = np.linspace(0, 0.65, 256)
 SEE_THROUGH = ListedColormap(_colours)
-CELLS = 14  # rows and columns of the map that explains a prediction
-HIDDEN = 4  # of those, in each direction, that are hidden at a time
+CELLS = 14  # rows and columns of the evidence map
+HIDDEN = 4  # rows and columns of cells that are hidden at a time
 
 
 def overlay_paths(
     files: Sequence[Path], folder: Path, flag: str = "--explain", suffix: str = "explained"
 ) -> list[Path]:
-    """Where the overlays go; UserError if two images would share one, or an image be replaced."""
+    """Return the paths of the overlays; raise UserError if two are the same or one would replace an image."""
     paths = [folder / f"{file.stem}_{suffix}.png" for file in files]
     taken: dict[Path, Path] = {}
     for file, path in zip(files, paths, strict=True):
         if path in taken:
-            raise UserError(f"{flag}: {taken[path]} and {file} have the same name; take them one by one")
+            raise UserError(f"{flag}: {taken[path]} and {file} have the same name; process them separately")
         if path.exists() and path.resolve() in {other.resolve() for other in files}:
             raise UserError(f"{flag}: the overlay {path} would replace one of the images")
         taken[path] = file
@@ -41,21 +41,20 @@ def overlay_paths(
 
 @torch.no_grad()
 def class_evidence(predict: Callable[[Tensor], Tensor], image: Tensor, target: int, batch_size: int = 32) -> Tensor:
-    """How much each part of an image spoke for a class: a (rows, columns) map, 1 the most, 0 nothing or against.
+    """Compute a (rows, columns) map of the evidence for a class, 1 for the most, 0 for none or evidence against it.
 
-    Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.2): squares of 2/7 of the image's sides are
-    blurred beyond recognition one after another, and a cell's evidence is the mean drop of the logit over the
-    squares that cover it. The mean of all logits is subtracted first, since a softmax does not see it.
+    Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.2): blur squares of 2/7 of the image's sides
+    beyond recognition, one at a time. A cell's evidence is the mean drop of the logit over the squares that cover
+    it. The mean of all logits is subtracted first, because softmax ignores it.
 
-    It asks the model itself, unlike maps read off the last tokens (class activation, Grad-CAM and their kin):
-    the mixers here are global from the first block on, so what is in a token in the end need not come from its
-    place in the image.
+    Maps from the last tokens (class activation maps, Grad-CAM) would be misleading: the mixers here are global from
+    the first block on, so a token's features need not come from its position in the image.
 
     Args:
-        predict: images (B, 3, H, W) to logits (B, classes).
-        image: (3, H, W), normalised.
-        target: the class.
-        batch_size: images a call of `predict`.
+        predict: function from images (B, 3, H, W) to logits (B, classes).
+        image: normalized image (3, H, W).
+        target: index of the class.
+        batch_size: images per call of `predict`.
     """
 
     def scores(images: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ def class_evidence(predict: Callable[[Tensor], Tensor], image: Tensor, target: i
 
 
 def blur(image: Tensor, radius: int) -> Tensor:
-    """(3, H, W), averaged twice over squares of that many pixels to each side, less at the borders."""
+    """Average (3, H, W) twice over squares that extend `radius` pixels to each side, fewer at the borders."""
     for _ in range(2):
         rows = nn.functional.avg_pool2d(image, (2 * radius + 1, 1), 1, (radius, 0), count_include_pad=False)
         image = nn.functional.avg_pool2d(rows, (1, 2 * radius + 1), 1, (0, radius), count_include_pad=False)
@@ -84,13 +83,13 @@ def blur(image: Tensor, radius: int) -> Tensor:
 
 
 def displayable(image: Tensor, loaded: LoadedModel) -> Tensor:
-    """A normalised (3, H, W) image as (H, W, 3) between 0 and 1."""
+    """Convert a normalized image (3, H, W) to (H, W, 3) with values between 0 and 1."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (loaded.mean, loaded.std))
     return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
 def draw_overlay(image: Tensor, heat: Tensor, title: str) -> Figure:
-    """The image (H, W, 3) as the model saw it, and beside it the map (h, w) over the image, cell by cell."""
+    """Draw the input image (H, W, 3) and, next to it, the map (h, w) over a grey copy of the image."""
     height, width = image.shape[:2]
     figure = Figure(figsize=(5.2 * min(width / height, 2) + 0.6, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -104,6 +103,6 @@ def draw_overlay(image: Tensor, heat: Tensor, title: str) -> Figure:
         axes.set_axis_off()
     figure.suptitle(as_label(title, 100), fontsize=10)
     bar = figure.colorbar(colours, ax=right, fraction=0.046, pad=0.02, label="relative to the largest")
-    bar.ax.set_facecolor("0.5")  # colours as they are over a photograph in grey
+    bar.ax.set_facecolor("0.5")  # as over a grey photograph
     bar.outline.set_visible(False)
     return figure

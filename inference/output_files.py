@@ -1,4 +1,4 @@
-"""The files that infer.py writes: JSON, tables, figures; and whether they can be written, before the work begins."""
+"""Write the output files of infer.py (JSON, tables, figures), and check early that they can be written."""
 
 import csv
 import importlib.util
@@ -15,17 +15,17 @@ from utils import UserError, atomic_write, make_directory, printable
 
 
 def check_output(path: Path, suffixes: Sequence[str] = (".json",), flag: str = "--output") -> None:
-    """Raise UserError if a file cannot be written in the end: for its suffix, its folder, or pyarrow's absence."""
+    """Raise UserError if a file has an unknown suffix or no writable folder, or needs pyarrow, which is missing."""
     if path.suffix not in suffixes:
-        raise UserError(f"{flag} {path}: name it {' or '.join(suffixes)}, which says the format")
+        raise UserError(f"{flag} {path}: the file name must end in {' or '.join(suffixes)}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{flag} {path}: Parquet files need pip install pyarrow")
+        raise UserError(f"{flag} {path}: Parquet files need pyarrow; run pip install pyarrow")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path}: there is no folder {path.parent} that can be written to")
+        raise UserError(f"{flag} {path}: the folder {path.parent} does not exist or is not writable")
 
 
 def check_results(output: Path | None, report: Path | None) -> None:
-    """Make sure that an evaluation's results can be written in the end, and make the folder of its report."""
+    """Check that an evaluation's results can be written, and create the report folder."""
     if output is not None:
         check_output(output)
     if report is not None:
@@ -33,7 +33,7 @@ def check_results(output: Path | None, report: Path | None) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Values that JSON does not know are written as text."""
+    """Write a JSON file; values that JSON does not support are written as strings."""
     atomic_write(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
@@ -51,7 +51,7 @@ def write_parquet(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any
 
 
 def as_label(text: str, longest: int = 24) -> str:
-    """`text` for a figure: in one line, cut, and never interpreted as mathematics."""
+    """Convert text to a figure label: one line, truncated, and not interpreted as mathematics."""
     text = printable(text)
     return (text if len(text) <= longest else f"{text[: longest - 1]}…").replace("$", r"\$")
 

@@ -1,4 +1,4 @@
-"""The most likely classes of images, and what spoke for them."""
+"""Predict the most likely classes of images, and explain the predictions."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +24,10 @@ FORMATS = (".json", ".csv", ".parquet")
 
 
 class Photographs(Dataset):
-    """Image files, turned as their EXIF orientation says and transformed; (index, error) for an unreadable one."""
+    """Image files, rotated by their EXIF orientation and transformed; (index, error) for an unreadable file."""
 
     def __init__(self, paths: Sequence[Path], transform: Callable[..., Tensor], **decoding: Any):
-        """decoding: further arguments of `read_image`."""
+        """`decoding` is passed to `read_image`."""
         self._paths, self._transform, self._decoding = paths, transform, decoding
 
     def __len__(self) -> int:
@@ -41,10 +41,10 @@ class Photographs(Dataset):
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and the image files in and below the folders, sorted, but for hidden ones.
+    """Return the given files and all image files below the given folders, sorted, without hidden files.
 
     Raises:
-        UserError: a path does not exist, or a folder contains no images.
+        UserError: if a path does not exist, or a folder contains no images.
     """
     files = []
     for path in paths:
@@ -60,7 +60,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def report_unreadable(bad: Sequence[BadImage], total: int) -> None:
-    """List images that could not be read; raises UserError if there are any."""
+    """List the images that could not be read, and raise UserError if there are any."""
     for error in bad:
         tell(str(error))
     if bad:
@@ -69,10 +69,10 @@ def report_unreadable(bad: Sequence[BadImage], total: int) -> None:
 
 @torch.no_grad()
 def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> None:
-    """Print each image's most likely classes; on request write them, embeddings and explanations to files.
+    """Print each image's most likely classes; on request, write predictions, embeddings and explanations to files.
 
     Raises:
-        UserError: in the end, if some of the images could not be read.
+        UserError: at the end, if some of the images could not be read.
     """
     files = image_files(args.image)
     overlays = []
@@ -101,7 +101,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
             continue
         classifier_inputs.clear()
         best = predict(torch.stack(list(images.values()))).softmax(1).topk(min(args.topk, loaded.num_classes))
-        embeddings += [inputs.float().cpu() for inputs in classifier_inputs[:1]]  # the second are mirrored images'
+        embeddings += [inputs.float().cpu() for inputs in classifier_inputs[:1]]  # the second are --tta's mirrored ones
         for (index, image), probabilities, classes in zip(images.items(), *best, strict=True):
             record = describe_prediction(files[index], probabilities.tolist(), classes.tolist(), loaded)
             records.append(record)
@@ -118,7 +118,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
 def describe_prediction(
     file: Path, probabilities: Sequence[float], classes: Sequence[int], loaded: LoadedModel
 ) -> dict[str, Any]:
-    """An image's most likely classes, and the true one if its folder is named after a class."""
+    """Return an image's most likely classes, and its true class if its folder has the name of a class."""
     record: dict[str, Any] = {"image": str(file)}
     record["classes"] = [
         {"index": i, "class": loaded.label(i), "probability": p} for p, i in zip(probabilities, classes, strict=True)
@@ -131,7 +131,7 @@ def describe_prediction(
 
 
 def one_line_of(record: Mapping[str, Any]) -> str:
-    """``photo.jpg: cat 97.1 %, dog 2.0 % (true: cat)``."""
+    """Format a prediction: ``photo.jpg: cat 97.1 %, dog 2.0 % (true: cat)``."""
     classes = ", ".join(f"{entry['class']} {100 * entry['probability']:.1f} %" for entry in record["classes"])
     return f"{record['image']}: {classes}" + (f" (true: {record['true']['class']})" if "true" in record else "")
 
@@ -139,7 +139,7 @@ def one_line_of(record: Mapping[str, Any]) -> str:
 def write_predictions(
     args: argparse.Namespace, loaded: LoadedModel, records: Sequence[dict[str, Any]], embeddings: Iterable[Tensor]
 ) -> None:
-    """What --output and --embeddings ask for."""
+    """Write the files of --output and --embeddings."""
     if args.output is not None and args.output.suffix == ".json":
         content = {"model_path": str(loaded.path), "arch": loaded.arch, "ema": loaded.ema, "predictions": records}
         write_json(args.output, content)

@@ -1,10 +1,10 @@
-"""Run a script in whose process these models are timm's.
+"""Run a Python script with these models registered in timm.
 
     python -m spectformer_svt train.py --model svt_h_s ...
 
-In a clone of this repository the package is called `models`. The script is any
-file, such as `train.py`, `validate.py` and `benchmark.py` of timm's repository,
-which know the models that are registered when they ask for them.
+In a clone of this repository, the package is called `models`. The script can be
+any Python file that creates timm models, such as `train.py`, `validate.py` and
+`benchmark.py` from timm's repository.
 """
 
 import runpy
@@ -21,7 +21,7 @@ def main() -> None:
         print(f"error: {words[0]}: no such script" if words else __doc__, file=sys.stderr)
         sys.exit(2)
     sys.argv = words
-    sys.path[0] = str(Path(words[0]).resolve().parent)  # as if it were run by itself
+    sys.path[0] = str(Path(words[0]).resolve().parent)  # as when running the script directly
     runpy.run_path(words[0], run_name="__main__")
 
 

@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from .precision import autocast_off
 from .resampling import Grid, resize_grid, resize_image
 
-# Up to so many real channels a GPU multiplies by all blocks as one matrix, mostly zeros, as fast as it reads and writes
-# the rows, and no block has to be copied to be in one piece. Not on the meta device, where arithmetic is counted.
+# Up to this many real channels, a product with one block-diagonal matrix is as fast on a GPU as reading and writing the
+# rows, and avoids copying the blocks. Not used on the meta device, where FLOPs are counted.
 LARGEST_DENSE = 256
 
 
 class EinsteinBlending(nn.Module):
-    """Two complex block-diagonal layers, W2 relu(W1 x + b1) + b2, ReLU on real and imaginary part.
+    """Two complex block-diagonal layers, W2 relu(W1 x + b1) + b2, with ReLU on real and imaginary part.
 
-    Weights are (2, blocks, size, size), biases (2, blocks, size), real part first. Bands are (B, h, w, 6, 2, C), real
-    part before imaginary; `over` says what a block and a place in it are: "channels" (a block of channels, a channel in
-    it) or "tokens" (a row of the grid, a position in the row; the same for every channel). Computed in the bands' dtype
-    with autocast off. Blending over tokens, the weights are resampled for bands of another grid.
+    Weights are (2, blocks, size, size), biases (2, blocks, size), bands (B, h, w, 6, 2, C), real part first. With
+    over="channels", a block is a block of channels. With over="tokens", a block is a row of the grid and mixes its
+    positions, with the same weights for every channel; weights are resampled for bands of another grid. Computes in
+    the bands' dtype with autocast off.
     """
 
     def __init__(self, blocks: int, size: int, over: str):
@@ -35,26 +35,26 @@ class EinsteinBlending(nn.Module):
         return blend_tokens(bands, self.weight1, self.bias1, self.weight2, self.bias2)
 
     def real_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both layers' matrices (blocks, 2 * size, 2 * size) and biases (blocks, 2 * size) as real ones."""
+        """Return both layers as real matrices (blocks, 2 * size, 2 * size) and biases (blocks, 2 * size)."""
         return real_matrix(self.weight1), real_bias(self.bias1), real_matrix(self.weight2), real_bias(self.bias2)
 
 
 @torch.fx.wrap
 def real_matrix(weight: Tensor) -> Tensor:
-    """Complex (2, ..., d, k) as the real (..., 2d, 2k) from real and imaginary parts of d to those of k."""
+    """Convert a complex matrix (2, ..., d, k) to a real one (..., 2d, 2k), real parts before imaginary parts."""
     real, imaginary = weight
     return torch.cat((torch.cat((real, imaginary), -1), torch.cat((-imaginary, real), -1)), -2)
 
 
 @torch.fx.wrap
 def real_bias(bias: Tensor) -> Tensor:
-    """Complex (2, ..., size) as the real (..., 2 * size)."""
+    """Convert a complex bias (2, ..., size) to a real one (..., 2 * size)."""
     return torch.cat(bias.unbind(), -1)
 
 
 @torch.fx.wrap
 def blend_channels(bands: Tensor, matrix1: Tensor, bias1: Tensor, matrix2: Tensor, bias2: Tensor) -> Tensor:
-    """`EinsteinBlending` over channels: (..., 2, C) by its `real_layers`."""
+    """`EinsteinBlending` over channels of bands (..., 2, C), with the arguments from `real_layers`."""
     matrix1, bias1, matrix2, bias2 = (weight.to(bands.dtype) for weight in (matrix1, bias1, matrix2, bias2))
     blocks, size = len(bias1), bias1.shape[1] // 2
     with autocast_off(bands):
@@ -68,7 +68,7 @@ def blend_channels(bands: Tensor, matrix1: Tensor, bias1: Tensor, matrix2: Tenso
 
 
 def block_diagonal(matrices: Tensor) -> Tensor:
-    """(blocks, 2d, 2d), from parts and channels of a block to these, as one (2C, 2C), of all blocks' channels."""
+    """Combine matrices (blocks, 2d, 2d) into one (2C, 2C), all real parts before all imaginary parts."""
     blocks, size = len(matrices), matrices.shape[1] // 2
     of_blocks = torch.eye(blocks, dtype=matrices.dtype, device=matrices.device)[:, None, None, None, :, None]
     parts = matrices.view(blocks, 2, size, 2, 1, size) * of_blocks  # (block, part, channel) to (part, block, channel)
@@ -76,7 +76,7 @@ def block_diagonal(matrices: Tensor) -> Tensor:
 
 
 def _by_part(bias: Tensor) -> Tensor:
-    """(blocks, 2 * size) as (2C,), all real parts first."""
+    """Reorder a bias (blocks, 2 * size) to (2C,), all real parts first."""
     return bias.unflatten(1, (2, -1)).transpose(0, 1).flatten()
 
 
@@ -94,9 +94,9 @@ def blend_tokens(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor,
 
 
 def resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
-    """(2, h, w, w), rows, positions summed over and positions produced, to (2, *half, half width).
+    """Resample a weight (2, rows, input positions, output positions) to the grid `half`.
 
-    Bicubic along each axis; multiplied by old / new width, which keeps the size of the sum.
+    Bicubic along each axis, times old width / new width to preserve the magnitude of the sum over positions.
     """
     if weight.shape[1:3] == half:
         return weight
@@ -107,15 +107,15 @@ def resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
 
 
 def resize_token_bias(bias: Tensor, half: Grid) -> Tensor:
-    """(2, h, w) to (2, *half), bicubic."""
+    """Resample (2, h, w) to (2, *half), bicubic."""
     return bias if bias.shape[1:] == half else resize_image(bias, half, align_corners=False)
 
 
 class TensorBlending(nn.Module):
-    """Every coefficient of the bands (B, h, w, 6, 2, C) times a weight of its own.
+    """Multiply every coefficient of the bands (B, h, w, 6, 2, C) by its own weight.
 
-    Real part with real weight, imaginary with imaginary: (12, h, w, C), those of the real parts first. For bands of
-    another grid the weights are resampled.
+    Real and imaginary parts have separate weights (12, h, w, C), those of the real parts first. The weights are
+    resampled for bands of another grid.
     """
 
     def __init__(self, half: Grid, channels: int):
@@ -129,7 +129,7 @@ class TensorBlending(nn.Module):
 
 @torch.fx.wrap
 def resize_planes(weight: Tensor, half: Grid) -> Tensor:
-    """(12, h, w, C) to (12, *half, C), bicubic."""
+    """Resample (12, h, w, C) to (12, *half, C), bicubic."""
     if weight.shape[1:3] == half:
         return weight
     return torch.stack([resize_grid(plane, half, align_corners=False) for plane in weight])

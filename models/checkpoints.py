@@ -1,4 +1,4 @@
-"""Reading checkpoint files: ours, the original authors', timm's and safetensors. Nothing in a file is executed."""
+"""Read checkpoints of this project, the original authors and timm, and safetensors, without executing their code."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 StateDict = dict[str, Tensor]
 
 EMA_KEYS = ("model_ema", "state_dict_ema")
-# What an exported .safetensors file keeps beside its tensors, as JSON.
+# The JSON metadata of an exported .safetensors file.
 METADATA_KEYS = (
     "arch",
     "model_kwargs",
@@ -31,11 +31,11 @@ METADATA_KEYS = (
     "class_names",
 )
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "net")
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_WRAPPERS = ("module.", "_orig_mod.")  # from DistributedDataParallel and torch.compile
 _COMMON_PREFIXES = ("model.", "net.", "backbone.", "encoder.")
-# timm's arguments that make it read the network or other files.
+# timm arguments that make it read other files or the network.
 READING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-# What DeiT-style training states and older files of this project contain beside tensors and plain values.
+# Types in DeiT-style training states and older files of this project, besides tensors and plain values.
 _scalar = np.float64().__reduce__()[0]
 _SAFE = [
     argparse.Namespace,
@@ -50,21 +50,21 @@ _SAFE = [
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be used as a checkpoint; the message is one line that begins with its path."""
+    """A file cannot be used as a checkpoint; the message is one line that begins with its path."""
 
 
 def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, after checking the CRC-32 of every entry of its zip archive.
+    """Read a checkpoint onto the CPU, after verifying the CRC-32 of every entry of its zip archive.
 
-    Files from before torch's zip format (torch < 1.6) and `.safetensors` files have no checksum. Without `verify` no
-    checksum is looked at and the tensors stay on the disk, which takes about 10 ms.
+    Files in the format of torch < 1.6 and `.safetensors` files have no checksums. Without `verify`, checksums are
+    skipped and the tensors are memory-mapped, which takes about 10 ms.
 
     Returns:
-        The file's dict, with a saved `argparse.Namespace` under "args" as a dict. A `.safetensors` file comes back
-        as {"model": tensors} with those METADATA_KEYS that it has.
+        The file's dict. A saved `argparse.Namespace` under "args" is converted to a dict. For a `.safetensors` file,
+        {"model": tensors} and those METADATA_KEYS that the file has.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it is not a checkpoint.
+        CheckpointError: if the file does not exist, is damaged or is not a checkpoint.
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
@@ -78,8 +78,8 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, A
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # torch, zipfile and safetensors raise whatever the damage leads to
-        # Of torch's message only the reason: the rest advises to load the file unsafely.
+    except Exception as error:  # torch, zipfile and safetensors raise many types of errors for a damaged file
+        # Keep only the reason of torch's message; the rest advises to load the file unsafely.
         reason = " ".join(str(error).partition("WeightsUnpickler error: ")[2].partition("Please use")[0].split())
         reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint: {reason[:200]}") from error
@@ -91,12 +91,12 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, A
 
 
 def peek(path: str | os.PathLike) -> dict[str, Any]:
-    """`read_checkpoint` without verifying it."""
+    """Read a checkpoint without verifying it."""
     return read_checkpoint(path, verify=False)
 
 
 def check_archive(file: str | os.PathLike | BinaryIO) -> None:
-    """Raise zipfile.BadZipFile, or another error that damage leads to, unless a zip archive's CRC-32s all match."""
+    """Verify all CRC-32s of a zip archive; raise zipfile.BadZipFile or another error if it is damaged."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -110,7 +110,7 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
         checkpoint: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
     for key in METADATA_KEYS:
         if key in metadata:
-            with suppress(ValueError):  # somebody else's entry of that name, not JSON
+            with suppress(ValueError):  # another program's entry of that name, not JSON
                 checkpoint[key] = json.loads(metadata[key])
     return checkpoint
 
@@ -118,15 +118,15 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
 def weights_of(
     checkpoint: Mapping[str, Any], ema: bool | None = None, path: str | os.PathLike = "checkpoint"
 ) -> StateDict:
-    """The state dict in a checkpoint of any known layout, without the name prefixes of wrappers.
+    """Return the state dict in a checkpoint of any known layout, without the name prefixes of wrappers.
 
     Args:
-        checkpoint: what `read_checkpoint` returned.
-        ema: the averaged weights (True), the trained ones (False), or the averaged ones if there are any (None).
-        path: the file's name for the error message.
+        checkpoint: the result of `read_checkpoint`.
+        ema: True for the averaged (EMA) weights, False for the trained ones, None for the averaged ones if present.
+        path: the file name for error messages.
 
     Raises:
-        CheckpointError: there are no such weights in it.
+        CheckpointError: if the checkpoint has no such weights.
     """
     averaged = next((checkpoint[key] for key in EMA_KEYS if checkpoint.get(key)), None)
     if ema and averaged is None:
@@ -139,7 +139,7 @@ def weights_of(
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
-    """The innermost state dict of {"model": ...}, {"state_dict": ...} and the like, without wrappers' prefixes."""
+    """Return the innermost state dict of {"model": ...}, {"state_dict": ...} etc., without wrappers' prefixes."""
     while (key := next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)) is not None:
         checkpoint = checkpoint[key]
     weights = {_without_wrappers(str(name)): value for name, value in checkpoint.items()}
@@ -147,7 +147,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
         if weights and all(name.startswith(prefix) for name in weights):
             return {name.removeprefix(prefix): value for name, value in weights.items()}
     ours = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    return ours or weights  # Lightning's files also contain tensors of losses and metrics, beside the model
+    return ours or weights  # Lightning's files also contain the tensors of losses and metrics
 
 
 def _without_wrappers(name: str) -> str:
@@ -157,7 +157,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError, which begins with `source`, for arguments that make timm open a URL or a file."""
+    """Raise CheckpointError, with a message that begins with `source`, if arguments make timm open a URL or a file."""
     found = READING_ARGUMENTS.intersection(model_kwargs)
     if found:
         raise CheckpointError(f"{source}: {sorted(found)[0]} would make timm read other files; leave it out")

@@ -1,4 +1,4 @@
-"""The names of the authors' checkpoints into ours and back."""
+"""Convert the weight names of the authors' checkpoints to ours and back."""
 
 import re
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ _SCATTERING_ORIGINAL = {ours: theirs for theirs, ours in _SCATTERING.items()}
 
 
 def to_ours(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Rename the authors' entries to ours; entries that have our names already stay.
+    """Convert the authors' weight names to ours; our own names stay unchanged.
 
-    Query and key-value layers of the pyramid become one, low-pass weights channels-last. No number changes.
+    Also joins a pyramid's query and key-value layers, and makes low-pass weights channels-last. No value changes.
     """
     ours: StateDict = {}
     for name, value in state_dict.items():
@@ -54,7 +54,7 @@ def _our_name(name: str) -> str:
 
 
 def _join_qkv(state_dict: StateDict) -> StateDict:
-    """Join q and kv of the blocks' attention; the class block keeps them apart. Half a pair stays as it is."""
+    """Join q and kv of the blocks' attention, but not of the class block. An incomplete pair stays unchanged."""
     joined = dict(state_dict)
     for name in state_dict:
         match = re.fullmatch(r"(.*\.mixer\.)q\.(weight|bias)", name)
@@ -64,9 +64,9 @@ def _join_qkv(state_dict: StateDict) -> StateDict:
 
 
 def to_original(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Rename our entries to the authors': the inverse of `to_ours`, bit for bit.
+    """Convert our weight names to the authors': the exact inverse of `to_ours`, also for gradients.
 
-    The family is read off the names: a pyramid has a stem. Gradients, shaped like the weights, convert too.
+    The presence of a stem in the names shows that the model is a pyramid.
     """
     pyramid = any(name.startswith("stem.") for name in state_dict)
     original: StateDict = {}

@@ -1,7 +1,7 @@
-"""Arithmetic of a model's forward pass in multiply-adds, elementwise operations left out, as papers count it.
+"""Count the multiply-adds of a model's forward pass without elementwise operations, as papers do.
 
-The figures published for the vanilla models are everything counted here; those for the pyramids leave out
-attention's products of tokens with tokens, and SVT's are the layers alone with scattering in two stages.
+The published figures of the vanilla models include everything counted here. Those of the pyramids exclude
+attention's products of tokens with tokens. SVT's only include the layers, with scattering in two stages.
 """
 
 import copy
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def _fft(factor: float, shape, dim, *_, out_shape, **__) -> int:
-    """Factor N log2 N operations for a transform of N points: by convention 5 for complex and 2.5 for real points."""
+    """Count factor * N log2 N operations for N points; by convention, the factor is 5 for complex and 2.5 for real."""
     points = max(shape, out_shape, key=math.prod)  # the spectrum of real points is about half as large
     size = math.prod(points[axis] for axis in dim)
     return round(factor * math.prod(points) * math.log2(max(size, 2)))
@@ -30,7 +30,7 @@ def _attention(query, key, value, *_, **__) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-# What FlopCounterMode counts as nothing.
+# Operations that FlopCounterMode does not count.
 FORMULAS = {
     aten._fft_r2c: partial(_fft, 2.5),
     aten._fft_c2r: partial(_fft, 2.5),
@@ -42,10 +42,10 @@ _LAYERS = (aten.mm, aten.addmm, aten.convolution)
 
 @torch.no_grad()
 def flops_by_kind(model: nn.Module, input_size: int | Grid, in_chans: int = 3) -> dict[str, int]:
-    """Multiply-adds for one image of `input_size` pixels (a side, or height and width), by kind.
+    """Count the multiply-adds for an image of `input_size` pixels (a side, or height and width), by kind.
 
-    "layers": linear layers and convolutions; "attention": products of tokens with tokens; "spectral":
-    transforms and blending. Counted on a copy without data, which takes no formulation meant for one device.
+    "layers" are linear layers and convolutions, "attention" products of tokens with tokens, "spectral"
+    transforms and blending. It counts on the meta device, which uses no device-specific implementation.
     """
     model = copy.deepcopy(model).to("meta").eval()
     image = torch.zeros(1, in_chans, *to_grid(input_size), device="meta", dtype=next(model.parameters()).dtype)
@@ -62,7 +62,7 @@ def flops_by_kind(model: nn.Module, input_size: int | Grid, in_chans: int = 3) -
         "attention": attention,
         "spectral": _flops(counts["Global"], layers=False) - attention,
     }
-    return {kind: flops // 2 for kind, flops in kinds.items()}  # the counter takes a multiply-add for two
+    return {kind: flops // 2 for kind, flops in kinds.items()}  # the counter counts a multiply-add as two operations
 
 
 def _flops(counts: Mapping, layers: bool) -> int:
@@ -70,5 +70,5 @@ def _flops(counts: Mapping, layers: bool) -> int:
 
 
 def count_flops(model: nn.Module, input_size: int | Grid, in_chans: int = 3) -> int:
-    """All multiply-adds of the forward pass of one image; see `flops_by_kind`."""
+    """Count all multiply-adds of the forward pass for one image; see `flops_by_kind`."""
     return sum(flops_by_kind(model, input_size, in_chans).values())

@@ -1,4 +1,4 @@
-"""Weights into a model: layouts unwrapped, names converted, sizes resampled, and what does not fit named."""
+"""Load weights into a model: unwrap layouts, convert names, resample sizes, and report mismatches."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 def is_ours(model: nn.Module) -> bool:
-    """Whether it is a model of this project, whose names and grids the functions below know."""
+    """Return whether a model belongs to this project, so that the functions below can convert its weights."""
     return hasattr(model, "design")
 
 
@@ -32,10 +32,10 @@ class WeightMismatch(ValueError):
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
-    """A checkpoint of the authors or of ours, in any of the known layouts, as a state dict for `model`.
+    """Convert a checkpoint of the authors or of this project, in any known layout, to a state dict for `model`.
 
-    Renames entries, drops constant wavelet filters and an `aux_head` that the model does not have, and resamples what
-    depends on the grid to the model's. What remains wrong is left for the loading to report.
+    It renames weights, drops constant wavelet filters and an `aux_head` that the model lacks, and resamples weights
+    that depend on the grid. Loading the state dict reports the remaining mismatches.
     """
     weights = unwrap(state_dict)
     if not is_ours(model):
@@ -49,11 +49,11 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
 def pretrained_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
     """`checkpoint_filter_fn` for timm's `pretrained=True`, after comparing the model's design with the file's.
 
-    Weights of another image size are resampled, and logged. Other arguments can leave the weights' shapes as they are,
-    or change the grid only, and would go unnoticed.
+    Weights for another image size are resampled with a warning. Some other differences keep the shapes of all weights,
+    or only change the grid, so loading alone would not notice them.
 
     Raises:
-        CheckpointError: the file says that its weights are of another model; the message shows the call for them.
+        CheckpointError: if the file's weights belong to another model; the message shows how to load them.
     """
     file = model.pretrained_cfg.get("file")
     described = read_checkpoint(file) if file and os.path.isfile(file) else {}
@@ -66,14 +66,14 @@ def pretrained_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
         if different:
             arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
             raise CheckpointError(
-                f"{file}: its weights are of another model ({', '.join(different)}); load it by "
+                f"{file}: its weights are of another model (different {', '.join(different)}); load it with "
                 f"models.load_checkpoint({file!r}) or timm.create_model({arch!r}, pretrained=True, "
                 f"pretrained_cfg_overlay=dict(file={file!r}, num_classes={described.get('num_classes')}){arguments})"
             )
     size = tuple(described.get("input_size") or model.img_size)
     if size != tuple(model.img_size):
         shown = ["x".join(map(str, sides)) for sides in (size, model.img_size)]
-        _logger.warning(f"{file}: weights for images of {shown[0]} pixels are resampled to {shown[1]}")
+        _logger.warning(f"{file}: resampling weights for images of {shown[0]} pixels to {shown[1]}")
     return checkpoint_filter_fn(state_dict, model)
 
 
@@ -94,7 +94,7 @@ def _resize(weights: StateDict, model: nn.Module) -> StateDict:
 
 
 def source_grid(weights: StateDict, model_grid: Grid) -> Grid | None:
-    """The grid of a file's position embeddings: given by its filters, else the model's, else a square."""
+    """Infer the grid of a file's position embeddings: from its filters, else the model's grid, else a square."""
     tokens = weights["pos_embed"].shape[1] if weights["pos_embed"].ndim == 3 else 0
     prefixes = {name.rpartition(".")[0] for name in weights}
     candidates = {grid for prefix in prefixes for grid in filter_grids(weights, prefix)}
@@ -103,10 +103,10 @@ def source_grid(weights: StateDict, model_grid: Grid) -> Grid | None:
 
 
 def filter_grids(weights: StateDict, mixer: str) -> list[Grid]:
-    """The grids that the weights of a mixer of that name can be for.
+    """Return the grids that the weights of the mixer with this name prefix can belong to.
 
-    A gate keeps half of the columns and one more, so that an odd width looks like an even one. Low-pass weights are for
-    a grid that was made even.
+    A gate has W // 2 + 1 columns for both an even and an odd width. Low-pass weights have both sides rounded up to even
+    numbers.
     """
     gate, low_pass = weights.get(f"{mixer}.complex_weight"), weights.get(f"{mixer}.low_pass")
     if gate is not None and gate.ndim == 4:
@@ -119,7 +119,7 @@ def filter_grids(weights: StateDict, mixer: str) -> list[Grid]:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of a timm model's classifiers."""
+    """Return the names of a timm model's classifiers."""
     if is_ours(model):
         return _HEADS
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
@@ -127,13 +127,13 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def load_weights(model: nn.Module, state_dict: Mapping, new_head: bool = False) -> list[str]:
-    """Load a checkpoint into a model of this project or any other timm model; returns what it left untouched.
+    """Load a checkpoint into any timm model, converted by `checkpoint_filter_fn`; return the names not loaded.
 
-    Converts names, unwraps layouts and resamples as `checkpoint_filter_fn`. With `new_head` the file's
-    classifiers are ignored and exactly those of the model may be missing.
+    With `new_head`, the file's classifiers are ignored and the model keeps its own. All other weights must be present.
 
     Raises:
-        WeightMismatch: anything else is missing, unexpected or of another shape; some weights may have been loaded.
+        WeightMismatch: if weights are missing, unexpected or of another shape; some may have been loaded before the
+            error.
     """
     weights = _adapt_channels(checkpoint_filter_fn(state_dict, model), model)
     untouched: StateDict = {}
@@ -150,7 +150,7 @@ def load_weights(model: nn.Module, state_dict: Mapping, new_head: bool = False) 
 
 
 def _adapt_channels(weights: StateDict, model: nn.Module) -> StateDict:
-    """The weights with a first convolution of RGB images adapted to the model's number of channels, as timm does."""
+    """Adapt the first convolution from RGB images to the model's number of channels, as timm does."""
     first = f"{(getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')}.weight"
     stem, wanted = weights.get(first), model.state_dict().get(first)
     if stem is None or wanted is None or stem.ndim != 4 or stem.shape[1] != 3 or wanted.shape[1] == 3:

@@ -1,4 +1,4 @@
-"""Matrices that depend on nothing but the sizes of a grid, computed once."""
+"""Cached matrices that depend only on the sizes of a grid."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +14,16 @@ _builders: dict[str, Build] = {}
 
 
 def builder(build: Build) -> Build:
-    """Decorates build(*sizes), which returns a float64 matrix on the CPU, for `matrix` to be called with it."""
+    """Register a function build(*sizes) for `matrix`; it must return a float64 matrix on the CPU."""
     _builders[build.__name__] = build
     return build
 
 
 def matrix(build: Build, *sizes: int, like: Tensor) -> Tensor:
-    """`build(*sizes)` in the dtype and on the device of `like`.
+    """Return `build(*sizes)` in the dtype and on the device of `like`.
 
-    No buffer of a module: DDP would broadcast it on every step, and a cast to half precision would round it. Where an
-    export leaves sizes open, the graph computes it.
+    A module's buffer would be broadcast by DDP on every step and rounded by a cast to half precision. For sizes that
+    are dynamic in an export, the exported graph computes the matrix.
     """
     if is_exporting() and not all(isinstance(size, int) for size in sizes):
         return build(*sizes).to(like)
@@ -36,15 +36,15 @@ def matrix(build: Build, *sizes: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _computed(build: Build, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # In a thread of its own, where none of the caller's modes is on: a matrix that was built under inference mode, on
-    # fake tensors or inside a transform of torch.func would be of no use to the next caller.
+    # Build in a new thread, without the caller's modes: a matrix built in inference mode, on fake tensors
+    # or inside a torch.func transform could not be cached for other callers.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(lambda: build(*sizes).to(device, dtype)).result()
 
 
 @torch.library.custom_op(f"{__name__.partition('.')[0]}::matrix", mutates_args=())
 def _in_graph(name: str, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`matrix` in a compiled graph, which may write into what it is given: a copy."""
+    """`matrix` for compiled graphs; returns a copy, because the graph may write into it."""
     return _computed(_builders[name], tuple(sizes), dtype, device).clone()
 
 
@@ -54,9 +54,9 @@ def _(name, sizes, dtype, device):
 
 
 def multiply(matrix: Tensor, batch: Tensor, add: Tensor | None = None) -> Tensor:
-    """(n, m) matrix times each (m, k) of a batch, plus `add` (batch, n, k). In float32 without TF32."""
+    """Multiply a matrix (n, m) by each (m, k) of a batch and add `add` (batch, n, k); float32 without TF32."""
     if batch.dtype == torch.bfloat16 and matrix.numel() > batch[0].numel() and add is None and may_run(batch):
-        # A CPU would copy the matrix for each of the batch. Its own part is smaller: all become columns of one product.
+        # bmm would copy the matrix for every sample on a CPU. A single product copies the smaller samples instead.
         product = matrix @ batch.transpose(0, 1).flatten(1)
         return product.unflatten(1, (batch.shape[0], -1)).transpose(0, 1).contiguous()
     matrix = matrix.expand(batch.shape[0], -1, -1)
@@ -68,7 +68,7 @@ def multiply(matrix: Tensor, batch: Tensor, add: Tensor | None = None) -> Tensor
 
 @torch.library.custom_op(f"{__name__.partition('.')[0]}::float32_product", mutates_args=())
 def float32_product(one: Tensor, other: Tensor) -> Tensor:
-    """`torch.bmm` without TF32, whatever the precision of float32 products is, and so are its gradients."""
+    """`torch.bmm` without TF32, also in the backward pass, regardless of the global float32 precision."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "ieee"

@@ -1,4 +1,4 @@
-"""Models with weights: by name, from a training run's directory or from a checkpoint file."""
+"""Load models with weights, by name, from a run directory or from a checkpoint file."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .layers import GridMixer
 from .loading import WeightMismatch, filter_grids, load_weights, source_grid
 from .resampling import Grid, to_grid
 
-# All names this package registers.
+# All model names that this package registers.
 ARCHITECTURES = tuple(name for family in (spectformer, svt) for name in family.default_cfgs)
 PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"  # of a run directory
 
 
 class ModelError(ValueError):
-    """There is no such model, or it does not take these arguments; the message is one line."""
+    """The model does not exist or does not accept the arguments; the message is one line."""
 
 
 def resolve_arch(name: str) -> str:
-    """A model's registered name from the papers' spelling: "spectformer-xs", "SpectFormer-H-S".
+    """Convert the papers' spelling ("spectformer-xs", "SpectFormer-H-S") to a model's registered name.
 
-    Other names come back with underscores for hyphens, for timm to judge; sources ("hf-hub:...") as they are.
+    Replaces hyphens by underscores in other names, which timm then checks, and returns "hf-hub:..." unchanged.
     """
     if ":" in name or "/" in name:
         return name
@@ -49,16 +49,16 @@ def resolve_arch(name: str) -> str:
 
 
 def shipped() -> dict[str, Path]:
-    """The files of the weights that come with this package, by the models' names."""
+    """Return the weight files included in this package, by model name."""
     files = {name: get_pretrained_cfg(name).file for name in ARCHITECTURES}
     return {name: Path(file) for name, file in files.items() if file is not None}
 
 
 def find_checkpoint(source: str | os.PathLike) -> Path:
-    """The checkpoint file that a source means: a file, a run directory's best one, or a model with shipped weights.
+    """Return the checkpoint of a source: a file, a run directory (its best one), or a model with included weights.
 
     Raises:
-        CheckpointError: it is nothing of that.
+        CheckpointError: if the source is none of these.
     """
     path = Path(source)
     if path.is_file():
@@ -66,28 +66,28 @@ def find_checkpoint(source: str | os.PathLike) -> Path:
     if path.is_dir():
         found = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
         if found is None:
-            raise CheckpointError(f"{path}: this directory contains no {BEST} and no {LAST}")
+            raise CheckpointError(f"{path}: this directory has neither {BEST} nor {LAST}")
         return found
     weights = shipped()
     if (name := resolve_arch(os.fspath(source))) in weights:
         return weights[name]
     raise CheckpointError(
-        f"{source}: no such file or run directory, and no weights of a model of that name come with this project; "
-        f"there are weights of {', '.join(weights)}"
+        f"{source}: no such file or run directory, and this project has no weights for a model of that name, "
+        f"only for {', '.join(weights)}"
     )
 
 
 def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """Any registered model, ours or timm's, without pretrained weights.
+    """Create any registered model, from this project or timm, without pretrained weights.
 
     Args:
-        arch: its name.
-        num_classes: of its classifier.
-        input_size: (height, width) in pixels, for those that are built for one size; None for the model's own.
-        model_kwargs: further arguments of its constructor.
+        arch: the model's name.
+        num_classes: number of classes of its classifier.
+        input_size: (height, width) in pixels, ignored by models without a fixed size; None for the model's default.
+        model_kwargs: further constructor arguments.
 
     Raises:
-        ModelError: there is no such model, or it does not take these arguments.
+        ModelError: if the model does not exist or does not accept the arguments.
     """
     name = resolve_arch(arch)
     if not timm.is_model(name):
@@ -98,7 +98,7 @@ def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwa
         if input_size is not None and get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
             arguments = {"img_size": input_size} | arguments
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of layers without weights
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # from layers without weights
             return timm.create_model(name, num_classes=num_classes, **arguments)
     except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, OverflowError) as error:
         raise ModelError(f"{name} with {arguments}: {' '.join(str(error).split())}") from error
@@ -106,18 +106,18 @@ def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwa
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier with its weights, and what its checkpoint says about it.
+    """A classifier with its weights and the metadata of its checkpoint.
 
     Attributes:
-        model: in evaluation mode, on the CPU.
-        path: the file.
-        arch, model_kwargs: the registered name and the constructor arguments.
-        class_names: in the order of the logits. Where the file has none: ImageNet's WordNet ids for 1000 classes, else
-            numbers.
-        input_size: (height, width) that the model is built for.
-        mean, std, crop_pct, interpolation: of `transform`.
-        ema: whether the weights are averaged ones.
-        checkpoint: the file's content, as `read_checkpoint` gives it.
+        model: the model in evaluation mode, on the CPU.
+        path: the checkpoint file.
+        arch, model_kwargs: the model's registered name and constructor arguments.
+        class_names: the class names in the order of the logits. If the file has none, ImageNet's WordNet ids for 1000
+            classes, otherwise numbers.
+        input_size: (height, width) of the model's input.
+        mean, std, crop_pct, interpolation: the settings of `transform`.
+        ema: whether the weights are the averaged (EMA) ones.
+        checkpoint: the file's content, as returned by `read_checkpoint`.
     """
 
     model: nn.Module
@@ -135,7 +135,7 @@ class LoadedModel:
 
     @cached_property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """From an RGB image to the model's input (3, H, W), by timm's transforms for evaluation."""
+        """Timm's evaluation transform, from an RGB image to the model's input (3, H, W)."""
         return create_transform(
             self.input_size,
             interpolation=self.interpolation,
@@ -149,17 +149,17 @@ class LoadedModel:
         return len(self.class_names)
 
     def label(self, index: int) -> str:
-        """A class's name; a WordNet id of ImageNet's is followed by its first description."""
+        """Return a class's name. An ImageNet WordNet id is followed by its first description."""
         return describe_class(self.class_names[index])
 
 
 def describe_class(name: str) -> str:
-    """``"n01440764"`` to ``"n01440764 tench"``; a name that is no WordNet id of ImageNet's as it is."""
+    """Convert an ImageNet WordNet id, ``"n01440764"`` to ``"n01440764 tench"``; return other names unchanged."""
     return " ".join([name, *synonyms(name)[:1]])
 
 
 def synonyms(name: str) -> list[str]:
-    """The words for a class that is named by a WordNet id of ImageNet's: ``["tench", "Tinca tinca"]``."""
+    """Return the words for a class named by an ImageNet WordNet id: ``["tench", "Tinca tinca"]``."""
     try:
         return imagenet().label_name_to_description(name, detailed=False).split(", ")
     except KeyError:
@@ -179,26 +179,26 @@ def load_checkpoint(
     input_size: int | Grid | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """A classifier with its weights, its transform and its class names, ready for prediction.
+    """Load a classifier with its weights, transform and class names, ready for prediction.
 
         loaded = models.load_checkpoint("runs/my_photographs")
         logits = loaded.model(loaded.transform(image)[None])
 
     Args:
-        path: a checkpoint of this project, of the original authors or of timm; a run directory (its best checkpoint);
-            or the name of a model whose weights come with this project.
-        arch: the model's name, for a file that contains only weights.
-        ema: the averaged weights, the trained ones, or (None) the averaged ones if there are any.
-        input_size: the side, or (height, width), to build the model for; by default its own. Weights are resampled.
-        model_kwargs: constructor arguments beside those of the checkpoint.
+        path: a checkpoint from this project, the original authors or timm; a run directory (its best checkpoint); or
+            the name of a model whose weights this project includes.
+        arch: the model's name, for a file that only contains weights.
+        ema: True for the averaged (EMA) weights, False for the trained ones, None for the averaged ones if present.
+        input_size: side or (height, width) of the input, by default the checkpoint's. Weights are resampled to it.
+        model_kwargs: constructor arguments in addition to the checkpoint's.
 
     Raises:
-        CheckpointError: the file cannot be used, contradicts the arguments, or needs `arch`.
+        CheckpointError: if the file cannot be used, contradicts the arguments or needs `arch`.
     """
     path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     if checkpoint.get("detector"):
-        raise CheckpointError(f"{path}: it contains a detector, which infer.py runs, not a classifier")
+        raise CheckpointError(f"{path}: it contains a detector, not a classifier; use infer.py to run it")
     weights = weights_of(checkpoint, ema, path)
     name = _model_name(checkpoint, arch, path)
     kwargs = dict(checkpoint.get("model_kwargs") or {})
@@ -230,7 +230,7 @@ def _model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> 
         for name in (checkpoint.get("arch"), arch)
     )
     if own is None and asked is None:
-        raise CheckpointError(f"{path}: it contains weights only; name their model by --arch (in Python: arch=...)")
+        raise CheckpointError(f"{path}: it only contains weights; set --arch to their model (in Python: arch=...)")
     if own is not None and asked is not None and own != asked:
         raise CheckpointError(f"{path}: it contains {own}, not {arch}")
     return own or asked
@@ -247,14 +247,14 @@ def _class_names(
     if names is None:
         names = imagenet().label_names() if number == imagenet().num_classes() else range(number)
     if len(names) != number:
-        raise CheckpointError(f"{path}: it names {len(names)} classes, its classifier has {number}")
+        raise CheckpointError(f"{path}: it names {len(names)} classes, but its classifier has {number}")
     return tuple(str(name) for name in names)
 
 
 def _native_size(weights: Mapping[str, Tensor], name: str, kwargs: Mapping[str, Any]) -> Grid | None:
-    """The image size that bare weights of ours were made for; None if they do not depend on it.
+    """Infer the image size of weights without metadata; None if they are not ours or do not depend on it.
 
-    The grid of the position embeddings, or of a pyramid's first filter, is as many strides of the model.
+    It is the grid of the position embeddings, or of a pyramid's first filter, times the stride.
     """
     if name not in ARCHITECTURES:
         return None
@@ -265,7 +265,7 @@ def _native_size(weights: Mapping[str, Tensor], name: str, kwargs: Mapping[str, 
         return grid and (grid[0] * model.patch_size, grid[1] * model.patch_size)
     for prefix, module in model.named_modules():
         if isinstance(module, GridMixer) and (grids := filter_grids(weights, prefix)):
-            rows, columns = next((grid for grid in grids if grid[0] == grid[1]), grids[0])  # a square where possible
+            rows, columns = next((grid for grid in grids if grid[0] == grid[1]), grids[0])  # prefer a square
             stride = model.img_size[0] // module.grid_size[0]
             return rows * stride, columns * stride
     return None

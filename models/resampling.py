@@ -1,4 +1,4 @@
-"""Weights that depend on the token grid, resampled to another one."""
+"""Resample weights that depend on the token grid to another grid."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +9,7 @@ Grid = tuple[int, int]  # (height, width) in pixels or tokens
 
 
 def resize_image(image: Tensor, size: Grid, align_corners: bool) -> Tensor:
-    """Bicubic resampling of a (C, h, w) image to `size`, without antialiasing, in the image's dtype."""
+    """Resample a (C, h, w) image to `size`, bicubic without antialiasing; returns the image's dtype."""
     batch = full_precision(image)[None]
     resized = F.interpolate(batch, size=size, mode="bicubic", align_corners=align_corners)
     return resized[0].to(image.dtype)
@@ -21,12 +21,12 @@ def resize_grid(grid: Tensor, size: Grid, align_corners: bool) -> Tensor:
 
 
 def to_grid(size: int | tuple[int, int] | list[int]) -> Grid:
-    """An int or a pair as (height, width) in pixels or tokens.
+    """Convert an int or a pair to (height, width) in pixels or tokens.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: if the size is not a positive int or a pair of positive ints.
     """
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"a size is a positive int or a pair of them, not {size!r}")
+        raise ValueError(f"a size must be a positive int or a pair of positive ints, not {size!r}")
     return pair

@@ -1,8 +1,8 @@
-"""SpectFormer: the vanilla models and the pyramids, SpectFormer-H, with spectral gates in their first blocks.
+"""SpectFormer: vanilla models, and pyramids (SpectFormer-H), with spectral gates in their first blocks.
 
 Patro, Namboodiri, Agneeswaran: "SpectFormer: Frequency and Attention is what you need in a Vision Transformer",
-https://arxiv.org/abs/2304.06446. Released code: stages 1 and 2 of the pyramids are spectral throughout. The paper's
-Table 1 puts an attention block last in each of them: `spectral_depths=(2, 3, 0, 0)` for S.
+https://arxiv.org/abs/2304.06446. As in the released code, all blocks of the pyramids' stages 1 and 2 are spectral. In
+the paper's Table 1, the last block of each has attention: `spectral_depths=(2, 3, 0, 0)` for S.
 """
 
 from timm.models import generate_default_cfgs, register_model
@@ -45,13 +45,13 @@ def spectformer_b(pretrained: bool = False, **kwargs) -> Vanilla:
 
 @register_model
 def spectformer_h_n(pretrained: bool = False, **kwargs) -> Pyramid:
-    """SpectFormer-H-N, for small images: 1.2M parameters (10 classes), 24 MFLOPs at 32. Not of the paper."""
+    """SpectFormer-H-N, for 32-pixel images: 1.2M parameters (10 classes), 24 MFLOPs at 32. Not in the paper."""
     return build_pyramid("spectformer_h_n", pretrained, kwargs)
 
 
 @register_model
 def spectformer_h_ti(pretrained: bool = False, **kwargs) -> Pyramid:
-    """SpectFormer-H-Ti, for photographs of 128 pixels: 2.4M parameters (10 classes). Not in the paper."""
+    """SpectFormer-H-Ti, for 128-pixel photographs: 2.4M parameters (10 classes). Not in the paper."""
     return build_pyramid("spectformer_h_ti", pretrained, kwargs)
 
 

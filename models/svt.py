@@ -1,9 +1,9 @@
-"""SVT: pyramids, SVT-H, and vanilla models with scattering mixers in their first blocks.
+"""SVT: pyramids (SVT-H) and vanilla models with scattering mixers in their first blocks.
 
 Patro, Agneeswaran: "Scattering Vision Transformer: Spectral Mixing Matters", NeurIPS 2023,
-https://arxiv.org/abs/2311.01310. SVT-H scatters in its first stage (alpha = 1: released code); the paper's figure,
-alpha = 2, is `spectral_depths=(3, 4, 0, 0)` for S. Of the vanilla models only the table was published: these are
-SpectFormer's bodies with scattering instead of the gate.
+https://arxiv.org/abs/2311.01310. SVT-H uses scattering in its first stage, as in the released code (alpha = 1). The
+paper's figure has alpha = 2: `spectral_depths=(3, 4, 0, 0)` for S. The code of the vanilla models was not published;
+these are SpectFormer's vanilla models with scattering instead of the gate.
 """
 
 from timm.models import generate_default_cfgs, register_model
@@ -24,7 +24,7 @@ default_cfgs = generate_default_cfgs(_pyramids | _aliases | vanilla_cfgs("svt_va
 
 
 def _scattering(mixing: str | None, default: str, arguments: dict) -> dict:
-    """The caller's arguments with scattering as `mixer`, unless `mixers` says what each block has.
+    """Set `mixer` to scattering, unless `mixers` sets the mixer of every block.
 
     `wavelet_backend` becomes an option of the scattering mixers.
     """
@@ -39,18 +39,18 @@ def _scattering(mixing: str | None, default: str, arguments: dict) -> dict:
 
 @register_model
 def svt_h_n(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-N, for small images: 1.2M parameters (10 classes), 26 MFLOPs at 32. Not of the paper.
+    """SVT-H-N, for 32-pixel images: 1.2M parameters (10 classes), 26 MFLOPs at 32. Not in the paper.
 
-    It scatters in two stages. Arguments as `svt_h_s`, but mixing is "channel_token" by default.
+    It uses scattering in two stages. It has the arguments of `svt_h_s`; mixing is "channel_token" by default.
     """
     return build_pyramid("svt_h_n", pretrained, _scattering(mixing, "channel_token", kwargs))
 
 
 @register_model
 def svt_h_ti(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-Ti, for photographs of 128 pixels: 2.4M parameters (10 classes). Not in the paper.
+    """SVT-H-Ti, for 128-pixel photographs: 2.4M parameters (10 classes). Not in the paper.
 
-    It scatters in two stages. Arguments as `svt_h_s`, but mixing is "channel_token" by default.
+    It uses scattering in two stages. It has the arguments of `svt_h_s`; mixing is "channel_token" by default.
     """
     return build_pyramid("svt_h_ti", pretrained, _scattering(mixing, "channel_token", kwargs))
 
@@ -59,21 +59,21 @@ def svt_h_ti(pretrained: bool = False, mixing: str | None = None, **kwargs) -> P
 def svt_h_s(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
     """SVT-H-S: 22.1M parameters with the token-label head, 3.9 GFLOPs at 224.
 
-    mixing: "channel" (released code, the default), "channel_token" (the published models) or another one of
-    `ScatteringMixer`. wavelet_backend: "native" (the default) or "pytorch_wavelets", which needs that package.
+    mixing: "channel" (the default, as in the released code), "channel_token" (the published models) or another one
+    from `ScatteringMixer`. wavelet_backend: "native" (the default) or "pytorch_wavelets", which needs that package.
     """
     return build_pyramid("svt_h_s", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
 
 
 @register_model
 def svt_h_b(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-B: 32.9M parameters with the token-label head, 6.3 GFLOPs at 224. Arguments as `svt_h_s`."""
+    """SVT-H-B: 32.9M parameters with the token-label head, 6.3 GFLOPs at 224. Same arguments as `svt_h_s`."""
     return build_pyramid("svt_h_b", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
 
 
 @register_model
 def svt_h_l(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-L: 54.6M parameters with the token-label head, 12.7 GFLOPs at 224. Arguments as `svt_h_s`."""
+    """SVT-H-L: 54.6M parameters with the token-label head, 12.7 GFLOPs at 224. Same arguments as `svt_h_s`."""
     return build_pyramid("svt_h_l", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
 
 
@@ -99,7 +99,7 @@ def svt_l(pretrained: bool = False, **kwargs) -> Pyramid:
 def svt_vanilla_ti(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
     """Vanilla SVT-Ti: 9.1M parameters, 1.8 GFLOPs at 224.
 
-    mixing: "channel_token" (the default, with which the published parameters come out) or another one of
+    mixing: "channel_token" (the default, which matches the published number of parameters) or another one from
     `ScatteringMixer`.
     """
     return build_vanilla("svt_vanilla_ti", pretrained, _scattering(mixing, "channel_token", kwargs))
@@ -107,17 +107,17 @@ def svt_vanilla_ti(pretrained: bool = False, mixing: str | None = None, **kwargs
 
 @register_model
 def svt_vanilla_xs(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
-    """Vanilla SVT-XS: 20.0M parameters, 4.0 GFLOPs at 224. Arguments as `svt_vanilla_ti`."""
+    """Vanilla SVT-XS: 20.0M parameters, 4.0 GFLOPs at 224. Same arguments as `svt_vanilla_ti`."""
     return build_vanilla("svt_vanilla_xs", pretrained, _scattering(mixing, "channel_token", kwargs))
 
 
 @register_model
 def svt_vanilla_s(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
-    """Vanilla SVT-S: 32.4M parameters (published: 32.2M), 6.6 GFLOPs at 224. Arguments as `svt_vanilla_ti`."""
+    """Vanilla SVT-S: 32.4M parameters (published: 32.2M), 6.6 GFLOPs at 224. Same arguments as `svt_vanilla_ti`."""
     return build_vanilla("svt_vanilla_s", pretrained, _scattering(mixing, "channel_token", kwargs))
 
 
 @register_model
 def svt_vanilla_b(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
-    """Vanilla SVT-B: 57.2M parameters (published: 57.6M), 11.5 GFLOPs at 224. Arguments as `svt_vanilla_ti`."""
+    """Vanilla SVT-B: 57.2M parameters (published: 57.6M), 11.5 GFLOPs at 224. Same arguments as `svt_vanilla_ti`."""
     return build_vanilla("svt_vanilla_b", pretrained, _scattering(mixing, "channel_token", kwargs))

@@ -133,7 +133,7 @@ def test_mirrored_images_have_their_part_in_the_logits(tmp_path, capsys):
     assert torch.allclose(model(images), expected) and not torch.allclose(model(images), model.forward(images))
     run("--model-path", tmp_path / "a.pth", "--tta")
     assert "spectformer_ti, mirrored too, on DIGITS" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--explain excludes --tta"):
+    with pytest.raises(UserError, match="--explain does not support --tta"):
         run("--model-path", tmp_path / "a.pth", "--tta", "--explain", "--image", tmp_path)
 
 
@@ -186,7 +186,7 @@ def test_prediction_as_json_table_and_lines_says_the_same(tmp_path, capsys):
             assert entry["probability"] == pytest.approx(float(expected.values[rank]), abs=1e-5)
             assert row[f"class_{rank + 1}"] == entry["class"] and f"{entry['class']} " in line
             assert float(row[f"probability_{rank + 1}"]) == entry["probability"]
-    with pytest.raises(UserError, match="out.txt: name it .json or .csv or .parquet"):
+    with pytest.raises(UserError, match="out.txt: the file name must end in .json or .csv"):
         run(*words, "--output", tmp_path / "out.txt")
 
 
@@ -231,7 +231,7 @@ def test_a_folder_is_predicted_without_its_hidden_files_and_past_unreadable_ones
         (["--image", "good.png", "--data-set", "DIGITS"], UserError, "--image"),
         (["--image", "good.png", "--output", "nowhere/results.json"], UserError, "nowhere"),
         (["--image", "good.png", "--output", "/proc/results.json"], MachineError, "/proc"),
-        (["--data-set", "DIGITS", "--output", "results.csv"], UserError, "results.csv: name it .json"),
+        (["--data-set", "DIGITS", "--output", "results.csv"], UserError, "results.csv: the file name must"),
         (["--data-set", "DIGITS", "--report", "a.pth"], UserError, "a.pth"),
         (["--data-set", "CIFAR10"], UserError, "--data-path"),
         (["--modle-kwargs", "a=1"], UserError, "--modle-kwargs"),

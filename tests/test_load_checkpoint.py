@@ -38,7 +38,7 @@ def test_a_bare_file_of_the_authors_gives_the_golden_logits_once_its_model_is_na
     path = tmp_path / "authors.pth"
     weights = {f"module.{name}": value for name, value in bare(variant).items()}
     torch.save({"model": {"state_dict": weights}, "args": argparse.Namespace(out=pathlib.PosixPath("a"))}, path)
-    with pytest.raises(CheckpointError, match=r"authors.pth: it contains weights only; name their model by --arch"):
+    with pytest.raises(CheckpointError, match=r"authors.pth: it only contains weights; set --arch to their model"):
         load_checkpoint(path)
     loaded = load_checkpoint(path, arch, model_kwargs=arguments)
     golden = np.load(GOLDEN / f"{variant}.npz")["logits"]
@@ -103,8 +103,8 @@ def test_a_name_and_a_run_directory_are_sources_too(tmp_path):
     assert load_checkpoint(tmp_path).class_names == ("c", "d")
     (tmp_path / "empty").mkdir()
     for source, message in (
-        ("spectformer_h_l", "there are weights of spectformer_h_n"),
-        (tmp_path / "empty", "no che"),
+        ("spectformer_h_l", "only for spectformer_h_n"),
+        (tmp_path / "empty", "neither che"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(source)
@@ -141,7 +141,7 @@ def test_a_model_of_timms_loads_too(tmp_path):
         ({"arch": None}, "resnet10t", "no classifier fc.weight"),
         ({"arch": None}, "svt_vanilla_ti", "the weights do not fit the model"),
         ({"arch": "spectformer_h_s"}, None, "embed_dim"),
-        ({"class_names": ["a"]}, None, "names 1 classes, its classifier has 10"),
+        ({"class_names": ["a"]}, None, "names 1 classes, but its classifier has 10"),
         ({"model_kwargs": {"no_such_argument": 1}}, None, "no_such_argument"),
         ({"model_kwargs": {"checkpoint_path": "/etc/passwd"}}, None, "checkpoint_path"),
         ({"arch": "hf-hub:timm/resnet18"}, None, "no such model"),
