@@ -1,1 +1,1 @@
-"""Object detection and instance segmentation: torchvision's detectors over our pyramids, or any of timm's."""
+"""Object detection and instance segmentation: torchvision's detectors on this project's or timm's models."""

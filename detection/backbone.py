@@ -1,4 +1,4 @@
-"""The feature pyramid of a detector: a classification model without its head, and an FPN."""
+"""The backbone of a detector: a classification model without its head, and a feature pyramid network (FPN)."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,16 +20,16 @@ IMAGENET_CLASSES = 1000
 
 
 class Backbone(nn.Module):
-    """Images (B, 3, H, W) to an OrderedDict of maps (B, out_channels, h, w), the finest first.
+    """Maps images (B, 3, H, W) to an OrderedDict of feature maps (B, out_channels, h, w), the finest first.
 
-    Lin et al., "Feature Pyramid Networks for Object Detection" (https://arxiv.org/abs/1612.03144), over features
-    after the model's own norms.
+    Lin et al., "Feature Pyramid Networks for Object Detection" (https://arxiv.org/abs/1612.03144), applied to the
+    model's normalized features.
 
     Args:
-        body: returns a list of maps; its `feature_info` has their widths.
-        out_channels: width of every map.
-        extra: makes coarser maps.
-        norm: the norm after each of the FPN's convolutions, if any.
+        body: model that returns a list of feature maps, with their numbers of channels in `feature_info`.
+        out_channels: number of channels of every output map.
+        extra: block that adds coarser maps.
+        norm: norm layer after each of the FPN's convolutions, or None.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Backbone(nn.Module):
 
 
 def in_full_precision(values: Tensor) -> Tensor:
-    """The values in at least float32, for everything that box coordinates are computed from.
+    """Cast values to at least float32. Apply this to everything that box coordinates are computed from.
 
-    Anchors, proposals and boxes get the dtype of the maps and of the heads' offsets. In bf16, coordinates
+    Anchors, proposals and boxes get the dtype of the feature maps and the heads' offsets. In bf16, coordinates
     above 256 pixels would be rounded to multiples of 2, above 1024 to multiples of 8.
     """
     return values.to(torch.promote_types(values.dtype, torch.float32))
@@ -58,10 +58,10 @@ def in_full_precision(values: Tensor) -> Tensor:
 def create_classifier(
     arch: str, input_size: tuple[int, int], model_kwargs: dict[str, Any], drop_path: float | None
 ) -> nn.Module:
-    """A model of this project or of timm, with its classifier, for images of any size.
+    """Create a classification model of this project or timm that accepts images of any size.
 
     Raises:
-        ModelError: there is no such model, or it does not take these arguments.
+        ModelError: if the model does not exist or does not accept the arguments.
     """
     options: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     name = models.resolve_arch(arch)
@@ -71,23 +71,23 @@ def create_classifier(
 
 
 def pyramid_features(model: nn.Module, arch: str, strides: Sequence[int]) -> FeatureGetterNet:
-    """The model as an extractor of normalised features at these strides, without the layers after the last of them.
+    """Wrap a model to return normalized features at the given strides; later layers are removed.
 
     Raises:
-        UserError: it has no features at one of the strides.
+        UserError: if the model has no features at one of the strides.
     """
     found = [info["reduction"] for info in getattr(model, "feature_info", None) or ()]
     if not hasattr(model, "forward_intermediates") or any(found.count(stride) != 1 for stride in strides):
-        way_out = "; --model-kwargs stem_stride=4 moves them" if getattr(model, "stem_stride", 4) != 4 else ""
+        way_out = "; set --model-kwargs stem_stride=4" if getattr(model, "stem_stride", 4) != 4 else ""
         raise UserError(
             f"--arch {arch}: a detector needs one feature map at each of the strides "
-            f"{', '.join(map(str, strides))}; this model's are at {', '.join(map(str, found)) or 'none'}{way_out}"
+            f"{', '.join(map(str, strides))}; this model has strides {', '.join(map(str, found)) or 'none'}{way_out}"
         )
     return FeatureGetterNet(model, out_indices=[found.index(stride) for stride in strides], norm=True)
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
-    """Freeze the affine weights of batch norms."""
+    """Freeze the affine weights of all batch norms."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.requires_grad_(False)

@@ -21,23 +21,23 @@ ROBOFLOW = "_annotations.coco.json"
 
 
 class CocoImages:
-    """The images that a COCO file lists, with their objects.
+    """The images listed in a COCO file, with their objects.
 
-    A category's label is its position, from 1, among the file's category ids in ascending order. Objects whose box has
-    no area are left out.
+    Labels number the file's categories from 1, in ascending order of their ids. Objects whose box has no area are
+    skipped.
 
     Args:
         annotations: the JSON file.
-        folder: that of its images.
-        masks: whether the detector needs masks; without it, segmentations are not looked at.
+        folder: the folder of its images.
+        masks: whether the detector needs masks; otherwise, segmentations are ignored.
 
     Raises:
-        UserError: the file is not in COCO's format, or refers to what is not there.
+        UserError: if the file is not in COCO's format, or refers to missing images or categories.
 
     Attributes:
         groups: uint8 (N,), 1 for an image that is wider than high.
-        objects: how many are trained on; crowds are not.
-        without_area: how many were left out.
+        objects: number of objects to train on, without crowds.
+        without_area: number of skipped objects.
     """
 
     def __init__(self, annotations: Path, folder: Path, masks: bool):
@@ -45,7 +45,7 @@ class CocoImages:
         try:
             content = json.loads(annotations.read_bytes())
             self._index(content["images"], content["annotations"], content["categories"])
-        except (OSError, ValueError, KeyError, TypeError) as error:  # KeyError: an entry lacks something
+        except (OSError, ValueError, KeyError, TypeError) as error:  # KeyError: an entry lacks a field
             raise UserError(f"{annotations}: not a complete file in COCO's format: {error!r}") from error
 
     def _index(self, images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
@@ -64,7 +64,7 @@ class CocoImages:
             )
         for entry in annotations:
             if entry["image_id"] not in by_image or entry["category_id"] not in self._label_of:
-                raise UserError(f"{self.file}: annotation {entry['id']} is of an image or category that is not there")
+                raise UserError(f"{self.file}: annotation {entry['id']} refers to a missing image or category")
             _, _, width, height = entry["bbox"]
             if min(width, height) > 0:
                 entry |= {"iscrowd": entry.get("iscrowd", 0), "area": entry.get("area", width * height)}
@@ -73,12 +73,12 @@ class CocoImages:
         if self._masks and (without := [entry["id"] for entry in kept if not entry.get("segmentation")]):
             raise UserError(
                 f"{self.file}: {len(without)} of {len(kept)} objects have no segmentation (the first is annotation "
-                f"{without[0]}), which Mask R-CNN learns; for boxes alone use --detector faster_rcnn or retinanet"
+                f"{without[0]}), which Mask R-CNN needs; for boxes only, use --detector faster_rcnn or retinanet"
             )
         if not self._masks:
             for entry in kept:
                 entry.pop("segmentation", None)
-        # As bytes, which workers share: Python objects would be copied to each worker as their references are counted.
+        # Workers share bytes. Reference counting would copy other Python objects to each worker.
         self._images = [json.dumps(image).encode() for image in images]
         self._annotations = [json.dumps(own).encode() for own in by_image.values()]
         self.groups = np.array([image["width"] > image["height"] for image in images], dtype=np.uint8)
@@ -89,17 +89,17 @@ class CocoImages:
         return len(self._images)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """An image's entry in the file: at least id, file_name, width, height."""
+        """Return an image's entry in the file, which has at least id, file_name, width and height."""
         return json.loads(self._images[index])
 
     def path(self, index: int) -> str:
         return str(self._folder / self.entry(index)["file_name"])
 
     def image(self, index: int) -> Image.Image:
-        """The image as 8-bit RGB; raises `BadImage`, also for an image that is not as large as its entry says.
+        """Read an image as 8-bit RGB; raise `BadImage` if it is unreadable or its size differs from its entry.
 
-        It is turned as its EXIF orientation says, like annotation tools show it, unless its entry gives the size of
-        the image as it is stored.
+        The image is rotated by its EXIF orientation, as in annotation tools, unless its entry has the size of the
+        unrotated image.
         """
         entry, path = self.entry(index), self.path(index)
         size = (entry["width"], entry["height"])
@@ -114,13 +114,13 @@ class CocoImages:
         return image
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """An image's objects and crowds, as entries of the file."""
+        """Return the file's entries for an image's objects and crowds."""
         return json.loads(self._annotations[index])
 
     def load(self, index: int) -> tuple[Image.Image, dict[str, Tensor]]:
-        """An image and its objects to train on, without crowds; raises `BadImage`.
+        """Load an image and its objects for training, without crowds; raise `BadImage` if that fails.
 
-        "boxes" are float32 (N, 4), corners (x1, y1, x2, y2) in pixels; "labels" int64 (N,), from 1; "masks", where the
+        "boxes" are float32 (N, 4), corners (x1, y1, x2, y2) in pixels; "labels" int64 (N,), from 1; "masks", if the
         detector needs them, uint8 (N, H, W) of zeros and ones.
         """
         found = [annotation for annotation in self.annotations(index) if not annotation["iscrowd"]]
@@ -139,14 +139,14 @@ class CocoImages:
             for mask, annotation in zip(masks, found, strict=True):
                 try:
                     mask[:] = decode_mask(annotation["segmentation"], height, width)
-                except Exception as error:  # the decoder raises whatever it stumbles over
+                except Exception as error:  # the decoder raises many types of errors
                     where = f"{self.path(index)}: the mask of annotation {annotation['id']} of {self.file}"
                     raise BadImage(f"{where} cannot be decoded: {one_line(error)}") from error
             objects["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
         return image, objects
 
     def ground_truth(self) -> dict[str, Any]:
-        """The file's content as evaluation needs it."""
+        """Return the file's content for evaluation."""
         return {
             "images": [json.loads(image) for image in self._images],
             "annotations": [entry for own in self._annotations for entry in json.loads(own)],
@@ -157,13 +157,13 @@ class CocoImages:
 
 
 def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoImages:
-    """One split, "train", "val" or "test", in COCO's or Roboflow's layout.
+    """Open a split, "train", "val" or "test", in COCO's or Roboflow's layout.
 
-    COCO's: ``annotations/instances_train*.json`` and the folder ``train*`` that it is named after. Roboflow's:
-    ``train/_annotations.coco.json`` with the images beside it; its ``valid`` is val.
+    COCO's layout is ``annotations/instances_train*.json`` with images in the folder ``train*`` of the same name.
+    Roboflow's is ``train/_annotations.coco.json`` with images in the same folder; "val" is ``valid``.
 
     Raises:
-        UserError: there is no such file, or more than one; see `CocoImages`.
+        UserError: if there is no such file, or more than one; see also `CocoImages`.
     """
     root = Path(data_path)
     if not root.is_dir():
@@ -184,10 +184,10 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
 
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons or run lengths as uint8 (height, width) of zeros and ones; raises ValueError for another size."""
+    """Decode polygons or run lengths to uint8 (height, width) of zeros and ones; ValueError for another size."""
     if isinstance(segmentation, list):
-        if min(map(len, segmentation)) < 6:  # four numbers would be taken for a box
-            raise ValueError("a polygon of fewer than three points")
+        if min(map(len, segmentation)) < 6:  # the decoder takes four numbers for a box
+            raise ValueError("a polygon has fewer than three points")
         encoded = coco_masks.merge(coco_masks.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         encoded = coco_masks.frPyObjects(segmentation, *segmentation["size"])
@@ -195,5 +195,5 @@ def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
         encoded = segmentation
     mask = coco_masks.decode(encoded)
     if mask.shape != (height, width):
-        raise ValueError(f"its size is {mask.shape[1]}x{mask.shape[0]}")
+        raise ValueError(f"its size is {mask.shape[1]}x{mask.shape[0]}, not {width}x{height}")
     return mask

@@ -1,4 +1,4 @@
-"""COCO's evaluation of boxes and masks, by faster-coco-eval."""
+"""COCO's evaluation of boxes and masks with faster-coco-eval."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from torch import Tensor
 KINDS = {"box": "bbox", "mask": "segm"}
 AREAS = ("all", "small", "medium", "large")
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
-NOTHING = -1.0  # where there is no object to be found
+NOTHING = -1.0  # COCO's value where the ground truth has no objects
 Result = dict[str, Any]
 
 
 def to_results(prediction: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[Result]:
-    """One image's predictions, boxes in its pixels and masks as probabilities, in COCO's result format."""
+    """Convert an image's predictions, boxes in pixels and masks as probabilities, to COCO's result format."""
     boxes = prediction["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
     results: list[Result] = [
@@ -34,7 +34,7 @@ def to_results(prediction: Mapping[str, Tensor], image_id: int, category_ids: Se
 
 
 def results_of(results: Sequence[Result], kind: str) -> list[Result]:
-    """Results of "box" or "mask" alone: with both, COCO's tools would use the box's area for the mask."""
+    """Keep only the "box" or "mask" results; with both, COCO's tools would use the box's area for the mask."""
     dropped = "segmentation" if kind == "box" else "bbox"
     return [{name: value for name, value in result.items() if name != dropped} for result in results]
 
@@ -42,13 +42,13 @@ def results_of(results: Sequence[Result], kind: str) -> list[Result]:
 def evaluate_results(
     ground_truth: dict[str, Any], results: Sequence[Result], kind: str, detections: int
 ) -> COCOeval_faster:
-    """COCO's evaluation of "box" or "mask" results against the content of an annotation file.
+    """Evaluate "box" or "mask" results against the content of an annotation file.
 
-    Its ``eval["precision"]`` is (IoU thresholds 0.5 to 0.95, recalls 0 to 1 in 101 steps, categories, `AREAS`, most
-    detections); `NOTHING` where there are no such objects.
+    The result's ``eval["precision"]`` has the axes (IoU thresholds 0.5 to 0.95, 101 recalls from 0 to 1, categories,
+    `AREAS`, maximum numbers of detections); it is `NOTHING` where there are no such objects.
 
     Args:
-        detections: how many of the best per image count; COCO uses 100.
+        detections: maximum number of detections per image; COCO uses 100.
     """
     truth = COCO(ground_truth, use_deepcopy=True)
     evaluation = COCOeval_faster(truth, truth.loadRes(results_of(results, kind)), KINDS[kind])
@@ -58,6 +58,6 @@ def evaluate_results(
 
 
 def numbers(evaluation: COCOeval_faster) -> dict[str, float]:
-    """COCO's twelve numbers in per cent, without those of sizes that no object has."""
+    """Return COCO's twelve metrics in per cent, without those of object sizes that do not occur."""
     values = zip(NUMBERS, evaluation.stats.tolist(), strict=True)
     return {name: 100 * value for name, value in values if value != NOTHING}

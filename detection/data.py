@@ -1,4 +1,4 @@
-"""What feeds a detector: images of any sizes with their objects, in loaders for training and evaluation."""
+"""Training and evaluation loaders for detectors: images of any size with their objects."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from utils import UserError
 
 
 class DetectionSamples(KeyedSamples):
-    """Images with their objects to train on, or alone where there is no transform."""
+    """Transformed images with their objects, or, without a transform, images only."""
 
     def __init__(self, dataset: CocoImages, transform: TrainTransform | None = None, **settings: Any):
         super().__init__(dataset, **settings)
@@ -33,18 +33,18 @@ class DetectionSamples(KeyedSamples):
 
 
 def data_path(args: argparse.Namespace) -> str:
-    """The folder in COCO's layout that --data-set and --data-path name."""
+    """Return the data folder in COCO's layout, from --data-set and --data-path."""
     if (args.data_set == "NUCLEI") != (args.data_path is None):
-        raise UserError(f"--data-set {args.data_set}: COCO needs a --data-path, NUCLEI is embedded and takes none")
+        raise UserError(f"--data-set {args.data_set}: COCO needs --data-path; NUCLEI is embedded and needs none")
     return args.data_path or str(NUCLEI)
 
 
 def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tuple[Loader, EvalLoader]:
-    """The loaders for training and validation.
+    """Build the training and validation loaders.
 
     Raises:
-        UserError: see `open_split`; the splits differ in their categories; there is nothing to train on; or an update
-            takes more images than there are.
+        UserError: if the splits have different categories, there is nothing to train on, or an update needs more images
+            than there are; see also `open_split`.
     """
     path = data_path(args)
     train_set, val_set = (open_split(path, split, masks) for split in ("train", "val"))
@@ -52,7 +52,7 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tupl
         raise UserError(f"--data-path {path}: the categories of training and validation differ")
     if train_set.objects == 0:
         raise UserError(
-            f"{train_set.file}: it has no object to train on: crowds (iscrowd: 1) and boxes without area do not count"
+            f"{train_set.file}: it has no object to train on; crowds (iscrowd: 1) and boxes without area do not count"
         )
     update = (args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter)
     sampler = GroupedSampler(len(train_set), *update, groups=train_set.groups)
@@ -62,5 +62,5 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tupl
 
 
 def build_eval_loader(dataset: CocoImages, args: argparse.Namespace, dist: Distributed) -> EvalLoader:
-    """Images one by one: together with others an image is padded, and its predictions are others."""
+    """Build a loader with batch size 1, because padding an image in a batch changes its predictions."""
     return EvalLoader(DetectionSamples(dataset), 1, dist, args.num_workers, args.pin_mem)

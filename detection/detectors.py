@@ -1,4 +1,4 @@
-"""torchvision's detectors on any feature pyramid, with the heads of their v2 builders or the classic ones."""
+"""torchvision's detectors on any feature pyramid, with the heads of torchvision's v2 builders or the classic ones."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -23,25 +23,25 @@ from detection.pasting import paste
 from utils import UserError
 
 Target = dict[str, Tensor]
-GROUPS = 32  # of group norm, where torchvision's v2 builders have batch norm: a detector's batches are small
+GROUPS = 32  # of group norm, which replaces the batch norm of torchvision's v2 builders because batches are small
 RATIOS = (0.5, 1.0, 2.0)
 NETWORKS = {"mask_rcnn": MaskRCNN, "faster_rcnn": FasterRCNN, "retinanet": RetinaNet}
 STRIDES = {"mask_rcnn": (4, 8, 16, 32), "faster_rcnn": (4, 8, 16, 32), "retinanet": (8, 16, 32)}
-OFFSETS = ("bbox_pred", "bbox_reg")  # the layers that say where boxes are, relative to anchors or proposals
+OFFSETS = ("bbox_pred", "bbox_reg")  # the layers that predict boxes relative to anchors or proposals
 
 
 def kinds_of(detector: str) -> tuple[str, ...]:
-    """What a detector finds: "box" and perhaps "mask"."""
+    """Return the kinds of a detector's predictions: "box", and for Mask R-CNN "mask"."""
     return ("box", "mask") if detector == "mask_rcnn" else ("box",)
 
 
 class Detector(nn.Module):
-    """One of torchvision's detectors, with what the engine asks of a model.
+    """A torchvision detector with the interface that the engine expects of a model.
 
-    Images are a list of (3, H, W), values 0 to 1, of any sizes. In evaluation `forward` returns a dict for each image:
-    "boxes" (N, 4) in its own pixels (x1, y1, x2, y2), "labels" (N,) from 1, "scores" (N,) and, with masks, "masks"
-    (N, 1, H, W), probabilities. In training it takes such targets, with "masks" (N, H, W), and returns the losses by
-    name.
+    Images are a list of (3, H, W) tensors of any size with values from 0 to 1. In evaluation, `forward` returns a dict
+    per image: "boxes" (N, 4) in its pixels (x1, y1, x2, y2), "labels" (N,) from 1, "scores" (N,), and for Mask R-CNN
+    "masks" (N, 1, H, W), probabilities. In training, it takes targets with the same keys, "masks" being (N, H, W), and
+    returns a dict of losses.
     """
 
     def __init__(self, network: FasterRCNN | RetinaNet):
@@ -57,12 +57,12 @@ class Detector(nn.Module):
 
     @property
     def detections(self) -> int:
-        """The upper limit of detections per image."""
+        """The maximum number of detections per image."""
         return getattr(self.network, "roi_heads", self.network).detections_per_img
 
     @property
     def pretrained_cfg(self) -> dict[str, tuple[str, ...]]:
-        """The names of the layers to replace for other classes, under the key that timm's models use."""
+        """The names of the layers to replace for other classes, under the key of timm's models."""
         names = ("roi_heads.box_predictor", "roi_heads.mask_predictor", "head.classification_head.cls_logits")
         owned = dict(self.named_modules())
         return {"classifier": tuple(name for name in (f"network.{name}" for name in names) if name in owned)}
@@ -73,34 +73,34 @@ class Detector(nn.Module):
         return self.network(images, targets)
 
     def features(self, image: Tensor) -> Iterable[Tensor]:
-        """The maps that the heads see of one image."""
+        """Return the feature maps of one image that the heads get."""
         images, _ = self.network.transform([image])
         return self.network.backbone(images.tensors).values()
 
     def no_weight_decay(self) -> set[str]:
-        """The body's parameters that are exempt from weight decay."""
+        """Return the body's parameters that are exempt from weight decay."""
         names = getattr(self.body.model, "no_weight_decay", set)()
         return {f"network.backbone.body.model.{name}" for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """The layer of a parameter, for layer-wise rates and freezing: the body's own, then FPN and heads as one."""
+        """Return a function from a parameter's name to its layer: the body's layers, then FPN and heads as one."""
         body = self.body.model
         if not hasattr(body, "group_matcher"):
-            raise UserError("--freeze-at and --layer-decay: this model does not say what its layers are")
+            raise UserError("--freeze-at and --layer-decay: this model does not support them (it has no group_matcher)")
         layers = group_parameters(body, body.group_matcher(coarse=coarse))
         prefix = "network.backbone.body.model."
         layer_of = {f"{prefix}{name}": layer for layer, names in layers.items() for name in names}
         return lambda name: layer_of.get(name, len(layers))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the body's blocks in the backward pass."""
+        """Recompute the body's blocks in the backward pass instead of storing their activations."""
         self.body.model.set_grad_checkpointing(enable)
 
 
 class ScaledImages(GeneralizedRCNNTransform):
-    """Normalises and pads images, and maps detections back to the pixels of the original image.
+    """Normalizes and pads images, and maps detections back to the pixels of the original image.
 
-    In evaluation it also scales images, with antialiasing as the augmentation does in training.
+    In evaluation, it also resizes images, with antialiasing like the training augmentation.
     """
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
@@ -134,28 +134,28 @@ def build_detector(
     detections: int = 100,
     **settings: float,
 ) -> Detector:
-    """A detector with the heads of torchvision's v2 builders, or with the classic ones.
+    """Build a detector with the heads of torchvision's v2 builders or the classic ones.
 
     Args:
         kind: "mask_rcnn", "faster_rcnn" or "retinanet".
-        body: features at `STRIDES[kind]`.
-        num_classes: without the background.
+        body: model that returns features at `STRIDES[kind]`.
+        num_classes: number of classes without the background.
         heads: "v2" or "classic".
-        min_size, max_size: of an image's short and long side in evaluation, in pixels.
-        fpn_channels: width of the FPN and the heads.
-        anchor_sizes: side of a square anchor in pixels, one per level.
-        detections: upper limit per image.
-        settings: numbers that torchvision's constructor takes, such as ``box_batch_size_per_image=128``.
+        min_size, max_size: size of the short side and upper limit of the long side in evaluation, in pixels.
+        fpn_channels: number of channels of the FPN and the heads.
+        anchor_sizes: side of a square anchor in pixels, one value per level.
+        detections: maximum number of detections per image.
+        settings: numeric arguments of torchvision's constructor, such as ``box_batch_size_per_image=128``.
 
     Raises:
-        ValueError or TypeError: an argument is unknown or does not fit.
+        ValueError or TypeError: if an argument is unknown or invalid.
     """
     network = NETWORKS[kind]
     defaults = {name: parameter.default for name, parameter in inspect.signature(network).parameters.items()}
     for name, value in settings.items():  # torchvision would ignore unknown names
         kind_of_default = type(defaults.get(name))
         if not isinstance(value, int | float if kind_of_default is float else kind_of_default):
-            raise ValueError(f"torchvision's {network.__name__} takes no {name}={value!r}")
+            raise ValueError(f"torchvision's {network.__name__} does not accept {name}={value!r}")
     if len(anchor_sizes) != 5:
         raise ValueError(f"{kind} needs 5 anchor_sizes, one per level, not {len(anchor_sizes)}")
     norm = partial(nn.GroupNorm, GROUPS) if heads == "v2" else None
@@ -179,7 +179,7 @@ def build_detector(
 def _rcnn_parts(
     num_classes: int, width: int, anchor_sizes: Sequence[int], norm: Callable[[int], nn.Module] | None
 ) -> dict[str, Any]:
-    box_width = 4 * width  # of the last layer before class and box
+    box_width = 4 * width  # channels of the last layer before the predictors
     return {
         "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in anchor_sizes), (RATIOS,) * len(anchor_sizes)),
         "rpn_head": RPNHead(width, len(RATIOS), conv_depth=1 if norm is None else 2),
@@ -196,5 +196,5 @@ def _retinanet_parts(
     octaves = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
     head = RetinaNetHead(width, 3 * len(RATIOS), num_classes + 1, norm_layer=norm)
     if norm is not None:
-        head.regression_head._loss_type = "giou"  # as torchvision's own v2 builder says it
+        head.regression_head._loss_type = "giou"  # as in torchvision's v2 builder
     return {"anchor_generator": AnchorGenerator(octaves, (RATIOS,) * len(octaves)), "head": head}

@@ -1,4 +1,4 @@
-"""Pictures of objects in an image: masks, boxes, names, scores."""
+"""Draw the objects in an image: masks, boxes, names and scores."""
 
 import colorsys
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-PIXELS = 1200  # of a picture's longer side
-GOLDEN = 0.6180339887  # of a turn around the colour circle: neighbours in any number of colours differ
-CROWDED = 25  # objects above which a label is only the score
+PIXELS = 1200  # longer side of the drawing
+GOLDEN = 0.6180339887  # hue step (golden ratio), which gives consecutive objects different colours
+CROWDED = 25  # above this number of objects, labels only show the score
 FONT = font_manager.findfont("DejaVu Sans")  # comes with matplotlib
 
 
@@ -23,13 +23,13 @@ def draw_objects(
     scores: Sequence[float] | None = None,
     masks: np.ndarray | None = None,
 ) -> Image.Image:
-    """The image, enlarged, with each object filled and outlined in its own colour and labelled.
+    """Enlarge an image and draw each object, filled, outlined and labelled, in its own colour.
 
     Args:
         boxes: (N, 4), corners in pixels.
-        names: of their categories.
-        scores: (N,); None for true objects.
-        masks: (N, H, W), if there are any.
+        names: N category names.
+        scores: N scores; None for the ground truth.
+        masks: (N, H, W), or None.
     """
     scale = PIXELS / max(image.size)
     size = (round(image.width * scale), round(image.height * scale))

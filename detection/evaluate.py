@@ -1,4 +1,4 @@
-"""Evaluating a detector's checkpoint on data in COCO's layout."""
+"""Evaluate a detector's checkpoint on data in COCO's layout."""
 
 import argparse
 import json
@@ -18,10 +18,10 @@ from utils import UserError, atomic_write, say
 
 
 def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
-    """Evaluate on all processes; the main one prints, and writes results, COCO's result files and the report."""
+    """Evaluate on all processes. The main process prints and writes the results, COCO's result files and the report."""
     data_set = args.data_set or ("COCO" if args.data_path else "NUCLEI")
     if data_set not in ("COCO", "NUCLEI"):
-        raise UserError(f"--data-set {data_set}: a detector is evaluated on COCO (any data in its layout) or NUCLEI")
+        raise UserError(f"--data-set {data_set}: a detector needs COCO (any data in its layout) or NUCLEI")
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
     dataset = open_split(data_path(args), args.split, masks="mask" in loaded.kinds)
     if (dataset.category_ids, dataset.class_names) != (loaded.category_ids, loaded.class_names):

@@ -1,4 +1,4 @@
-"""A detector from its checkpoint."""
+"""Load a detector from its checkpoint."""
 
 import argparse
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from models.checkpoints import EMA_KEYS, check_model_kwargs
 
 @dataclass(frozen=True)
 class LoadedDetector:
-    """A detector in evaluation mode, on the CPU, and what its checkpoint says about it.
+    """A detector in evaluation mode on the CPU, and the metadata of its checkpoint.
 
-    ema: whether the weights are averaged ones; kinds: what it finds, "box" and perhaps "mask"; class_names,
-    category_ids: by label, from label 1 on.
+    ema: whether the weights are the averaged (EMA) ones. class_names, category_ids: in the order of the labels, from 1.
+    kinds: the kinds of predictions, "box" and for Mask R-CNN "mask".
     """
 
     model: Detector
@@ -34,14 +34,15 @@ class LoadedDetector:
 
 
 def load_detector(checkpoint: dict[str, Any], path: Path, ema: bool | None) -> LoadedDetector:
-    """The detector of a checkpoint that has been read.
+    """Build the detector of a checkpoint.
 
     Args:
-        path: of the file.
-        ema: the averaged weights, the trained ones, or (None) the averaged ones if there are any.
+        checkpoint: the result of `read_checkpoint`.
+        path: the checkpoint file, for error messages.
+        ema: True for the averaged (EMA) weights, False for the trained ones, None for the averaged ones if present.
 
     Raises:
-        CheckpointError: the file does not describe a detector, or its weights do not fit.
+        CheckpointError: if the file does not describe a detector, or its weights do not fit.
     """
     kwargs = checkpoint.get("model_kwargs") or {}
     check_model_kwargs(kwargs, f"{path}: model_kwargs")
@@ -51,7 +52,7 @@ def load_detector(checkpoint: dict[str, Any], path: Path, ema: bool | None) -> L
         model = detector_over(body, settings, len(settings.class_names))
         load_weights(model, weights_of(checkpoint, ema, path))
         names, numbers = tuple(settings.class_names), tuple(settings.category_ids)
-    except (AttributeError, KeyError, WeightMismatch) as error:  # the first two: it lacks a setting
+    except (AttributeError, KeyError, WeightMismatch) as error:  # the first two: a missing setting
         raise CheckpointError(f"{path}: not a detector of this project: {error}") from error
     averaged = ema is not False and any(checkpoint.get(key) for key in EMA_KEYS)
     return LoadedDetector(model.eval(), path, settings.arch, settings.detector, averaged, names, numbers)

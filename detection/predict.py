@@ -1,4 +1,4 @@
-"""Finding objects in images, and drawing them."""
+"""Detect objects in images and draw them."""
 
 import argparse
 from pathlib import Path
@@ -21,10 +21,10 @@ from utils import atomic_write, say
 
 @torch.no_grad()
 def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
-    """Draw what is found in each image; on request write it as JSON.
+    """Draw the detected objects of each image; on request, write them as JSON.
 
     Raises:
-        UserError: in the end, if some of the images could not be read.
+        UserError: at the end, if some of the images could not be read.
     """
     files = image_files(args.image)
     drawings = overlay_paths(files, Path(args.drawings), "--drawings", "detections")

@@ -1,4 +1,4 @@
-"""What a detector finds and misses: AP by category and by size, precision-recall curves, the worst images."""
+"""Report on a detector: AP by category and by size, precision-recall curves, and the worst images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ from detection.coco_metrics import AREAS, NOTHING, Result
 from detection.drawing import draw_objects
 from inference.output_files import save_figure, write_csv
 
-WORST = 8  # images that are drawn
-MATCH = 0.5  # IoU from which on a prediction has found an object
-NAMED = 10  # categories with a precision-recall curve of their own
+WORST = 8  # number of images to draw
+MATCH = 0.5  # minimum IoU for a prediction to match an object
+NAMED = 10  # maximum number of categories with their own precision-recall curve
 RECALLS = np.linspace(0, 1, 101)
 
 
@@ -27,10 +27,10 @@ def write_report(
     dataset: CocoImages,
     min_score: float,
 ) -> None:
-    """Write, for "box" and "mask", ``KIND_by_category.csv``, ``KIND_precision_recall.png``; and the worst images.
+    """Write ``KIND_by_category.csv`` and ``KIND_precision_recall.png`` for "box" and "mask", and the worst images.
 
     Args:
-        min_score: of predictions that count as made in the worst images.
+        min_score: minimum score of the predictions used to find and draw the worst images.
     """
     names = dataset.class_names
     for kind, found in evaluated.items():
@@ -52,7 +52,7 @@ def write_report(
 
 
 def category_rows(precision: np.ndarray, names: Sequence[str]) -> list[list[Any]]:
-    """Each category's AP over all thresholds, at 0.5 and 0.75, and by size, the worst first; "" where it has none."""
+    """Return each category's AP over all thresholds, at 0.5 and 0.75, and by size ("" for none), the worst first."""
     rows = []
     for number, name in enumerate(names):
         own = precision[:, :, number]
@@ -62,7 +62,7 @@ def category_rows(precision: np.ndarray, names: Sequence[str]) -> list[list[Any]
 
 
 def draw_precision_recall(precision: np.ndarray, names: Sequence[str], kind: str) -> Figure:
-    """Precision over recall at IoU 0.5, 0.75 and the mean of COCO's thresholds, and of the worst categories."""
+    """Draw precision over recall at IoU 0.5, 0.75 and averaged over COCO's thresholds, and for the worst categories."""
     shown = [i for i in range(len(names)) if (precision[:, :, i] > NOTHING).any()]
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(
@@ -85,7 +85,7 @@ def draw_precision_recall(precision: np.ndarray, names: Sequence[str], kind: str
 
 
 def count_mistakes(objects: Sequence[dict[str, Any]], results: Sequence[Result]) -> tuple[int, int]:
-    """(missed objects, wrong predictions) of an image, by boxes; those in a crowd are neither."""
+    """Count an image's missed objects and wrong predictions by boxes; predictions in a crowd are not wrong."""
     crowds = np.array([entry["iscrowd"] for entry in objects], dtype=np.uint8)
     results = sorted(results, key=lambda result: -result["score"])
     matches = np.zeros((len(results), len(objects)))
@@ -103,7 +103,7 @@ def count_mistakes(objects: Sequence[dict[str, Any]], results: Sequence[Result])
 
 
 def draw_image(dataset: CocoImages, index: int, results: Sequence[Result], missed: int, wrong: int) -> Figure:
-    """An image's true objects beside its predictions."""
+    """Draw an image's true objects next to its predictions."""
     image = dataset.image(index)
     objects = [entry for entry in dataset.annotations(index) if not entry["iscrowd"]]
     names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))

@@ -1,4 +1,4 @@
-"""The order of the training images: each update has only wide or only tall ones."""
+"""Order the training images so that an update has only wide or only tall ones."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from inputs.sampler import KeyedSampler
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSampler(KeyedSampler):
-    """A `KeyedSampler` whose updates contain images of one group each, which keeps padding small.
+    """A `KeyedSampler` in which each update has images of a single group, which reduces padding.
 
-    Each group's images fill updates in the epoch's random order. Updates come in the order in which they are complete;
-    the rest of all groups is mixed at the end.
+    Each group's images fill updates in the epoch's random order, and updates are sorted by when they are complete. The
+    remaining images of all groups are mixed at the end.
 
     Args:
         groups: the group of each sample.

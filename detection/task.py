@@ -28,7 +28,7 @@ from utils import StopSignals, UserError, one_line
 
 
 class Detection(Task):
-    """Training a `Detector`. Mask R-CNN is ranked by its masks, the others by their boxes."""
+    """Trains a `Detector`. The best checkpoint has the highest mask AP for Mask R-CNN, otherwise the highest box AP."""
 
     flags = FLAGS
     ranked_by = "AP"
@@ -52,7 +52,7 @@ class Detection(Task):
         self.model = build_model(run, self.train.dataset)
 
     def set_mode(self, model: Detector) -> None:
-        """The heads always train: in evaluation mode a detector has no losses."""
+        """Keep the heads in training mode, because a detector in evaluation mode has no losses."""
         training = model.training
         model.train()
         model.body.train(training)
@@ -102,12 +102,12 @@ class Detection(Task):
 
 
 def as_inputs(images: list[Tensor], precision: Precision) -> list[Tensor]:
-    """uint8 images as a detector takes them, values 0 to 1."""
+    """Convert uint8 images to a detector's input, values 0 to 1."""
     return [image.to(precision.dtype) / 255 for image in images]
 
 
 def build_model(run: Run, data: CocoImages) -> Detector:
-    """The detector of the command line, with the weights that it begins with."""
+    """Build the detector that the flags describe, with its initial weights."""
     args = run.args
     torch.manual_seed(args.seed)
     body = create_classifier(args.arch, args.input_size, args.model_kwargs, args.drop_path)
@@ -123,7 +123,7 @@ def build_model(run: Run, data: CocoImages) -> Detector:
 
 
 def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -> Detector:
-    """The detector on a classification model, as the flags describe it; raises UserError where they do not fit."""
+    """Build the detector that the flags describe on a classification model; UserError if they are inconsistent."""
     features = pyramid_features(body, args.arch, STRIDES[args.detector])
     sizes = {"min_size": args.min_size[-1], "max_size": args.max_size}
     try:
@@ -136,10 +136,10 @@ def detector_over(body: nn.Module, args: argparse.Namespace, num_classes: int) -
 def predict(
     model: nn.Module, loader: EvalLoader, dist: Distributed, precision: Precision, stop: StopSignals | None = None
 ) -> list[Result]:
-    """The predictions of all processes for a loader's data set, in the order of its images, on every process.
+    """Predict a loader's data set; every process returns the predictions of all processes in the order of the images.
 
     Raises:
-        Interrupted: between two images, on every process, when one of them was signalled.
+        Interrupted: between two images, on every process, if one of the processes gets a signal.
     """
     model.eval()
     dataset: CocoImages = loader.dataset
@@ -156,9 +156,9 @@ def predict(
 def evaluate(
     results: list[Result], dataset: CocoImages, kinds: Iterable[str], dist: Distributed, detections: int
 ) -> dict[str, float]:
-    """COCO's numbers, named like ``box_AP50``, the same on every process.
+    """Return COCO's metrics under names such as ``box_AP50``, the same on every process.
 
-    The last kind's AP and AP50 are repeated under these names.
+    "AP" and "AP50" are those of the last kind.
     """
     metrics: dict[str, float] = {}
     if dist.is_main:

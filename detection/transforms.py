@@ -1,4 +1,4 @@
-"""Augmentation of images with their objects, by `torchvision.transforms.v2`."""
+"""Augmentation of images and their objects with `torchvision.transforms.v2`."""
 
 import argparse
 
@@ -12,9 +12,9 @@ JITTER = (0.1, 2.0)  # Ghiasi et al. 2021, "Simple Copy-Paste"
 
 
 class TrainTransform:
-    """From an image and its objects to a detector's training input: the image, uint8 (3, H, W), and its target.
+    """Augments an image and its objects to a detector's training input: the image, uint8 (3, H, W), and its target.
 
-    The target contains "boxes" float32 (N, 4), "labels" int64 (N,), and "masks" uint8 (N, H, W) where there are some.
+    The target contains "boxes" float32 (N, 4), "labels" int64 (N,), and for Mask R-CNN "masks" uint8 (N, H, W).
     All randomness comes from the global generators.
     """
 
@@ -39,7 +39,7 @@ class TrainTransform:
 
 
 def fit_boxes(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The target with boxes fitted to the cropped masks, without objects that are cropped away."""
+    """Fit the boxes to the cropped masks, and remove objects that were cropped away."""
     left = target["masks"].bool().flatten(1).any(1)
     target = {name: value[left] for name, value in target.items()}
     boxes = masks_to_boxes(target["masks"])

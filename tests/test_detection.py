@@ -156,7 +156,7 @@ def respell(cells, root, change):
 SPOILED = {
     "missing file": (("images", 1, {"file_name": "no.png"}), "1 of 8 images are missing in .*no.png"),
     "no size": (("images", 1, {"height": ..., "width": ...}), r"KeyError\('width'\)"),
-    "unknown category": (("annotations", 2, {"category_id": 4}), "annotation 3 is of an image or category that"),
+    "unknown category": (("annotations", 2, {"category_id": 4}), "annotation 3 refers to a missing image or category"),
     "box of three": (("annotations", 2, {"bbox": [1, 2, 3]}), "not a complete file in COCO's format"),
     "no mask": (("annotations", 2, {"segmentation": []}), r"1 of \d+ objects .*annotation 3.*--detector faster_rcnn"),
 }
@@ -496,17 +496,17 @@ def test_the_embedded_cells_are_whole():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data-set", "COCO"], "COCO needs a --data-path"),
+        (["--data-set", "COCO"], "COCO needs --data-path"),
         (["--data-set", "NUCLEI", "--data-path", "/tmp"], "is embedded"),
-        (["--compile"], "--compile: a detector"),
+        (["--compile"], "--compile: not supported for detectors"),
         (["--min-size", "800", "--max-size", "700"], "--max-size 700 is below"),
         (["--min-size", "800,600"], "not a list of ascending numbers"),
         (["--warmup-updates", "5", "--no-sched-on-updates"], "needs --sched-on-updates"),
         (["--detector-kwargs", "fpn_channels={}"], "--detector-kwargs: "),
         (["--detector-kwargs", "fpn_channels=40"], "--detector-kwargs: num_channels .40. must be divisible"),
         (["--detector-kwargs", "anchor_sizes=(8,16)"], "needs 5 anchor_sizes"),
-        (["--detector-kwargs", "box_batch_size=3"], "MaskRCNN takes no box_batch_size=3"),
-        (["--detector-kwargs", "box_nms_thresh=much"], "MaskRCNN takes no box_nms_thresh='much'"),
+        (["--detector-kwargs", "box_batch_size=3"], "MaskRCNN does not accept box_batch_size=3"),
+        (["--detector-kwargs", "box_nms_thresh=much"], "MaskRCNN does not accept box_nms_thresh='much'"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused_in_one_line(flags, message, tmp_path):

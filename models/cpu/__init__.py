@@ -1,8 +1,8 @@
-"""Kernels that compute on a CPU what a layer does, a few images at a time.
+"""CPU kernels, which compute a layer for a few images at a time.
 
-Moving large intermediate results through memory, and asking the system for fresh pages to put them in, costs more there
-than the arithmetic on them. A kernel takes a few images through all steps of a layer while these are in cache. Each is
-an operation that a compiled graph keeps, and returns None where it may not run, for the layer to go its general way.
+On a CPU, moving large intermediate results through memory and allocating pages for them costs more than the arithmetic.
+A kernel takes a few images through all steps of a layer while the data is in cache. Each kernel is a custom operator in
+a compiled graph. It returns None if it cannot run, and the layer uses its general implementation.
 """
 
 from .kernels import is_exporting, is_transformed, may_run, set_cpu_kernels

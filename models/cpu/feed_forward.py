@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from ..precision import to_autocast
 from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
 
-# Entries of a hidden tensor computed together, in inference with a convolution: 8 MiB in float32, measured best of 4 to
-# 32. In training it is twice as many, and without a convolution twice as many again.
+# Elements of a hidden tensor per slice, in inference with a convolution: 8 MiB in float32, the fastest of 4 to 32 MiB.
+# Training uses twice as many, and networks without a convolution twice as many again.
 SLICE_ELEMENTS = 2**21
-# The operations by which TorchInductor lets oneDNN convolve and activate in one pass, and multiply in float32. Private:
-# without them the kernel is slower.
+# TorchInductor's operators for oneDNN's fused convolution and activation, and for its float32 products. They are
+# private; the kernel is slower without them.
 _CONVOLUTION_POINTWISE = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def feed_forward(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What `layers.FeedForward` makes of (B, H, W, C), or None where the kernel may not run."""
+    """Compute `layers.FeedForward` on (B, H, W, C); return None if the kernel cannot run."""
     if not all(map(_is_known, layer.children())):
         return None
     depthwise = (None, None) if layer.dwconv is None else (layer.dwconv.weight, layer.dwconv.bias)
@@ -30,7 +30,7 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _is_known(layer: nn.Module) -> bool:
-    """Whether this is one of the layers that `layers.FeedForward` is built of, and nobody replaced it."""
+    """Return whether a layer is one of those that `layers.FeedForward` creates, and was not replaced."""
     if type(layer) is nn.Conv2d:
         geometry = layer.kernel_size, layer.padding, layer.padding_mode, layer.stride, layer.dilation, layer.groups
         return geometry == ((3, 3), (1, 1), "zeros", (1, 1), (1, 1), layer.out_channels) and layer.bias is not None
@@ -48,7 +48,7 @@ def general_feed_forward(
     weight2: Tensor,
     bias2: Tensor,
 ) -> Tensor:
-    """Linear, (depthwise 3x3 convolution,) GELU, linear on (B, H, W, C), in the dtype of x."""
+    """Apply linear, (depthwise 3x3 convolution,) GELU, linear to (B, H, W, C), in the dtype of x."""
     hidden = F.linear(x, weight1.to(x.dtype), bias1.to(x.dtype))
     if depthwise is not None:
         hidden = _convolve(hidden, depthwise.to(x.dtype), depthwise_bias.to(x.dtype))
@@ -66,10 +66,10 @@ def feed_forward_in_slices(
     bias2: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`general_feed_forward`, and where there may be a backward pass (`keep`) what it needs, else empty tensors.
+    """Compute `general_feed_forward`; with `keep`, also return what the backward pass needs, else empty tensors.
 
-    That is the hidden tensor and, without a convolution, its GELU. The convolution's output and its GELU are computed
-    anew in the backward pass: hidden tensors are the largest of the network.
+    It needs the hidden tensor and, without a convolution, its GELU. The backward pass recomputes the convolution's
+    output and its GELU, because hidden tensors are the largest of the network.
     """
     y, hidden, activated = _empty_results(x, weight1, bias1, depthwise, depthwise_bias, weight2, bias2, keep)
     weight1, bias1, depthwise, depthwise_bias, weight2, bias2 = (
@@ -78,7 +78,7 @@ def feed_forward_in_slices(
     )
     pieces = _in_slices(len(weight1), keep, depthwise, x.contiguous(), y, hidden, activated)
     for part, out, kept, kept_activated in pieces:
-        if keep:  # a plain product can be written where it is kept
+        if keep:  # write the product directly into the kept tensor
             h = kept
             torch.addmm(bias1, _rows(part), weight1.T, out=_rows(h))
         else:
@@ -113,7 +113,7 @@ def feed_forward_backward(
     weight2: Tensor,
     bias2: Tensor,
 ) -> list[Tensor]:
-    """Gradients of the inputs; those of weights add up in their own precision."""
+    """Compute the gradients of the inputs; those of weights accumulate in the weights' precision."""
     grads = empty_gradients(x, weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
     grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
     weight1, depthwise, depthwise_bias, weight2 = (
@@ -126,8 +126,8 @@ def feed_forward_backward(
         before_gelu = h
         if depthwise is not None:
             before_gelu = _convolve(h, depthwise, depthwise_bias)
-            a = torch.ops.aten.gelu.out(before_gelu, out=scratch.resize_(h.shape))  # until grad_h takes its place
-        grad_weight2 += (_rows(a).T @ _rows(g)).T  # faster than the product of the transposed
+            a = torch.ops.aten.gelu.out(before_gelu, out=scratch.resize_(h.shape))  # overwritten by grad_h below
+        grad_weight2 += (_rows(a).T @ _rows(g)).T  # faster than the transposed product
         grad_bias2 += _rows(g).sum(0)
         grad_h = _product(_rows(g), weight2, _rows(scratch.resize_(h.shape))).view(h.shape)
         torch.ops.aten.gelu_backward.grad_input(grad_h, before_gelu, grad_input=grad_h)
@@ -148,7 +148,7 @@ register_gradients(feed_forward_in_slices, feed_forward_backward, general_feed_f
 def _in_slices(
     hidden_dim: int, training: bool, depthwise: Tensor | None, *grids: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Grids (B, H, W, C), a few images at a time; an empty one stays as it is."""
+    """Yield grids (B, H, W, C) for a few images at a time; empty tensors stay unchanged."""
     batch, height, width, _ = grids[0].shape
     most = SLICE_ELEMENTS * (2 if training else 1) * (2 if depthwise is None else 1)
     size = images_per_slice(batch, hidden_dim * height * width, most)
@@ -157,7 +157,7 @@ def _in_slices(
 
 
 def _rows(grid: Tensor) -> Tensor:
-    """(B, H, W, C) as a matrix of tokens by channels."""
+    """View (B, H, W, C) as a matrix (B * H * W, C)."""
     return grid.view(-1, grid.shape[3])
 
 
@@ -170,38 +170,38 @@ def _channels_last(grid: Tensor) -> Tensor:
 
 
 def _can_fuse(x: Tensor) -> bool:
-    """Whether oneDNN convolves and activates x in one pass."""
+    """Return whether oneDNN fuses convolution and activation for x."""
     fused = x.dtype in (torch.float32, torch.bfloat16)
     return fused and _CONVOLUTION_POINTWISE is not None and torch.backends.mkldnn.is_available()
 
 
 def _convolve_and_activate(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of `_convolve`."""
+    """Apply `_convolve` and GELU."""
     ones = [1, 1]  # padding, stride and dilation
     arguments = (weight, bias, ones, ones, ones, len(weight), "gelu", [], "none")
     return _channels_last(_CONVOLUTION_POINTWISE(_channels_first(grid), *arguments))
 
 
 def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """(n, k) times (k, m): in float32 oneDNN's own result, faster than MKL's on AMD processors, else `out`, written."""
+    """Multiply (n, k) by (k, m): into `out`, or in float32 by oneDNN, which is faster than MKL on AMD CPUs."""
     if _LINEAR_POINTWISE is None or rows.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return torch.mm(rows, matrix, out=out)
     return _LINEAR_POINTWISE(rows, matrix.T, None, "none", [], "")
 
 
 def _linear(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer on (B, H, W, C) as a pointwise convolution, which oneDNN computes: bias added on the way."""
+    """Apply a linear layer to (B, H, W, C) as a pointwise convolution, in which oneDNN fuses the bias."""
     return _channels_last(F.conv2d(_channels_first(grid), weight[..., None, None], bias))
 
 
 def _convolve(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution that keeps the grid (B, H, W, C)."""
+    """Apply a depthwise convolution that preserves the size of the grid (B, H, W, C)."""
     padding = weight.shape[2] // 2
     return _channels_last(F.conv2d(_channels_first(grid), weight, bias, padding=padding, groups=len(weight)))
 
 
 def _convolution_backward(grad: Tensor, grid: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_convolve`'s arguments."""
+    """Compute the gradients of `_convolve`'s arguments."""
     channels, padding, ones = len(weight), [weight.shape[2] // 2] * 2, [1, 1]
     grad, grid = _channels_first(grad), _channels_first(grid)
     grad_grid, *others = torch.ops.aten.convolution_backward(

@@ -1,9 +1,9 @@
 """The scattering mixer with channel blending, a few images at a time.
 
-All steps share buffers that stay in cache. Both passes are made of the same two steps, `split` and `join`: one is the
-transpose of the other. Sums and differences run over long stretches of memory, in planes of real and of imaginary parts
-with whole rows of channels side by side; from there each block of channels is copied once to where the matrix products
-find it in one piece.
+All steps share buffers that stay in cache. The forward and the backward pass use the same two steps, `split` and
+`join`, which are transposes of each other. Sums and differences run over long contiguous memory, in separate planes for
+real and imaginary parts that contain all channels. Each block of channels is then copied once to contiguous memory for
+the matrix products.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from ..precision import full_precision, to_autocast
 from ..wavelet import DTCWT, analyse, analysis_matrix, synthesis_matrix, synthesise
 from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
 
-# Entries of the transform, 4HWC an image, computed together: 4 MiB in float32, measured best of 2 to 16.
+# Elements of the transform per slice, 4HWC per image: 4 MiB in float32, the fastest of 2 to 16 MiB.
 SLICE_ELEMENTS = 2**20
 
 Filters = tuple[Tensor, Tensor]  # the matrices that filter the height and the width
@@ -26,7 +26,7 @@ Filters = tuple[Tensor, Tensor]  # the matrices that filter the height and the w
 def scatter(
     x: Tensor, wavelet: torch.nn.Module, low_pass: Tensor, blend: EinsteinBlending, half: bool
 ) -> Tensor | None:
-    """What `ScatteringMixer` makes of (B, H, W, C) by channel blending, or None where the kernel may not run."""
+    """Compute `ScatteringMixer` with channel blending on (B, H, W, C); return None if the kernel cannot run."""
     if type(wavelet) is not DTCWT or not may_run(x, (low_pass, *blend.parameters()), (wavelet, blend), half=half):
         return None
     signal = to_autocast(x) if half else full_precision(x)
@@ -36,30 +36,30 @@ def scatter(
 def general_scatter(
     x: Tensor, low_pass: Tensor, layer1: Tensor, bias1: Tensor, layer2: Tensor, bias2: Tensor
 ) -> Tensor:
-    """Tokens (B, H, W, C), the low-pass weight (H', W', C) and two real layers, see `EinsteinBlending.real_layers`."""
+    """Transform tokens (B, H, W, C), multiply by `low_pass` (H', W', C), apply two real layers, transform back."""
     low, bands = analyse(x)
     return synthesise(low * low_pass.to(x.dtype), blend_channels(bands, layer1, bias1, layer2, bias2), x.shape[1:3])
 
 
 def _even_then_odd(image: Tensor) -> Tensor:
-    """(H, W, C) with its even rows before its odd ones, and its even columns before its odd ones."""
+    """Reorder (H, W, C): even rows before odd rows, even columns before odd columns."""
     return image.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).permute(1, 0, 3, 2, 4).reshape(image.shape)
 
 
 def _in_order(image: Tensor) -> Tensor:
-    """The inverse of `_even_then_odd`."""
+    """Invert `_even_then_odd`."""
     return image.unflatten(1, (2, -1)).unflatten(0, (2, -1)).permute(1, 0, 3, 2, 4).reshape(image.shape)
 
 
-# The pixels a b over c d of all 2x2 squares of an image, (B, H/2, W/2, C) each. Of an image filtered high-pass they
-# make two complex numbers.
+# The pixels a b above c d of all 2x2 squares of an image, (B, H/2, W/2, C) each. In a high-pass image, each square
+# gives two complex numbers.
 Square = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _high_pass(filtered: Tensor) -> tuple[Square, Square, Square]:
-    """The high-pass images in a grid (B, 2H, 2W, C) filtered along both axes, as views: in the order of the bands.
+    """Return the high-pass images in a grid (B, 2H, 2W, C) filtered along both axes, as views in band order.
 
-    Along each axis lie the even low-pass samples, the odd ones, the even high-pass samples and the odd ones.
+    Each axis has the even and odd low-pass samples, then the even and odd high-pass samples.
     """
     rows = filtered.unflatten(1, (4, -1)).unbind(1)
     low_even, low_odd, high_even, high_odd = (row.unflatten(2, (4, -1)).unbind(2) for row in rows)
@@ -71,18 +71,18 @@ def _high_pass(filtered: Tensor) -> tuple[Square, Square, Square]:
 
 
 class _Transform:
-    """Splits images (n, H, W, C) into low-pass image and bands, and joins them, in memory used again and again.
+    """Splits images (n, H, W, C) into low-pass image and bands and joins them, in reused memory.
 
-    `low` is the low-pass image divided by sqrt(2), even rows and columns before odd ones. It stays where the filters
-    leave it. Bands are (n * blocks, 6hw, 2 * size), what the layers multiply, real parts before imaginary ones; the
-    order of their positions is of no matter here.
+    `low` is the low-pass image divided by sqrt(2), even rows and columns before odd ones, a view of the filters'
+    output. Bands are (n * blocks, 6hw, 2 * size), as the layers need them, real parts before imaginary parts. The order
+    of their positions does not matter here.
     """
 
     def __init__(self, like: Tensor, split_filters: Filters, join_filters: Filters, blocks: int):
         (height, _), (width, width_of_image) = (matrix.shape for matrix in split_filters)
         images, channels = len(like), like.shape[3]
         self.split_filters, self.join_filters = split_filters, join_filters
-        self.half = like.new_empty(images, height, width_of_image, channels)  # filtered along its height alone
+        self.half = like.new_empty(images, height, width_of_image, channels)  # filtered only along the height
         self.filtered = like.new_empty(images, height, width, channels)
         self.low = self.filtered[:, : height // 2, : width // 2]
         planes = like.new_empty(2, images, 6, height // 4, width // 4, channels)  # real and imaginary parts
@@ -92,7 +92,7 @@ class _Transform:
         self.high_pass = tuple(zip(_high_pass(self.filtered), bands[:3], bands[3:], strict=True))
 
     def split(self, x: Tensor, bands: Tensor) -> None:
-        """Filter x into `low` and the bands."""
+        """Filter x; write `low` and the bands."""
         height, width = self.split_filters
         _multiply(height, x.flatten(2), out=self.half.flatten(2))
         _multiply(width, self.half.flatten(0, 1), out=self.filtered.flatten(0, 1))
@@ -105,7 +105,7 @@ class _Transform:
             part.copy_(plane)
 
     def join(self, bands: Tensor, y: Tensor) -> None:
-        """The transpose of `split` where its filters are transposed, of `low` and the bands, into y."""
+        """Join `low` and the bands and write y; with transposed filters, this is the transpose of `split`."""
         for part, plane in self._parts(bands):
             plane.copy_(part)
         for (a, b, c, d), (real1, imaginary1), (real2, imaginary2) in self.high_pass:
@@ -118,7 +118,7 @@ class _Transform:
         _multiply(height, self.half.flatten(2), out=y.flatten(2))
 
     def _parts(self, bands: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Real and imaginary part of bands, and the planes of them, (n, blocks, 6hw, size) each."""
+        """Pair the real and imaginary part of the bands with their planes, (n, blocks, 6hw, size) each."""
         real_and_imaginary = bands.view(len(self.filtered), -1, *bands.shape[1:]).chunk(2, -1)
         return zip(real_and_imaginary, self.planes_by_block, strict=True)
 
@@ -128,7 +128,7 @@ def _multiply(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:
 
 
 def _bands_shape(x: Tensor, layer: Tensor) -> tuple[int, int, int]:
-    """(blocks, 6hw, 2 * size) of an image."""
+    """Return the shape (blocks, 6hw, 2 * size) of an image's bands."""
     return len(layer), 6 * ((x.shape[1] + 1) // 2) * ((x.shape[2] + 1) // 2), layer.shape[2]
 
 
@@ -136,7 +136,7 @@ def _bands_shape(x: Tensor, layer: Tensor) -> tuple[int, int, int]:
 def scatter_in_slices(
     x: Tensor, low_pass: Tensor, layer1: Tensor, bias1: Tensor, layer2: Tensor, bias2: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`general_scatter`, and where there may be a backward pass (`keep`) the coefficients of x, else empty tensors."""
+    """Compute `general_scatter`; with `keep`, also return the coefficients for backward, else empty tensors."""
     y, low, bands = _empty_results(x, low_pass, layer1, bias1, layer2, bias2, keep)
     analysis, synthesis = _filters(analysis_matrix, x), _filters(synthesis_matrix, x)
     low_weight, layer1, bias1, layer2, bias2 = (
@@ -178,7 +178,7 @@ def scatter_backward(
     layer2: Tensor,
     bias2: Tensor,
 ) -> list[Tensor]:
-    """Gradients of the inputs; those of weights add up in their own precision."""
+    """Compute the gradients of the inputs; those of weights accumulate in the weights' precision."""
     grads = empty_gradients(x, low_pass, layer1, bias1, layer2, bias2)
     grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
     grad_low_pass, grad_layer1, grad_bias1, grad_layer2, grad_bias2 = totals
@@ -222,21 +222,21 @@ def _filters(build, x: Tensor) -> Filters:
 
 
 def _of_low(low_pass: Tensor) -> Tensor:
-    """The weight of `_Transform.low`, which is divided by sqrt(2) going in and coming out."""
+    """Return the weight for `_Transform.low`, doubled because `low` is divided by sqrt(2) in both directions."""
     return 2 * _even_then_odd(low_pass)
 
 
 def _of_images(images: int, *weights: Tensor) -> Iterator[Tensor]:
-    """Layers' matrices and biases (blocks, ...) for each block of each image, (n * blocks, 1 or 2 * size, 2 * size)."""
+    """Repeat the layers' matrices and biases (blocks, ...) per image: (n * blocks, 1 or 2 * size, 2 * size)."""
     for weight in weights:
         matrix = weight[:, None] if weight.dim() == 2 else weight
         yield matrix.repeat(images, 1, 1)
 
 
 def _in_slices(x: Tensor, y: Tensor, low: Tensor, bands: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Grids, low-pass images and bands of a few images at a time, at least one for each processor.
+    """Yield grids, low-pass images and bands for a few images at a time, at least one image per thread.
 
-    Empty tensors stay as they are.
+    Empty tensors stay unchanged.
     """
     elements = 4 * x[0].numel()
     size = images_per_slice(len(x), elements, max(SLICE_ELEMENTS, torch.get_num_threads() * elements))
