@@ -1,4 +1,4 @@
-"""Train a detector over any of our pyramids or timm's, by the recipe of Mask R-CNN 1x."""
+"""Train a detector on a pyramid backbone of this project or of timm, with the Mask R-CNN 1x recipe."""
 
 from collections.abc import Sequence
 

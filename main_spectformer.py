@@ -1,4 +1,4 @@
-"""Train a SpectFormer (vanilla or hierarchical), or any timm model, by the vanilla recipe."""
+"""Train a SpectFormer (vanilla or hierarchical), or any timm model, with the vanilla recipe."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from runtime.cli import run_cli
 from training.classification import Classification
 from training.options import parse_args
 
-RECIPE = None  # the flags' own defaults
+RECIPE = None  # the defaults of the flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Train an SVT, or any timm model, by the recipe of the four-stage models, with or without token labels."""
+"""Train an SVT, or any timm model, with the recipe of the four-stage models and optional token labels."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Transfer pre-trained weights to another data set: the classifier is new, everything else has to load."""
+"""Fine-tune pre-trained weights on another data set, with a new classifier; all other weights must match."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from runtime.cli import run_cli
 from training.classification import Classification
 from training.options import parse_args
 
-RECIPE = "configs/transfer/transfer.yaml"  # published, for eight GPUs and hundreds of epochs
-ONE_MACHINE = "configs/one_machine_finetune.yaml"  # where the command line gives no --lr
+RECIPE = "configs/transfer/transfer.yaml"  # as published, for eight GPUs and hundreds of epochs
+ONE_MACHINE = "configs/one_machine_finetune.yaml"  # without --lr on the command line
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -225,5 +225,5 @@ def test_the_tool_finds_every_unreadable_image(damaged, tmp_path, capsys):
     with pytest.raises(SystemExit):
         verify_dataset.main(["--folder", str(damaged), "--num-workers", "0"])
     assert len(capsys.readouterr().out.splitlines()) == 2
-    with pytest.raises(UserError, match="--folder nowhere: there are no images"):
+    with pytest.raises(UserError, match="--folder nowhere: contains no images"):
         verify_dataset.main(["--folder", "nowhere"])

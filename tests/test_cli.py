@@ -94,6 +94,11 @@ def command(line, main=main_spectformer):
     return parse(*shlex.split(line), main=main)
 
 
+def test_no_aug_also_turns_mixing_and_erasing_off():
+    args = command("--no-aug --reprob 0.25", main_svt)
+    assert (args.no_aug, args.mixup, args.cutmix, args.repeated_aug, args.reprob) == (True, 0, 0, False, 0.25)
+
+
 def test_published_commands_parse_verbatim():
     args = command("--output_dir logs/xs --arch spectformer-xs --batch-size 128 --data-path /path/to/ILSVRC2012/")
     assert (args.data_set, args.output_dir, args.batch_size) == ("IMNET", "logs/xs", 128)
@@ -286,13 +291,13 @@ def test_the_model_is_that_of_the_weights_to_begin_with_unless_another_is_named(
     for resume in ("auto", str(tmp_path / "checkpoint_last.pth")):
         args = parse("--finetune", gone, "--resume", resume, "--output-dir", str(tmp_path))
         assert (args.finetune, args.arch, args.model_kwargs) == (gone, "svt_h_s", {"stem_width": 8})
-    told = {"arch": "spectformer_ti", "model_kwargs": {"depth": 2, "alpha": 1, "token_label": True}}
-    checkpoints.save(gone, told | {"model": {}})
+    recorded = {"arch": "spectformer_ti", "model_kwargs": {"depth": 2, "alpha": 1, "token_label": True}}
+    checkpoints.save(gone, recorded | {"model": {}})
     args = parse("--finetune", gone, "--model-kwargs", "depth=3")
     assert (args.arch, args.model_kwargs) == ("spectformer_ti", {"depth": 3, "alpha": 1})
     assert args.output_dir == "runs/spectformer_ti-digits" and args.eval_crop_pct == 1  # digits are seen whole
     assert parse("--finetune", gone, "--arch", "svt_h_s").model_kwargs == {}
-    checkpoints.save(gone, told | {"model_kwargs": {"pretrained": True}})
+    checkpoints.save(gone, recorded | {"model_kwargs": {"pretrained": True}})
     with pytest.raises(CheckpointError, match="pretrained would make timm read other files"):
         parse("--finetune", gone)
 
@@ -355,7 +360,7 @@ def chosen(*words, main=main_spectformer):
     return parse(*words, main=main).model_kwargs
 
 
-def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
+def test_a_flag_that_chooses_mixers_replaces_every_weaker_choice(tmp_path):
     text = "spectral*2/fnet*2/attention*2/attention"
     recipe = config(
         tmp_path, "arch: spectformer_h_s\nmodel-kwargs: {depths: [2, 2, 2, 1], spectral_depths: [2, 0, 0, 0]}\n"
@@ -369,7 +374,7 @@ def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
         "embed_dim": 64,
         "mixers": "spectral*4,attention*8",
     }
-    with pytest.raises(UserError, match="--mixers and --model-kwargs mixers=...: leave one of them out"):
+    with pytest.raises(UserError, match="--mixers and --model-kwargs mixers=... exclude each other"):
         parse("--mixers", "none*12", "--model-kwargs", "mixers=pool*12")
 
 
@@ -382,7 +387,7 @@ def test_mixers_are_chosen_by_one_flag_in_the_place_of_weaker_choices(tmp_path):
         ("spectral*4/attention*8", "is neither NAME nor NAME\\*COUNT"),
     ],
 )
-def test_wrong_mixers_are_told_in_one_line(mixers, expected):
+def test_wrong_mixers_are_a_one_line_error(mixers, expected):
     args = parse("--mixers", mixers)
     with pytest.raises(ModelError, match=expected) as caught:
         create_model(args.arch, 10, (32, 32), args.model_kwargs)

@@ -2,14 +2,14 @@
 
     python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2
     python -m tools.benchmark --layers      mixers with and without CPU kernels
-    python -m tools.benchmark --loader DIR  the input pipeline against timm's
+    python -m tools.benchmark --loader DIR  the input pipeline and timm's
     python -m tools.benchmark --exactness DIR svt_h_s pvt_v2_b2 --dtype bfloat16
     python -m tools.benchmark --suite cpu --json FILE
 
-A contender is any model registered with timm, ours included, "plain:NAME" (our model without its CPU kernels)
-or "onnx:NAME" (in onnxruntime, on a CPU, inference only). Its own settings may follow:
-NAME@bfloat16,compile,channels-last, or float32, float16, eager, contiguous. The contenders take turns,
-A B B A ..., each in a process of its own. A ratio is that of two medians over the rounds.
+A contender is NAME (any timm model, including this project's), "plain:NAME" (this project's model without its
+CPU kernels) or "onnx:NAME" (in onnxruntime on a CPU, inference only). Settings may follow the name:
+NAME@bfloat16,compile,channels-last; also float32, float16, eager, contiguous. Each contender runs in its own
+process, and the contenders take turns (A B B A ...). A ratio compares two medians over the rounds.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """The settings and figures of one comparison, which are printed too."""
+    """Run one comparison, print it, and return its settings and results."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
     set_up_device(torch.device(args.device))
@@ -112,26 +112,27 @@ def run(args: argparse.Namespace) -> dict:
 def build_parser() -> Parser:
     parser = Parser(__doc__, prog="python -m tools.benchmark")
     add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="[plain:|onnx:]NAME[@SETTING,...]")
-    add("--layers", action="store_true", help="our mixers with and without CPU kernels")
-    add("--loader", metavar="DIR", help="our input pipeline against timm's on DIR/val")
-    add("--exactness", metavar="DIR", help="half precision against float32, on DIR/val")
-    add("--steps", type=POSITIVE, default=50, metavar="N", help="of --exactness")
-    add("--suite", choices=SUITES, metavar="NAME", help=f"a set of runs: {', '.join(SUITES)}")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="to measure on")
-    add("--dtype", choices=DTYPES, default="float32", help="of the arithmetic, not the weights")
-    add("--batch-size", type=POSITIVE, default=16, metavar="N", help="images a step")
-    add("--img-size", type=POSITIVE, default=224, metavar="N", help="side of the images, pixels")
-    add("--rounds", type=POSITIVE, default=5, metavar="N", help="turns of each contender")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    add("--grids", nargs="+", type=POSITIVE, default=(7, 14, 28, 56), metavar="N", help="of --layers")
-    add("--workers", type=WORKERS, default=2, metavar="N", help="of --loader")
-    add("--json", type=Path, metavar="FILE", help="write all figures, with machine and versions, to this file")
+    add("models", nargs="*", metavar="MODEL", help="model to measure: [plain:|onnx:]NAME[@SETTING,...]")
+    add("--layers", action="store_true", help="compare this project's mixers with and without CPU kernels")
+    add("--loader", metavar="DIR", help="compare the input pipeline with timm's on DIR/val")
+    add("--exactness", metavar="DIR", help="compare half precision with float32 on DIR/val")
+    add("--steps", type=POSITIVE, default=50, metavar="N", help="training steps of --exactness")
+    add("--suite", choices=SUITES, metavar="NAME", help=f"predefined set of runs: {', '.join(SUITES)}")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on")
+    add("--dtype", choices=DTYPES, default="float32", help="autocast dtype; the weights stay float32")
+    add("--batch-size", type=POSITIVE, default=16, metavar="N", help="images per step")
+    add("--img-size", type=POSITIVE, default=224, metavar="N", help="image side in pixels")
+    add("--rounds", type=POSITIVE, default=5, metavar="N", help="measurements of each contender")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"{' '.join(PARTS)} (default: both)")
+    grids = "sides of the grids of --layers (default: 7 14 28 56)"
+    add("--grids", nargs="+", type=POSITIVE, default=(7, 14, 28, 56), metavar="N", help=grids)
+    add("--workers", type=WORKERS, default=2, metavar="N", help="loader workers of --loader")
+    add("--json", type=Path, metavar="FILE", help="also write all results, with machine and versions, to FILE")
     return parser
 
 
 def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
-    """Figures of each model, and the ratio of its speed to that of each other one; prints both."""
+    """Measure each model and its speed relative to each other model; prints and returns both."""
     contenders = [Contender.parse(label, settings) for label in labels]
     if "onnx" in [contender.prefix for contender in contenders] and (settings.device == "cuda" or "training" in parts):
         raise UserError("onnx:NAME is measured with --parts inference, on a CPU")
@@ -155,7 +156,7 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
 
 
 def compare_layers(grids: Sequence[int], settings: Settings, rounds: int) -> dict:
-    """Our mixers on square grids, with and without their CPU kernels; larger batches for smaller grids."""
+    """Compare mixers with and without CPU kernels on square grids; smaller grids get larger batches."""
     rows = []
     print(f"{'mixer':26}{'grid':>6}{'batch':>6}{'part':>12}{'ms':>9}{'plain':>9}{'ratio':>7}")
     for side, mixer in product(grids, MIXERS):
@@ -174,7 +175,7 @@ def compare_layers(grids: Sequence[int], settings: Settings, rounds: int) -> dic
 
 
 def layer_step(layer: Callable, x: Tensor, settings: Settings, training: bool, cpu_kernels: bool = True) -> None:
-    """The forward pass of a layer on grids (B, H, W, C), in training followed by the backward pass."""
+    """Run the forward pass of a layer on grids (B, H, W, C), and in training the backward pass."""
     set_cpu_kernels(cpu_kernels)
     with torch.inference_mode(not training), settings.autocast():
         y = layer(x.detach().requires_grad_(training))
@@ -183,7 +184,7 @@ def layer_step(layer: Callable, x: Tensor, settings: Settings, training: bool, c
 
 
 def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) -> dict:
-    """Training batches of `folder`/val by the published recipe, ours and timm's, an epoch a round."""
+    """Compare our loader with timm's on `folder`/val with the published recipe, one epoch per round."""
     ours = own_loader(folder, settings, workers)
     library = create_loader(
         create_dataset("", folder, split="val"),
@@ -200,7 +201,7 @@ def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) 
         **RECIPE,
     )
     if len(library) != len(ours):
-        raise UserError(f"--loader {folder}: timm finds other images there than we do")
+        raise UserError(f"--loader {folder}: timm's loader and ours find different numbers of images")
     epochs = count()
     epoch_of = {
         "ours": lambda: [batch.images.sum() for batch in ours.epoch(next(epochs))],
@@ -226,11 +227,11 @@ def own_loader(folder: str, settings: Settings, workers: int) -> Loader:
 
 
 def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, steps: int) -> dict:
-    """For each contender and seed of its weights, the error of its logits and of its training losses.
+    """Compare half precision with float32 for each contender and seed, starting from the same weights.
 
-    "logit_error" is the L2 norm of the difference from the float32 logits over the norm of these. "loss_gap" is the
-    mean over `steps` steps of the absolute difference between the losses in half precision and in float32, from the
-    same weights on the same batches of `folder`/val.
+    "logit_error" is the L2 norm of the difference between the logits, divided by the norm of the float32 logits.
+    "loss_gap" is the mean absolute difference between the training losses over `steps` steps on the same batches of
+    `folder`/val.
     """
     if settings.dtype == "float32":
         raise UserError("--exactness needs --dtype bfloat16 or float16, to compare with float32")
@@ -252,9 +253,9 @@ def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, st
 
 
 def outputs(contender: Contender, seed: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """From the seed's weights: the logits of the first batch, and the losses of training, one step a batch.
+    """Return the logits of the first batch before training, and the loss of one training step per batch.
 
-    The learning rate grows to `RATE`.
+    The weights depend on the seed. The learning rate grows linearly to `RATE`.
     """
     torch.manual_seed(seed)
     runner = Runner(contender)

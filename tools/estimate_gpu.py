@@ -1,10 +1,10 @@
-"""Estimate the training step of models on a GPU, without one: what they read, write and multiply on fake tensors.
+"""Estimate the training step of models on a GPU without having one, by counting operations on fake tensors.
 
     python -m tools.estimate_gpu spectformer_h_s svt_h_s pvt_v2_b2 swin_tiny_patch4_window7_224
 
-In eager mode and bf16 autocast each operation counts the larger of its bytes over the memory's bandwidth, its
-arithmetic over the rate of products, and a kernel launch. The constants are those of an H100. The same counts apply to
-all models, so the figures compare models; they do not predict a measurement.
+The estimate is for eager mode and bf16 autocast on an H100. Each operation takes the longest of three times: its
+memory traffic over the bandwidth, its arithmetic over the arithmetic throughput, and its kernel launches. Use the
+results to compare models; they do not predict a measurement.
 """
 
 import math
@@ -116,10 +116,10 @@ def training_step(name: str, batch_size: int = 128, img_size: int = 224) -> Traf
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.estimate_gpu")
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="names in timm's registry")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="names of timm models")
     parser.add_argument("--batch-size", type=POSITIVE, default=128, metavar="N")
     parser.add_argument("--img-size", type=POSITIVE, default=224, metavar="N")
-    parser.add_argument("--operations", type=POSITIVE, metavar="N", help="also list the N operations that move most")
+    parser.add_argument("--operations", type=POSITIVE, metavar="N", help="also list the N largest memory operations")
     args = parser.parse_args(argv)
     names = [models.resolve_arch(name) for name in args.models]
     for name in names:

@@ -1,20 +1,20 @@
-"""Write a checkpoint's model for other programs.
+"""Export the model of a checkpoint to other formats.
 
-  --to safetensors FILE   weights and, as JSON, what prediction needs (arch,
+  --to safetensors FILE   weights, with the metadata for prediction (arch,
                           classes, normalisation); --half: in float16
-  --to original FILE      weights with the names of the authors' code, .pth or
-                          .safetensors
+  --to original FILE      weights with the parameter names of the authors' code,
+                          .pth or .safetensors
   --to hub DIR            Hugging Face's layout, for transformers and
                           timm.create_model("local-dir:DIR", pretrained=True);
                           `hf upload REPO DIR` uploads it
-  --to onnx FILE          a graph for any number of images (with --dynamic-size
-                          of any size), checked against torch in onnxruntime;
-                          opset 18, without Fourier operators
-  --to pt2 FILE           torch.export's program for any number of images
+  --to onnx FILE          ONNX graph for any batch size (with --dynamic-size,
+                          any image size), checked in onnxruntime; opset 18,
+                          without Fourier operators
+  --to pt2 FILE           torch.export program for any batch size
 
-The checkpoint is a file of ours, the authors' or timm's, a run directory, which means its best checkpoint, or the
-name of a model whose weights come with this project. Graphs take images as the model does: (B, 3, H, W),
-float32, normalised by the mean and std in the file's metadata.
+The checkpoint is a file from this project, the authors' code or timm, a run directory (its best checkpoint is
+used), or the name of a model with bundled weights. Exported graphs take float32 images (B, 3, H, W), normalised
+by the mean and std in the file's metadata.
 """
 
 import argparse
@@ -58,13 +58,13 @@ OPTIONS = {"half": "safetensors", "dynamic_size": "onnx"}  # flag -> its format
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.export")
     add = parser.add_argument
-    add("checkpoint", help="a checkpoint, a run directory (its best one), or a model with weights")
-    add("--to", nargs=2, required=True, metavar=("FORMAT", "PATH"), help="see above")
-    averaged = "the averaged weights, or not (default: if there are any)"
+    add("checkpoint", help="checkpoint, run directory (its best checkpoint), or name of a bundled model")
+    add("--to", nargs=2, required=True, metavar=("FORMAT", "PATH"), help="format and output path, see above")
+    averaged = "export the averaged weights (default: if the checkpoint has them)"
     add("--ema", action=argparse.BooleanOptionalAction, default=None, help=averaged)
-    add("--overwrite", action="store_true", help="replace what is at PATH")
-    add("--half", action="store_true", help="safetensors: in float16")
-    add("--dynamic-size", action="store_true", help="onnx: images of any size, multiples of the model's stride")
+    add("--overwrite", action="store_true", help="overwrite PATH")
+    add("--half", action="store_true", help="safetensors: write float16")
+    add("--dynamic-size", action="store_true", help="onnx: any image size that is a multiple of the model's stride")
     args = parser.parse_args(argv)
 
     name, path = args.to[0], Path(args.to[1])

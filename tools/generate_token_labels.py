@@ -1,4 +1,4 @@
-r"""Write the label maps that token labelling trains on: a teacher's top-5 classes at each position of each image.
+r"""Write the label maps for token labelling: a teacher's top-5 classes at each position of each image.
 
     python -m tools.generate_token_labels --data-path IMAGENET \
         --output-dir MAPS --model-path TEACHER.pth
@@ -8,17 +8,17 @@ r"""Write the label maps that token labelling trains on: a teacher's top-5 class
     python -m tools.generate_token_labels --data-path IMAGENET \
         --output-dir MAPS --check
 
-The teacher is any classifier that timm has, or one trained here, of the data set's own classes. It sees each
-whole image, squashed to a square, and its classifier is applied to every position of its last feature map. The
+The teacher is a timm classifier, or one trained here, with the classes of the data set. Each image is resized to
+a square without cropping, and the teacher's classifier is applied to every position of its last feature map. The
 logits are interpolated to 18 x 18.
 
 A map is `<output-dir>/<class folder>/<image stem>.pt`, a tensor (2, 5, 18, 18): logits, largest first, then
-class indices. So are the published maps (label_top5_train_nfnet, from NFNet-F6 at 576 pixels, whose feature
-map is 18 x 18), which are half floats, e.g. `label_top5_train_nfnet/n01440764/n01440764_18.pt`. With more
-than 2,048 classes, whose indices half floats do not hold, the same tensor is float32.
+class indices. This is the format of the published maps (label_top5_train_nfnet, from NFNet-F6 at 576 pixels,
+whose feature map is 18 x 18), e.g. `label_top5_train_nfnet/n01440764/n01440764_18.pt`. Maps are float16, or
+float32 with more than 2,048 classes, whose indices float16 cannot represent.
 
-A second call resumes where the first one stopped: the maps that are there are kept. Under torchrun each process
-takes its share of the images. `--check` names maps that are missing, damaged or for other classes.
+A second call keeps the existing maps and resumes where the first one stopped. Under torchrun the processes
+share the images. `--check` lists maps that are missing, damaged or for other classes.
 """
 
 import argparse
@@ -76,23 +76,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, prog="python -m tools.generate_token_labels")
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", metavar="DIR", help="where the data set is, as in training")
-    add("--data-set", default="FOLDER", metavar="NAME", help="as in training")
+    add("--data-path", metavar="DIR", help="folder of the data set, as in training")
+    add("--data-set", default="FOLDER", metavar="NAME", help="name of the data set, as in training")
     add("--classes", type=class_list, metavar="A,B,...", help="only these classes, as in training")
-    add("--inat-category", default="name", metavar="RANK", help="what INAT19 classifies, as in training")
-    add("--output-dir", type=Path, required=True, metavar="DIR", help="of the label maps, --token-label-data later")
-    add("--check", action="store_true", help="write nothing; name missing, damaged or mismatched maps")
+    add("--inat-category", default="name", metavar="RANK", help="INAT, INAT19: rank, as in training")
+    add("--output-dir", type=Path, required=True, metavar="DIR", help="folder of the label maps")
+    add("--check", action="store_true", help="write nothing; list missing, damaged or mismatched maps")
     add = parser.add_argument_group("teacher").add_argument
-    add("--model-path", type=Path, metavar="CKPT", help="a checkpoint of ours, of the authors' or of timm")
-    add("--arch", metavar="NAME", help="timm's name, where the checkpoint does not say it")
-    add("--pretrained", action="store_true", help="take the weights that timm publishes")
-    add("--input-size", type=image_size, metavar="PIXELS", help="(default: the teacher's own)")
+    add("--model-path", type=Path, metavar="CKPT", help="checkpoint from this project, the authors' code or timm")
+    add("--arch", metavar="NAME", help="model name, if the checkpoint does not contain it")
+    add("--pretrained", action="store_true", help="use timm's pretrained weights")
+    add("--input-size", type=image_size, metavar="PIXELS", help="image side or HEIGHTxWIDTH (default: the teacher's)")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images a step")
+    add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images per step")
     readers = "processes that read; 0: read in this one"
     add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help=readers)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="autocast")
+    add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
     parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
     if not args.check and bool(args.model_path) == args.pretrained:

@@ -1,9 +1,9 @@
-"""One part of tools/gpu_check.sh: what only a GPU shows, with torch, torchvision and timm alone.
+"""Run one part of tools/gpu_check.sh, the checks that need a GPU; requires only torch, torchvision and timm.
 
     python -m tools.gpu_check PART OUTPUT_DIR --device cuda
 
-Appends each result to OUTPUT_DIR/results.jsonl as soon as it is measured, and prints it. `--small` takes sizes for a
-rehearsal on a CPU.
+Each result is printed and appended to OUTPUT_DIR/results.jsonl as soon as it is measured. `--small` uses small sizes
+to try the checks on a CPU.
 """
 
 import copy
@@ -54,9 +54,9 @@ CLASSES = 8
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.gpu_check")
     parser.add_argument("part", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="for results.jsonl and run directories")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="to check")
-    parser.add_argument("--small", action="store_true", help="sizes for a rehearsal on a CPU")
+    parser.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="folder of results.jsonl and run directories")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to check")
+    parser.add_argument("--small", action="store_true", help="use small sizes, to try the checks on a CPU")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
 

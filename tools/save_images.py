@@ -1,7 +1,9 @@
-"""Write a few validation images of a data set as PNG files, each in a folder of its class.
+"""Save a few validation images of a data set as PNG files.
 
-python -m tools.save_images --data-set DIGITS --count 5 --output images
-python infer.py --model-path CKPT --image images
+Each class has its own folder. Example:
+
+    python -m tools.save_images --data-set DIGITS --count 5 --output images
+    python infer.py --model-path CKPT --image images
 """
 
 import re
@@ -19,10 +21,10 @@ from utils import make_directory
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.save_images")
     add = parser.add_argument
-    add("--data-set", default="DIGITS", metavar="NAME", help="as in training")
-    add("--data-path", metavar="DIR", help="where its files are (DIGITS needs none)")
-    add("--count", type=POSITIVE, default=5, metavar="N", help="how many, spread evenly over the data set")
-    add("--output", type=Path, required=True, metavar="DIR", help="the folder to write to")
+    add("--data-set", default="DIGITS", metavar="NAME", help="name of the data set, as in training")
+    add("--data-path", metavar="DIR", help="folder of the data set (DIGITS needs none)")
+    add("--count", type=POSITIVE, default=5, metavar="N", help="number of images, spread evenly over the data set")
+    add("--output", type=Path, required=True, metavar="DIR", help="output folder")
     args = parser.parse_args(argv)
 
     dataset = build_dataset(args.data_set, args.data_path, "val")

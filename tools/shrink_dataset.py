@@ -1,10 +1,10 @@
-"""Copy a data set with its images shrunk, so that training on it reads and decodes less.
+"""Copy a data set and shrink its images, so that training reads and decodes them faster.
 
     python -m tools.shrink_dataset IMAGENET IMAGENET-256 --short-side 256
 
-Names and layout stay. Images whose shorter side is longer than --short-side are resized to it and saved in their own
-format; all other files, unreadable images among them, are copied as they are. A second call resumes a first one.
-Exit codes: 0 every file has its copy, 1 some have none, 2 a mistake in the flags.
+File names and folders stay the same. Images whose shorter side is longer than --short-side are resized and saved in
+the same format. All other files, including unreadable images, are copied unchanged. A second call resumes the first.
+Exit codes: 0 every file was copied, 1 some files could not be copied, 2 invalid flags.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from runtime.cli import run_cli
 from training.arguments import COUNT, POSITIVE, Parser, number
 from utils import UserError, make_directory, tell
 
-SETTINGS = ".shrink_dataset.json"  # in the copy: what it was made with
+SETTINGS = ".shrink_dataset.json"  # in the copy: the settings it was made with
 PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")
 
 
 def copy_file(args: argparse.Namespace, name: str) -> str | None:
-    """Make the copy of a file; the reason why an image was not shrunk, if there is one."""
+    """Copy a file; returns the reason if an image could not be shrunk."""
     source, target, problem = args.source / name, args.target / name, None
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.tmp")
     try:
         shrunk = is_image_name(source.name) and shrink(source, unfinished, args.short_side, args.quality)
-    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+    except Exception as error:  # Pillow's plugins may raise anything
         shrunk, problem = False, f"{source}: copied as it is: {error}"
     if not shrunk:
         shutil.copyfile(source, unfinished)
@@ -76,11 +76,11 @@ def check_target(source: Path, target: Path, settings: dict[str, int]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.shrink_dataset")
     add = parser.add_argument
-    add("source", type=Path, metavar="SRC", help="the data set's folder")
-    add("target", type=Path, metavar="DST", help="the folder of the copy")
-    add("--short-side", type=POSITIVE, default=256, metavar="PIXELS", help="of the copies")
-    add("--quality", type=number(int, 1, 100), default=90, metavar="Q", help="of JPEG and WebP")
-    add("--num-workers", type=COUNT, default=os.cpu_count(), metavar="N", help="processes")
+    add("source", type=Path, metavar="SRC", help="folder of the data set")
+    add("target", type=Path, metavar="DST", help="folder of the copy")
+    add("--short-side", type=POSITIVE, default=256, metavar="PIXELS", help="maximum length of the shorter side")
+    add("--quality", type=number(int, 1, 100), default=90, metavar="Q", help="quality of JPEG and WebP")
+    add("--num-workers", type=COUNT, default=os.cpu_count(), metavar="N", help="worker processes")
     args = parser.parse_args(argv)
 
     check_target(args.source, args.target, {"short_side": args.short_side, "quality": args.quality})

@@ -1,15 +1,15 @@
-"""Train every cell of a table on equal terms, and write what came out.
+"""Train every cell of a table of models under equal conditions, and write the results.
 
     python -m tools.study STUDY.yaml --data-path DIR [flags of training]
 
-STUDY.yaml names the cells and their one recipe; flags on the command line override the recipe. All cells have the same
-data, budget, schedule and augmentation, and those of a seed start from the same weights, except for their mixers'. A
-cell is a mapping of model arguments; with `arch` it is another model, such as one of timm's. Runs go side by side: one
-on each GPU, or one single-threaded run on each core. A study that was stopped or killed resumes where it was.
+STUDY.yaml contains the cells and one recipe for all; flags on the command line override the recipe. All cells share
+the data, budget, schedule and augmentation. Cells of one seed start from the same weights, except for their mixers. A
+cell is a mapping of model arguments; `arch` selects another model, such as one of timm's. Runs are parallel: one per
+GPU, or one single-threaded run per core. A study that was stopped or killed resumes where it was.
 
-Each finished run becomes a line of OUTPUT/STUDY.jsonl: commit it, and another machine can continue the study. After a
+Each finished run is a line of OUTPUT/STUDY.jsonl. Commit that file to continue the study on another machine. After a
 change of the recipe all cells are trained again.
-OUTPUT/STUDY.md and .png are the table and the plot.
+OUTPUT/STUDY.md and .png contain the table and the plot.
 """
 
 import argparse
@@ -118,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return train_cell(argv[1:])
     parser = Parser(__doc__, prog="python -m tools.study")
     add = parser.add_argument
-    add("study", type=Path, metavar="STUDY.yaml", help="the table to fill; comes first")
-    add("--output", type=Path, default=Path("docs/studies"), metavar="DIR", help="results")
-    add("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="run directories")
-    add("--workers", type=POSITIVE, metavar="N", help="runs side by side (default: one a GPU, or one a core)")
-    add("--seeds", type=POSITIVE, metavar="N", help="runs of each cell (default: the file's)")
-    add("--report", action="store_true", help="train nothing and write table and plot of what there is")
+    add("study", type=Path, metavar="STUDY.yaml", help="the study; must be the first argument")
+    add("--output", type=Path, default=Path("docs/studies"), metavar="DIR", help="folder of the results")
+    add("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="folder of the run directories")
+    add("--workers", type=POSITIVE, metavar="N", help="parallel runs (default: one per GPU, or one per core)")
+    add("--seeds", type=POSITIVE, metavar="N", help="runs per cell (default: from STUDY.yaml)")
+    add("--report", action="store_true", help="only write table and plot of the finished runs")
     args, flags = parser.parse_known_args(argv)
     study = Study(args.study, flags, args.seeds, args.runs)
     make_directory(args.output)

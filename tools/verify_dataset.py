@@ -1,10 +1,10 @@
-"""Find every image of a data set that cannot be read, before training stops at it.
+"""Find all unreadable images of a data set before training stops at one.
 
     python -m tools.verify_dataset --data-set IMNET --data-path DIR
     python -m tools.verify_dataset --folder /any/folder --json unreadable.json
 
-Each image is decoded completely, as in training. Prints a line `FILE: reason` for each unreadable one.
-Exit codes: 0 all can be read, 1 some cannot, 2 a mistake in the flags or in the data set's layout.
+Every image is decoded completely, as in training. Prints a line `FILE: reason` for each unreadable image.
+Exit codes: 0 all images are readable, 1 some are not, 2 invalid flags or data set layout.
 """
 
 import json
@@ -26,7 +26,7 @@ from utils import UserError, atomic_write
 
 
 def problem(dataset: ImageDataset, index: int) -> str | None:
-    """Why an image cannot be read, beginning with its name; None if it can."""
+    """Return the name of an unreadable image and the reason, or None for a readable one."""
     try:
         dataset.load(index)
     except BadImage as error:
@@ -37,11 +37,11 @@ def problem(dataset: ImageDataset, index: int) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.verify_dataset")
     add = parser.add_argument
-    add("--data-set", default="FOLDER", metavar="NAME", help="as in training")
-    add("--data-path", metavar="DIR", help="where its files are, as in training")
-    add("--split", default="all", choices=["all", "train", "val", "test"], help="which of its images")
-    add("--folder", metavar="DIR", help="all images below it, instead of a data set")
-    add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help="processes")
+    add("--data-set", default="FOLDER", metavar="NAME", help="name of the data set, as in training")
+    add("--data-path", metavar="DIR", help="folder of the data set, as in training")
+    add("--split", default="all", choices=["all", "train", "val", "test"], help="split to check")
+    add("--folder", metavar="DIR", help="check all images below this folder instead of a data set")
+    add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help="worker processes")
     add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     args = parser.parse_args(argv)
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         paths = [path for path in walk_files(args.folder) if is_image_name(path)]
         if not paths:
-            raise UserError(f"--folder {args.folder}: there are no images")
+            raise UserError(f"--folder {args.folder}: contains no images")
         parts = {args.folder: ImageFiles(paths, [0] * len(paths), ["unknown"])}
     unreadable = []
     for name, dataset in parts.items():

@@ -1,10 +1,10 @@
-"""Draw what the spectral and scattering layers of a checkpoint have learned, as the papers' figures do.
+"""Draw the learned filters of the spectral and scattering layers of a checkpoint, as in the papers.
 
-Spectral gates: the magnitude of their frequency response over the whole plane, zero frequency in the centre
-(gates_magnitude), and the kernels with which they convolve, origin in the centre (gates_kernels). Scattering layers:
-the low-pass weights (scattering_low_pass), the weights that blend the bands (scattering_blending), and the amplitude of
-the six oriented bands of one image after blending (scattering_orientations), each with its share of the energy before
-and after. That energy depends on the image: Einstein blending has the same weights for all orientations.
+For spectral gates: the magnitude of the full frequency response, zero frequency in the centre (gates_magnitude), and
+the equivalent convolution kernels, origin in the centre (gates_kernels). For scattering layers: the low-pass weights
+(scattering_low_pass), the weights that blend the bands (scattering_blending), and the amplitude of the six oriented
+bands of one image after blending (scattering_orientations), with each band's share of the energy before and after.
+These shares depend on the image, because Einstein blending uses the same weights for all orientations.
 """
 
 import argparse
@@ -42,16 +42,16 @@ Panels = dict[str, np.ndarray]  # the planes (h, w) of a layer by their titles; 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.visualize_filters")
     add = parser.add_argument
-    add("checkpoint", help="a checkpoint, a run directory (its best one), or a model with weights")
-    add("--output", type=Path, required=True, metavar="DIR", help="where to write the figures")
-    add("--arch", metavar="NAME", help="where the checkpoint does not say it")
-    averaged = "the average of the weights (default: if the checkpoint has one)"
+    add("checkpoint", help="checkpoint, run directory (its best checkpoint), or name of a bundled model")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the figures")
+    add("--arch", metavar="NAME", help="model name, if the checkpoint does not contain it")
+    averaged = "use the averaged weights (default: if the checkpoint has them)"
     add("--ema", action=argparse.BooleanOptionalAction, default=None, help=averaged)
-    channels = "how many channels, evenly spaced (default: 8), or which"
+    channels = "number of evenly spaced channels (default: 8), or a list of channels"
     add("--channels", type=channel_list, default=[8], metavar="N|A,B,...", help=channels)
-    image = "the image whose oriented bands are drawn (default: a photograph of scikit-learn's)"
+    image = "image for the oriented bands (default: a photograph from scikit-learn)"
     add("--image", type=Path, metavar="FILE", help=image)
-    add("--format", choices=["png", "pdf", "svg"], default="png", help="of the figures")
+    add("--format", choices=["png", "pdf", "svg"], default="png", help="format of the figures")
     args = parser.parse_args(argv)
 
     info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
@@ -112,7 +112,7 @@ def layers(model: nn.Module, kind: type) -> dict[str, nn.Module]:
 
 
 def spatial_kernels(gate: SpectralGate) -> Tensor:
-    """The real kernels (C, H, W), origin first, with which a gate convolves its grid circularly.
+    """The real kernels (C, H, W) of a gate's circular convolution, origin first.
 
     Their transform is the frequency response over the whole plane. The gate stores half of it, and `irfft2` ignores
     what the weights of columns 0 and W / 2 would add to the imaginary part.
@@ -127,8 +127,8 @@ def orientation_energies(
 ) -> list[tuple[Tensor, Tensor]]:
     """Energy of the oriented bands, before and after blending, of each mixer for images (B, 3, H, W).
 
-    Each is (6, h, w): |z|^2 summed over channels, averaged over images. What blending makes of empty bands, from
-    its biases, is subtracted first: it is the same for every image and orientation.
+    Each is (6, h, w): |z|^2 summed over channels, averaged over images. The blended response to empty bands, which
+    comes from the biases and is the same for all images and orientations, is subtracted first.
     """
     energies = []
 
@@ -147,7 +147,7 @@ def orientation_energies(
 
 
 def blending_weights(mixer: ScatteringMixer) -> dict[str, np.ndarray]:
-    """Magnitudes of the weights by which a mixer's first blending multiplies the bands, by their titles.
+    """Magnitudes of the weights of a mixer's first blending, by panel title.
 
     Einstein blending: matrices of both layers, at most four blocks of each. Tensor blending: the mean over channels, an
     (h, w) plane an orientation.
@@ -169,22 +169,22 @@ def blending_weights(mixer: ScatteringMixer) -> dict[str, np.ndarray]:
 
 
 def chosen_channels(wanted: Sequence[int], channels: int) -> list[int]:
-    """One number: so many channels, evenly spaced; several: these. UserError for one that does not exist."""
+    """Choose n evenly spaced channels for one number [n], otherwise the listed ones; raises UserError."""
     if len(wanted) == 1:
         return np.unique(np.linspace(0, channels - 1, wanted[0]).round().astype(int)).tolist()
     if max(wanted) >= channels:
-        raise UserError(f"--channels {max(wanted)}: a layer has only {channels}, numbered from 0")
+        raise UserError(f"--channels {max(wanted)}: a layer has only {channels} channels, numbered from 0")
     return list(wanted)
 
 
 def channel_panels(planes: Tensor, wanted: Sequence[int], signed: bool = False) -> Panels:
-    """The mean over channels, of signed planes (C, h, w) that of their magnitudes, and the wanted channels."""
+    """The mean over channels (of the magnitudes if signed) and the wanted channels of planes (C, h, w)."""
     chosen = {f"channel {channel}": planes[channel].numpy() for channel in chosen_channels(wanted, len(planes))}
     return {"mean of |·|" if signed else "mean": planes.abs().mean(0).numpy()} | chosen
 
 
 def band_panels(before: Tensor, after: Tensor) -> Panels:
-    """The amplitudes of bands of the energies (6, h, w) after blending; the titles have their shares of the energy."""
+    """The amplitudes of the bands after blending; energies are (6, h, w). Titles give each share of the energy."""
     shares = (100 * energy.sum((1, 2)) / energy.sum().clamp_min(1e-30) for energy in (before, after))
     return {
         f"{angle}: {old:.0f} → {new:.0f} %": plane.numpy()
@@ -193,14 +193,14 @@ def band_panels(before: Tensor, after: Tensor) -> Panels:
 
 
 def draw(layers: dict[str, Panels], title: str) -> Figure:
-    """A row for each layer, on one colour scale, which is symmetric where a plane has negative numbers."""
+    """Draw a row for each layer, with one colour scale per row, symmetric if any value is negative."""
     columns = max(map(len, layers.values()))
     size = (columns * PANEL + 1.5, len(layers) * (PANEL + 0.17) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(as_label(title, 100), fontsize=FONT + 2)
     for row, (name, planes) in zip(figure.subplots(len(layers), columns, squeeze=False), layers.items(), strict=True):
         signed = any(plane.min() < 0 for plane in planes.values())
-        # Off the scale: an image, and the mean in a signed row, which would narrow it.
+        # The scale ignores images, and in signed rows the mean, which would distort it.
         scaled = [plane for plane in list(planes.values())[int(signed) :] if plane.ndim == 2]
         limit = float(np.quantile(np.abs(np.stack(scaled)), 0.999)) or 1.0
         style = {"cmap": "RdBu_r", "vmin": -limit} if signed else {"cmap": "magma", "vmin": 0.0}

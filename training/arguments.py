@@ -1,4 +1,4 @@
-"""Command lines: a parser whose errors are one line, types of values, tables of flags, and flags from YAML."""
+"""Command lines: a parser with one-line errors, argument types, tables of flags, and flags from YAML."""
 
 import argparse
 import difflib
@@ -18,16 +18,16 @@ from runtime.provenance import last_arguments, read_yaml
 from utils import UserError, one_line, quote
 
 UNSET = object()
-LARGEST = 2**63 - 1  # integers that every library takes
-# A group's title -> its flags: (names, kind, default, metavar, help). The kind is the type of the value, bool for a
-# switch with a --no- twin, a list of choices, KeyValues, or (type, number of values).
+LARGEST = 2**63 - 1  # the largest integer that every library accepts
+# Group title -> flags: (names, kind, default, metavar, help). The kind is a type, bool for a switch with a --no- twin,
+# a list of choices, KeyValues, or (type, number of values).
 FlagTable = Mapping[str, Iterable[tuple[str, Any, Any, Any, str]]]
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help at 80 columns, with the default where it is not mentioned already.
+    """Help at 80 columns that adds each default unless the text mentions it already.
 
-    The description's paragraphs are filled, except for indented ones, such as commands and tables.
+    Paragraphs of the description are wrapped, except for indented ones, such as commands and tables.
     """
 
     def __init__(self, prog: str):
@@ -48,7 +48,7 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError, and suggests the closest flag for an unknown one.
 
-    Flags are spelt with - or _.
+    Flags may be spelled with - or _.
     """
 
     def __init__(self, description: str | None, usage: str | None = None, prog: str | None = None):
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """`args`, or the process's own."""
+        """Parse `args`, by default `sys.argv[1:]`."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([dashed(word) for word in words], namespace)
 
@@ -77,13 +77,13 @@ class Parser(argparse.ArgumentParser):
         return {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """What the words set, without any defaults."""
+        """The values that `words` set, without defaults."""
         blank = argparse.Namespace(**{action.dest: UNSET for action in self._actions})
         return {name: value for name, value in vars(self.parse_args(words, blank)).items() if value is not UNSET}
 
 
 class KeyValues(ParseKwargs):
-    """timm's ``key=value ...`` with Python literals; anything else is an error."""
+    """timm's ``key=value ...`` with Python literals; raises an error for anything else."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -99,8 +99,8 @@ def add_flags(parser: Parser, table: FlagTable) -> None:
         group = parser.add_argument_group(title)
         for name, kind, default, metavar, text in flags:
             options = {"type": kind, "metavar": metavar}
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
+            if kind is bool:  # argparse would make --no-no-aug of --no-aug, and let neither set it
+                options = {"action": "store_true" if name == "--no-aug" else argparse.BooleanOptionalAction}
             elif kind is KeyValues:
                 options = {"action": KeyValues, "nargs": "*", "metavar": metavar}
             elif isinstance(kind, list):
@@ -111,7 +111,7 @@ def add_flags(parser: Parser, table: FlagTable) -> None:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the closest known word, or nothing."""
+    """``"; did you mean X?"`` for the closest known word, "" without one."""
     close = difflib.get_close_matches(word.split("=")[0], list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -137,7 +137,7 @@ def number(kind: type, low: float = -math.inf, high: float = LARGEST, above: boo
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {'an integer' if kind is int else 'a number'}")
         if not low <= value <= high or (above and value == low):
             least = f"{'above' if above else 'at least'} {low} and " if low > -math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it has to be {least}at most {high}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it must be {least}at most {high}")
         return value
 
     return convert
@@ -149,7 +149,7 @@ WORKERS = number(int, 0, 1024)  # loader processes
 
 
 def text(word: str) -> str:
-    """Text that is not empty, as it is where a shell's variable is not set."""
+    """An argparse type: text that is not empty, as an unset shell variable would be."""
     if not word:
         raise argparse.ArgumentTypeError("it is empty")
     return word
@@ -157,13 +157,13 @@ def text(word: str) -> str:
 
 @functools.cache
 def python_module(path: str) -> str:
-    """The absolute path of a Python file, after importing it once, so that it can add to MIXERS."""
+    """Import a Python file once, so that it can add to MIXERS, and return its absolute path."""
     name = f"module of {path}"
     try:
         spec = importlib.util.spec_from_loader(name, SourceFileLoader(name, path))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever that file does
+    except Exception as error:  # user code may raise anything
         raise argparse.ArgumentTypeError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     return str(Path(path).resolve())
 
@@ -185,23 +185,23 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def split_share(text: str) -> tuple[float, int]:
-    """``"0.1"`` -> (0.1, 0); ``"0.1:7"`` -> (0.1, 7): a share above 0, at most 1, and the seed of the choice."""
+    """``"0.1"`` -> (0.1, 0); ``"0.1:7"`` -> (0.1, 7): a fraction in (0, 1] and a seed."""
     share, _, seed = str(text).partition(":")
     return number(float, 0, 1, above=True)(share), COUNT(seed or "0")
 
 
 def policy(text: str) -> str:
-    """A policy of timm's auto-augmentation, "" for none."""
+    """An auto-augmentation policy of timm, "" for none."""
     if text in ("", "none"):
         return ""
     try:
         train_transform(32, aa=text)
-    except Exception as error:  # timm's parser raises whatever it stumbles over
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a policy; rand-m9-mstd0.5-inc1 is one") from error
+    except Exception as error:  # timm's parser may raise anything
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a policy such as rand-m9-mstd0.5-inc1") from error
     return text
 
 
-# How YAML lists, such as those of a run's args.yaml, are written as one word.
+# The separator that joins a YAML list, such as one in args.yaml, into one word.
 SEPARATORS = {image_size: "x", class_list: ",", integers: ",", split_share: ":"}
 
 
@@ -209,12 +209,12 @@ SEPARATORS = {image_size: "x", class_list: ",", integers: ",", split_share: ":"}
 
 
 def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
-    """What a YAML file sets, as attributes of the parsed arguments.
+    """The settings in a YAML file, by attribute of the parsed arguments.
 
-    A run's ``args.yaml`` has its arguments under ``args``; where that run wrote and what it resumed from are ignored.
+    A run's ``args.yaml`` lists them under ``args``; its config, output_dir, resume and eval are ignored.
 
     Raises:
-        UserError: naming the file, and the key that is unknown or has a wrong value.
+        UserError: a key is unknown or has a wrong value; the message names the file and the key.
     """
     where = f"--config {path}"
     content = read_yaml(path, where)
@@ -226,10 +226,10 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
 
 
 def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
-    """A mapping of flags to values as words of a command line, whose types and choices the parser has checked.
+    """Convert a mapping of flags to values into command-line words, and check them with the parser.
 
     Raises:
-        UserError: naming `where` it is, and the key that is unknown or has a wrong value.
+        UserError: a key is unknown or has a wrong value; the message begins with `where` and names the key.
     """
     settings, words = parser.settings(), []
     try:
@@ -245,12 +245,12 @@ def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:
-    """A value as the words after a flag; raises UserError if it is of another type than the flag's."""
+    """The flag and its value as words; raises UserError if the value does not have the flag's type."""
     flag = action.option_strings[0]
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if action.nargs == 0:  # a switch, with its --no- twin if it has one
         if not isinstance(value, bool):
             raise UserError(f"{action.dest}: {quote(value)} is not true or false")
-        return [flag if value else flag.replace("--", "--no-", 1)]
+        return [flag] if value else action.option_strings[1:]
     if isinstance(action, KeyValues):
         if not isinstance(value, dict):
             raise UserError(f"{action.dest}: {quote(value)} is not a mapping of names to values")

@@ -1,4 +1,4 @@
-"""The command line of the mains: flags of every run, defaults from YAML, implied values, and checks.
+"""The command line of the main scripts: flags of every run, defaults from YAML, implied values, and checks.
 
 Values come, in rising precedence, from the defaults here, the recipe or --config, and the command line. Implied values
 take the precedence of the flag that implied them.
@@ -43,22 +43,22 @@ from utils import UserError, say
 ROOT = Path(__file__).resolve().parent.parent
 ARCH, INPUT_SIZE = "spectformer_xs", (224, 224)
 MOST_WORKERS = 16
-OWN_FOLDERS = ("IMNET", "FOLDER", "COCO")  # data sets that are a layout of folders
+OWN_FOLDERS = ("IMNET", "FOLDER", "COCO")  # data sets that are folders of the user's own
 COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 SCHEDULES = ["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "plateau"]
 ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
-MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # arguments of models for the same choice
+MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # model arguments that choose the mixers
 Settings = dict[str, Any]
-# (whether something is wrong with some arguments, the message; "{lr}" stands for the value of --lr)
+# (whether the arguments are invalid, the error message; "{lr}" stands for the value of --lr)
 Checks = Iterable[tuple[Callable[[argparse.Namespace], Any], str]]
 
 
 @dataclass(frozen=True)
 class TaskFlags:
-    """The flags of a task beside those of every run.
+    """The flags that a task adds to those of every run.
 
-    table: the flags. implied: the values that given flags imply for others. derived: defaults that follow from all the
-    settings, among them the name of the data set. checks: combinations to refuse.
+    table: the flags. implied: the values that the given flags imply for other flags. derived: defaults that depend on
+    all the settings, including the name of the data set. checks: invalid combinations.
     """
 
     table: FlagTable
@@ -68,102 +68,102 @@ class TaskFlags:
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers() -> int:
-    """The cores for each of the processes that the launcher started on this machine, at most MOST_WORKERS."""
+    """The number of cores per process that the launcher started on this machine, at most MOST_WORKERS."""
     return min(MOST_WORKERS, max(1, available_cores() // local_world_size()))
 
 
 RUN = {
     "the run": [
-        ("--config", text, None, "YAML", "file of flags; the command line overrides it"),
+        ("--config", text, None, "YAML", "YAML file of flags; the command line overrides it"),
         ("--output-dir", text, None, "DIR", "run directory (default: runs/<arch>-<data>)"),
-        ("--resume", text, None, "PATH|auto", "checkpoint or run directory; auto: --output-dir's, if there is one"),
-        ("--eval", bool, False, None, "evaluate the weights of --resume or --finetune, and stop"),
-        ("--dry-run", bool, False, None, "build everything, try one update and one batch of evaluation, write nothing"),
-        ("--print-config", bool, False, None, "print all settings as a file for --config, and stop"),
-        ("--wandb", text, None, "PROJECT", "also log to this project of Weights & Biases (needs its package)"),
-        ("--seed", COUNT, 0, "N", "key of every random choice"),
-        ("--print-freq", POSITIVE, 50, "N", "updates between two lines of output where there is no terminal"),
-        ("--checkpoint-steps", COUNT, 0, "N", "also save every N updates; 0: after epochs only"),
-        ("--checkpoint-epochs", COUNT, 100, "N", "keep a checkpoint every N epochs; 0: none"),
-        ("--keep-best", POSITIVE, 1, "K", "how many of the best checkpoints to keep"),
+        ("--resume", text, None, "PATH|auto", "checkpoint or run directory; auto: --output-dir if it has one"),
+        ("--eval", bool, False, None, "evaluate the weights of --resume or --finetune, and exit"),
+        ("--dry-run", bool, False, None, "run one update and one evaluation batch, write nothing, and exit"),
+        ("--print-config", bool, False, None, "print all settings as YAML for --config, and exit"),
+        ("--wandb", text, None, "PROJECT", "also log to this Weights & Biases project (needs the wandb package)"),
+        ("--seed", COUNT, 0, "N", "random seed"),
+        ("--print-freq", POSITIVE, 50, "N", "updates between progress lines, when there is no terminal"),
+        ("--checkpoint-steps", COUNT, 0, "N", "also save a checkpoint every N updates; 0: only after epochs"),
+        ("--checkpoint-epochs", COUNT, 100, "N", "keep a numbered checkpoint every N epochs; 0: never"),
+        ("--keep-best", POSITIVE, 1, "K", "number of best checkpoints to keep"),
     ],
     "model": [
-        ("--arch", text, None, "NAME", f"a model of ours or of timm (default: --finetune's, or {ARCH})"),
-        ("--model-kwargs", KeyValues, {}, "KEY=VALUE", "arguments of its constructor, such as depth=4 embed_dim=64"),
-        ("--mixers", text, None, "LIST", "of each block: spectral*4,attention*8; slashes separate a pyramid's stages"),
-        ("--mixer-module", python_module, None, "FILE.py", "Python file that adds mixers of its own to MIXERS"),
-        ("--input-size", image_size, None, "PIXELS", "side, or HEIGHTxWIDTH (default: --finetune's, or 224)"),
-        ("--drop", FRACTION, 0.0, "P", "dropout before the classifier"),
-        ("--drop-path", FRACTION, None, "P", "stochastic depth (default: the variant's own)"),
-        ("--model-ema", bool, False, None, "also keep, evaluate and save a moving average of the weights"),
-        ("--model-ema-decay", FRACTION, 0.99996, "D", "decay of that average"),
-        ("--model-ema-warmup", bool, False, None, "let that decay grow from 0 in the first updates"),
+        ("--arch", text, None, "NAME", f"model of this project or of timm (default: --finetune's, or {ARCH})"),
+        ("--model-kwargs", KeyValues, {}, "KEY=VALUE", "arguments of the model's constructor: depth=4 embed_dim=64"),
+        ("--mixers", text, None, "LIST", "mixer of each block: spectral*4,attention*8; slashes separate stages"),
+        ("--mixer-module", python_module, None, "FILE.py", "Python file that adds its own mixers to MIXERS"),
+        ("--input-size", image_size, None, "PIXELS", "image side or HEIGHTxWIDTH (default: --finetune's, or 224)"),
+        ("--drop", FRACTION, 0.0, "P", "dropout rate before the classifier"),
+        ("--drop-path", FRACTION, None, "P", "stochastic depth rate (default: the model's own)"),
+        ("--model-ema", bool, False, None, "also keep, evaluate and save a moving average (EMA) of the weights"),
+        ("--model-ema-decay", FRACTION, 0.99996, "D", "decay of the EMA"),
+        ("--model-ema-warmup", bool, False, None, "increase the EMA's decay from 0 over the first updates"),
     ],
     "loading": [
         ("--batch-size", POSITIVE, 128, "N", "images per process and step"),
         ("--num-workers", WORKERS, None, "N", "loader processes; 0: none (default: cores per process, at most 16)"),
-        ("--pin-mem", bool, True, None, "page-locked batches, for faster copies to a GPU (default: on)"),
-        ("--skip-bad-images", bool, False, None, "leave out unreadable images, and count them"),
+        ("--pin-mem", bool, True, None, "pin memory for faster copies to a GPU (default: on)"),
+        ("--skip-bad-images", bool, False, None, "skip unreadable images and count them"),
     ],
 }
 TRAINING = {
     "optimizer": [
-        ("--opt", text, "adamw", "NAME", "timm's name; fusedadamw, fusedlamb, ... need NVIDIA apex"),
-        ("--opt-eps", ABOVE_ZERO, 1e-8, "EPS", "epsilon"),
-        ("--opt-betas", (FRACTION, 2), None, ("B1", "B2"), "betas (default: the optimizer's)"),
-        ("--momentum", FRACTION, 0.9, "M", "momentum of SGD and the like"),
-        ("--weight-decay", AMOUNT, 0.05, "W", "weight decay, of weights with two or more axes"),
-        ("--clip-grad", AMOUNT, 1.0, "NORM", "clip the gradient at this norm; 0: never"),
-        ("--accum-iter", POSITIVE, 1, "N", "steps whose gradients are added up for one update"),
+        ("--opt", text, "adamw", "NAME", "optimizer, by timm's name; fusedadamw, fusedlamb, ... need NVIDIA apex"),
+        ("--opt-eps", ABOVE_ZERO, 1e-8, "EPS", "epsilon of the optimizer"),
+        ("--opt-betas", (FRACTION, 2), None, ("B1", "B2"), "betas of the optimizer (default: its own)"),
+        ("--momentum", FRACTION, 0.9, "M", "momentum of SGD and similar optimizers"),
+        ("--weight-decay", AMOUNT, 0.05, "W", "weight decay, for weights with at least two dimensions"),
+        ("--clip-grad", AMOUNT, 1.0, "NORM", "maximum norm of the gradient; 0: no clipping"),
+        ("--accum-iter", POSITIVE, 1, "N", "gradient accumulation: steps per update"),
     ],
     "schedule": [
-        ("--epochs", number(int, 1, 10**6), 300, "N", "passes over the data"),
-        ("--early-stop", COUNT, 0, "N", "stop after N epochs without a better score; 0: never"),
+        ("--epochs", number(int, 1, 10**6), 300, "N", "number of epochs"),
+        ("--early-stop", COUNT, 0, "N", "stop after N epochs without improvement; 0: never"),
         ("--lr", AMOUNT, 5e-4, "LR", "peak learning rate, for 512 images per update"),
-        ("--unscale-lr", bool, False, None, "use --lr as it is, not scaled by images per update / 512"),
-        ("--lr-scale", ["linear", "sqrt"], "linear", None, "how --lr grows with images per update / 512"),
-        ("--sched", SCHEDULES, "cosine", None, "shape of the schedule, one of timm's"),
-        ("--sched-on-updates", bool, False, None, "step the schedule after each update, not after each epoch"),
-        ("--warmup-epochs", COUNT, 5, "N", "linear warm-up, part of --epochs"),
-        ("--warmup-updates", COUNT, 0, "N", "length of the warm-up in updates, with --sched-on-updates"),
-        ("--warmup-part", FRACTION, None, "P", "length of the warm-up as a part of --epochs"),
+        ("--unscale-lr", bool, False, None, "do not scale --lr with images per update / 512"),
+        ("--lr-scale", ["linear", "sqrt"], "linear", None, "how --lr scales with images per update / 512"),
+        ("--sched", SCHEDULES, "cosine", None, "learning rate schedule, by timm's name"),
+        ("--sched-on-updates", bool, False, None, "step the schedule after each update instead of each epoch"),
+        ("--warmup-epochs", COUNT, 5, "N", "epochs of linear warm-up, included in --epochs"),
+        ("--warmup-updates", COUNT, 0, "N", "updates of warm-up instead of --warmup-epochs, with --sched-on-updates"),
+        ("--warmup-part", FRACTION, None, "P", "warm-up as a fraction of --epochs, instead of --warmup-epochs"),
         ("--warmup-lr", AMOUNT, None, "LR", "initial learning rate (default: 1e-6, at most a tenth of the peak)"),
         ("--min-lr", AMOUNT, None, "LR", "final learning rate (default: 1e-5, at most a tenth of the peak)"),
         ("--cooldown-epochs", COUNT, 0, "N", "epochs at --min-lr after --epochs"),
-        ("--decay-epochs", POSITIVE, None, "N", "of a step (default: 30), of wsd's decay (default: epochs / 5)"),
-        ("--decay-milestones", integers, (30, 60), "N,N,...", "multistep: epochs of the decays (default: 30,60)"),
-        ("--decay-rate", AMOUNT, 0.1, "R", "step, multistep, plateau: factor; poly: power"),
+        ("--decay-epochs", POSITIVE, None, "N", "step: between decays (default: 30); wsd: decay (default: epochs / 5)"),
+        ("--decay-milestones", integers, (30, 60), "N,N,...", "multistep: epochs at which to decay (default: 30,60)"),
+        ("--decay-rate", AMOUNT, 0.1, "R", "step, multistep, plateau: decay factor; poly: power"),
         ("--patience-epochs", COUNT, 10, "N", "plateau: epochs without improvement before a decay"),
     ],
     "fine-tuning": [
-        ("--finetune", text, None, "PATH", "initial weights: a file, a run directory, or a model with weights here"),
-        ("--finetune-mode", ["eval", "train"], "eval", None, "eval: no dropout, drop path or batch statistics"),
-        ("--classifier", ["auto", "new"], "auto", None, "auto: keep the file's classifier if the classes agree"),
-        ("--layer-decay", number(float, 0, 1, above=True), None, "D", "lr factor for each layer towards the stem"),
-        ("--freeze-at", COUNT, 0, "N", "do not train the first N layers (1: the stem)"),
-        ("--freeze-bn", bool, False, None, "use batch norms' stored statistics, and do not update them"),
+        ("--finetune", text, None, "PATH", "initial weights: checkpoint, run directory, or bundled model's name"),
+        ("--finetune-mode", ["eval", "train"], "eval", None, "eval: disable dropout, drop path and batch statistics"),
+        ("--classifier", ["auto", "new"], "auto", None, "auto: keep the checkpoint's classifier if its classes match"),
+        ("--layer-decay", number(float, 0, 1, above=True), None, "D", "lr factor per layer, from head to stem"),
+        ("--freeze-at", COUNT, 0, "N", "freeze the first N layers (1: the stem)"),
+        ("--freeze-bn", bool, False, None, "use the stored batch norm statistics and do not update them"),
     ],
     "machine": [
         ("--device", text, "auto", None, "auto, cpu, cuda or cuda:N"),
-        ("--amp", ["auto", "bf16", "fp16", "none"], "auto", None, "mixed precision; auto: on GPUs, bf16 if native"),
-        ("--dtype", ["float32", "float64"], "float32", None, "of the weights; float64 to compare runs"),
-        ("--compile", bool, False, None, "torch.compile the model; recommended on CUDA"),
-        ("--compile-mode", COMPILE_MODES, "default", "MODE", "of torch.compile: %(choices)s"),
+        ("--amp", ["auto", "bf16", "fp16", "none"], "auto", None, "mixed precision; auto: bf16 or fp16 on GPUs only"),
+        ("--dtype", ["float32", "float64"], "float32", None, "dtype of the weights; float64 is for comparing runs"),
+        ("--compile", bool, False, None, "use torch.compile; recommended on CUDA"),
+        ("--compile-mode", COMPILE_MODES, "default", "MODE", "mode of torch.compile: %(choices)s"),
         ("--profile", COUNT, 0, "N", "write a torch.profiler trace of N updates to the run directory; 0: none"),
-        ("--channels-last", bool, False, None, "NHWC memory format"),
-        ("--grad-checkpointing", bool, False, None, "recompute activations: less memory, more time"),
-        ("--sync-bn", bool, False, None, "batch statistics over all processes (CUDA)"),
-        ("--find-unused-parameters", bool, False, None, "for models that leave parameters without a gradient"),
+        ("--channels-last", bool, False, None, "use the channels_last (NHWC) memory format"),
+        ("--grad-checkpointing", bool, False, None, "recompute activations in the backward pass: less memory, slower"),
+        ("--sync-bn", bool, False, None, "synchronize batch norm statistics across processes (CUDA only)"),
+        ("--find-unused-parameters", bool, False, None, "support models that leave parameters without a gradient"),
     ],
 }
 CHECKS: Checks = [
-    (lambda a: a.opt_betas and max(a.opt_betas) >= 1, "--opt-betas have to be below 1"),
-    (lambda a: a.eval and bool(a.resume) == bool(a.finetune), "--eval needs one of --resume PATH or --finetune PATH"),
+    (lambda a: a.opt_betas and max(a.opt_betas) >= 1, "--opt-betas must be below 1"),
+    (lambda a: a.eval and bool(a.resume) == bool(a.finetune), "--eval needs either --resume PATH or --finetune PATH"),
     (lambda a: a.dtype == "float64" and a.amp in ("bf16", "fp16"), "--dtype float64 excludes --amp"),
     (lambda a: a.eval and a.dry_run, "--eval and --dry-run exclude each other"),
     (lambda a: a.compile_mode != "default" and not a.compile, "--compile-mode needs --compile"),
@@ -172,7 +172,7 @@ CHECKS: Checks = [
     (lambda a: a.model_kwargs.get("in_chans", 3) != 3, "--model-kwargs in_chans: use --in-chans"),
     (
         lambda a: READING_ARGUMENTS.intersection(a.model_kwargs),
-        f"--model-kwargs: {', '.join(sorted(READING_ARGUMENTS))} make timm read other files; leave them out",
+        f"--model-kwargs: {', '.join(sorted(READING_ARGUMENTS))} make timm read other files; remove them",
     ),
 ]
 
@@ -180,15 +180,15 @@ CHECKS: Checks = [
 def build_parser(
     flags: TaskFlags, recipe: str | None = None, description: str | None = None, recipe_without_lr: str | None = None
 ) -> Parser:
-    """The parser of a task's mains."""
+    """Build the parser of a task's main scripts."""
     parser = Parser(description, usage="%(prog)s [flags]")
     for table in (RUN, flags.table, TRAINING):
         add_flags(parser, table)
     settings = {action.dest: action for action in parser._actions}
     settings["num_workers"].default = default_workers()
     if recipe:
-        without_lr = f", without --lr {recipe_without_lr}" if recipe_without_lr else ""
-        settings["config"].help += f" (default: {recipe}{without_lr}, whose values replace the defaults below)"
+        without_lr = f", or without --lr {recipe_without_lr}" if recipe_without_lr else ""
+        settings["config"].help += f" (default: {recipe}{without_lr}; its values replace the defaults below)"
     return parser
 
 
@@ -199,21 +199,21 @@ def parse_args(
     description: str | None = None,
     recipe_without_lr: str | None = None,
 ) -> argparse.Namespace:
-    """Parse and check a main's command line.
+    """Parse and check the command line of a main script.
 
     Args:
-        flags: those of the task.
-        argv: the command line; None for the process's own.
-        recipe: the YAML file, from the root of the project, of a command line without --config.
-        description: what --help begins with.
-        recipe_without_lr: the same, for a command line without --lr.
+        flags: the task's flags.
+        argv: the command line; None for `sys.argv[1:]`.
+        recipe: the YAML file to use without --config, relative to the project root.
+        description: the first text of --help.
+        recipe_without_lr: the YAML file to use with neither --config nor --lr.
 
     Raises:
-        UserError: in one line, for anything unknown, malformed or contradictory.
-        CheckpointError: --finetune's file cannot be read, or its arguments would make timm read other files.
+        UserError: an argument is unknown or malformed, or two arguments contradict each other.
+        CheckpointError: --finetune's file is unreadable, or its model arguments would make timm read other files.
     """
     words = sys.argv[1:] if argv is None else argv
-    # torch.distributed.launch without --use_env adds it; LOCAL_RANK says the same.
+    # torch.distributed.launch without --use_env adds --local-rank; LOCAL_RANK has the same value.
     words = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]
     parser = build_parser(flags, recipe, description, recipe_without_lr)
     on_line = parser.given(words)
@@ -252,14 +252,14 @@ def parse_args(
 
 
 def data_name(data_set: str, data_path: str | None) -> str:
-    """The name of the data: a folder's own for the kinds of folders that anybody can have, else the data set's."""
+    """The name of the data: the folder's name for a user's own folder, otherwise the data set's name."""
     return (data_path and data_set in OWN_FOLDERS and Path(data_path).resolve().name) or data_set
 
 
 def finetuned_model(args: Settings) -> Settings:
-    """--finetune's file with its model, where the settings name no other.
+    """Resolve --finetune's file, and take the model from it unless the settings name one.
 
-    If that file is gone, a run that resumes takes its own checkpoint's model.
+    If the file is gone, a run that resumes takes the model from its own checkpoint.
     """
     path, state = args["finetune"], {}
     try:
@@ -274,7 +274,7 @@ def finetuned_model(args: Settings) -> Settings:
     model = {name: args[name] or state.get(name) for name in ("arch", "input_size")}
     model |= {"finetune": path, "model_kwargs": args["model_kwargs"]}
     if state.get("arch") and models.resolve_arch(model["arch"]) == models.resolve_arch(state["arch"]):
-        # Whether there is a head for token labels depends on the run, not on the weights.
+        # The run, not the checkpoint, decides whether there is a token-label head.
         kwargs = {name: value for name, value in (state.get("model_kwargs") or {}).items() if name != "token_label"}
         check_model_kwargs(kwargs, f"{path}: model_kwargs")
         model["model_kwargs"] = merged_model_kwargs({"model_kwargs": kwargs}, args)
@@ -282,15 +282,15 @@ def finetuned_model(args: Settings) -> Settings:
 
 
 def merged_model_kwargs(*layers: Settings) -> Settings:
-    """The model's arguments by the --model-kwargs and --mixers of some settings, the strongest last.
+    """Merge the --model-kwargs and --mixers of several settings, in rising precedence.
 
-    A choice of mixers replaces the weaker ones.
+    A choice of mixers replaces every earlier choice of mixers.
     """
     merged: Settings = {}
     for layer in layers:
         own, mixers = layer.get("model_kwargs", {}), layer.get("mixers")
         if mixers and "mixers" in own:
-            raise UserError("--mixers and --model-kwargs mixers=...: leave one of them out")
+            raise UserError("--mixers and --model-kwargs mixers=... exclude each other; remove one of them")
         own = own | ({"mixers": mixers} if mixers else {})
         replaced = MIXER_CHOICES if "mixers" in own else ("mixers",) if set(MIXER_CHOICES) & set(own) else ()
         merged = {name: value for name, value in merged.items() if name not in replaced} | own
