@@ -1,4 +1,4 @@
-"""Unreadable images: named and refused, or skipped and counted on request; odd ones decoded right."""
+"""Unreadable images are refused by name, or skipped and counted on request; unusual formats are decoded correctly."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def photo(mode="RGB", size=(40, 30)) -> Image.Image:
 
 
 def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
-    """An RGB image of these rows."""
+    """Encode an RGB image from raw rows."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -137,7 +137,7 @@ def test_exif_orientation_turns_photographs_but_not_data_sets():
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Two classes of 8 images to train on, of which cat/3 is truncated and dog/5 empty."""
+    """Create a training set with two classes of 8 images; cat/3 is truncated, dog/5 is empty."""
     make_tree(tmp_path, images=6)
     (tmp_path / "train" / "cat" / "3.png").write_bytes(encoded(photo(), "png")[:-300])
     (tmp_path / "train" / "dog" / "5.png").write_bytes(b"")
@@ -165,10 +165,10 @@ def test_skipping_is_deterministic_counted_and_never_gives_a_label_of_another_im
     bad = {index for index in range(len(dataset)) if dataset.path(index).endswith(("cat/3.png", "dog/5.png"))}
     assert len(expected) == 3 * 12
     assert all(index not in bad and target == dataset.labels[index] for index, target, _ in expected)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and all(line.startswith(f"skipped: {damaged}/train/") for line in told)
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2 and all(line.startswith(f"skipped: {damaged}/train/") for line in printed)
     assert set(data.train.skipped) == {dataset.path(index) for index in bad}
-    # The readable ones come as they would without the bad ones.
+    # Bad images do not change the order of the readable ones.
     whole = trace(loaders(make_tree(tmp_path / "whole", images=6)))
     assert sum(a != b for a, b in zip(expected, whole, strict=True)) == 3 * 2
 

@@ -1,4 +1,4 @@
-"""Detectors: data, order, losses, evaluation, and infer.py on their checkpoints."""
+"""Detectors: data, sample order, losses, evaluation, and infer.py with their checkpoints."""
 
 import contextlib
 import copy
@@ -73,7 +73,7 @@ def example(seed, height=64, width=80, objects=3):
 
 
 def shifted_results(dataset, seed):
-    """Objects of a data set as predictions that are somewhat off: shifted, cut, of another category, twice."""
+    """Turn a data set's objects into imperfect predictions: shifted, cropped, of another category or duplicated."""
     random, truth, results = np.random.RandomState(seed), dataset.ground_truth(), []
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     for entry in truth["annotations"]:
@@ -93,7 +93,7 @@ def shifted_results(dataset, seed):
 
 
 def oracle(annotations, results, kind):
-    """pycocotools' evaluation."""
+    """Evaluate with pycocotools."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), KINDS[kind])
@@ -106,7 +106,7 @@ def oracle(annotations, results, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_twelve_numbers_are_those_of_pycocotools(cells, kind):
-    """With crowds, gaps in the category ids, a category and an image without objects."""
+    """The data has crowds, gaps in the category ids, and a category and an image without objects."""
     dataset = open_split(cells, "train", masks=True)
     results = shifted_results(dataset, seed=0)
     found = evaluate_results(dataset.ground_truth(), results, kind, 100)
@@ -135,7 +135,7 @@ def test_mistakes_are_missed_objects_and_wrong_predictions_outside_crowds():
         {"category_id": 1, "bbox": [1, 0, 10, 10], "score": 0.9},
         {"category_id": 1, "bbox": [0, 1, 10, 10], "score": 0.8},  # the same object again
         {"category_id": 1, "bbox": [110, 10, 10, 10], "score": 0.7},  # in the crowd
-        {"category_id": 2, "bbox": [50, 50, 10, 10], "score": 0.6},  # of another category
+        {"category_id": 2, "bbox": [50, 50, 10, 10], "score": 0.6},  # another category
     ]
     assert count_mistakes(objects, results) == (1, 2)
 
@@ -144,7 +144,7 @@ def test_mistakes_are_missed_objects_and_wrong_predictions_outside_crowds():
 
 
 def respell(cells, root, change):
-    """The example's training split with its annotations changed; returns the new root."""
+    """Copy the example's training split, change its annotations, and return the new root."""
     content = json.loads((cells / "annotations/instances_train2017.json").read_text())
     change(content)
     (root / "annotations").mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_crowds_and_objects_without_area_are_not_trained_on_and_the_latter_need_
         assert sum(len(split.load(i)[1]["labels"]) for i in range(len(split))) == split.objects
     crowds = sum(entry["iscrowd"] for entry in whole.ground_truth()["annotations"])
     assert crowds > 0 and len(whole.ground_truth()["annotations"]) == whole.objects + crowds
-    assert len(whole.load(3)[1]["labels"]) == 0  # and an image without objects is there
+    assert len(whole.load(3)[1]["labels"]) == 0  # an image without objects is kept
 
 
 @pytest.mark.parametrize("empty", [[], None])
@@ -243,7 +243,7 @@ def test_roboflows_layout_is_the_same_data(cells, tmp_path):
 def test_images_are_upright_where_the_annotations_are_and_as_stored_where_those_are(tmp_path):
     (tmp_path / "train").mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn
+    exif[0x0112] = 6  # rotated by a quarter turn
     stored = Image.fromarray(np.random.RandomState(0).randint(0, 256, (6, 8, 3), dtype=np.uint8))
     stored.save(tmp_path / "train/a.png", exif=exif)
     for expected in (stored, stored.transpose(Image.Transpose.ROTATE_270)):
@@ -278,7 +278,7 @@ def test_updates_are_of_one_shape_but_for_the_last_on_any_number_of_processes(wo
     used = [index for update in expected for index in update]
     assert len(set(used)) == len(used) == 96
     assert all(len(set(GROUPS[update])) == 1 for update in expected[:-1])
-    assert len({GROUPS[update[0]] for update in expected[:5]}) == 2  # and groups take turns
+    assert len({GROUPS[update[0]] for update in expected[:5]}) == 2  # the groups alternate
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_augmentation_moves_boxes_masks_and_pixels_together(cells, tmp_path, fla
             sizes.add(tuple(pixels.shape))
             for box, mask in zip(target["boxes"], target["masks"], strict=True):
                 rows, columns = mask.nonzero(as_tuple=True)
-                if len(rows):  # of the smallest, nothing may be left at another scale
+                if len(rows):  # the smallest objects may vanish at another scale
                     seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
                     assert (box - seen).abs().max() < 3
     assert len(sizes) > 1 or "--large-scale-jitter" in flags
@@ -351,7 +351,7 @@ def test_in_half_precision_boxes_keep_their_place_to_a_part_of_a_pixel(kind):
     detector = small_detector(kind, min_size=320, max_size=320, detections=200, **least).eval()
     for name, layer in detector.named_modules():
         if name.endswith(("bbox_pred", "bbox_reg")):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # boxes are then anchors
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)  # so that boxes are the anchors
     anchors = []
     generator = (detector.network.rpn if hasattr(detector.network, "rpn") else detector.network).anchor_generator
     handle = generator.register_forward_hook(lambda _layer, _inputs, made: anchors.extend(made))
@@ -408,7 +408,7 @@ def test_a_run_logs_the_numbers_of_boxes_and_masks_and_ranks_by_masks(trained):
 
 @pytest.mark.slow
 def test_the_rate_warms_up_by_updates_and_falls_after_its_milestone(trained):
-    """In the recipe's way, at each update of 12 epochs of 100: 500 of them linearly, a tenth after 8 and after 11."""
+    """The recipe's schedule over 12 epochs of 100 updates: 500 updates of warm-up, a tenth after epochs 8 and 11."""
     args = parse_args(Detection.flags, ["--data-set", "NUCLEI"], main_detection.RECIPE)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.lr)
     scheduler, rates = build_scheduler(args, optimizer, updates_per_epoch=100), []
@@ -419,7 +419,7 @@ def test_the_rate_warms_up_by_updates_and_falls_after_its_milestone(trained):
     np.testing.assert_allclose(np.diff(rates[1:501]), 0.999 * args.lr / 500, rtol=1e-6)
     for first, last, rate in ((501, 799, 1), (800, 1099, 0.1), (1100, 1199, 0.01)):
         np.testing.assert_allclose([rates[first], rates[last]], rate * args.lr)
-    assert [round(row["train_lr"], 9) for row in rows(trained)] == [1e-3, 2e-4]  # the last update's of each epoch
+    assert [round(row["train_lr"], 9) for row in rows(trained)] == [1e-3, 2e-4]  # the rate of each epoch's last update
 
 
 @pytest.mark.slow
@@ -428,10 +428,10 @@ def test_infer_evaluates_a_checkpoint_as_training_did(trained, cells, tmp_path, 
     report = tmp_path / "report"
     flags = ["--data-path", str(cells), "--num-workers", "0", "--device", "cpu", "--min-score", "0.1"]
     infer.main(["--model-path", str(path), *flags, "--output", str(tmp_path / "r.json"), "--report", str(report)])
-    found, told = json.loads((tmp_path / "r.json").read_text()), rows(trained)[-1]
+    found, logged = json.loads((tmp_path / "r.json").read_text()), rows(trained)[-1]
     for kind in ("box", "mask"):
         for name, value in found[kind].items():
-            assert value == told[f"test_{kind}_{name}"]
+            assert value == logged[f"test_{kind}_{name}"]
         results = json.loads((tmp_path / f"r_{kind}_results.json").read_text())
         stats = oracle(cells / "annotations/instances_val2017.json", results, kind).stats
         assert 100 * stats[0] == pytest.approx(found[kind]["AP"], abs=1e-6)
@@ -464,9 +464,9 @@ def test_a_detector_goes_on_with_its_own_classes_and_begins_anew_with_others(tra
         file.write_text(file.read_text().replace("mitosis", "platelet"))
     flags += ["--data-path", str(tmp_path / "others"), "--output-dir", str(tmp_path / "run")]
     main_detection.main([*RUN, *flags])
-    told = capsys.readouterr().out
-    assert "not from it: network.roi_heads.box_predictor.cls_score.weight" in told and "rpn" not in told
-    with pytest.raises(UserError, match="no --backbone-weights"):
+    printed = capsys.readouterr().out
+    assert "not from it: network.roi_heads.box_predictor.cls_score.weight" in printed and "rpn" not in printed
+    with pytest.raises(UserError, match="leave out --backbone-weights"):
         main_detection.main([*RUN, *flags, "--backbone-weights", path])
 
 
@@ -528,7 +528,7 @@ def test_the_segmentation_example_of_the_docs_runs_on_wide_images():
 
 @pytest.mark.slow
 def test_masks_of_cells_come_back_from_their_boxes_to_where_they_were():
-    """Cut out as training cuts out its targets, by boxes up to a pixel off, and found in an image twice as large."""
+    """Masks are cropped like training targets, with boxes up to a pixel off, and pasted at twice the image size."""
     cells = open_split(NUCLEI, "val", masks=True)
     transform = small_detector().network.transform.eval()
     overlaps = []
@@ -536,7 +536,7 @@ def test_masks_of_cells_come_back_from_their_boxes_to_where_they_were():
         _, objects = cells.load(index)
         truth, (height, width) = objects["masks"].as_subclass(torch.Tensor), objects["masks"].shape[1:]
         noise = torch.rand(objects["boxes"].shape, generator=torch.Generator().manual_seed(index))
-        boxes = objects["boxes"].as_subclass(torch.Tensor) + 2 * noise - 1  # beyond the image's edges, too
+        boxes = objects["boxes"].as_subclass(torch.Tensor) + 2 * noise - 1  # some boxes exceed the image
         masks = project_masks_on_boxes(truth.float(), boxes, torch.arange(len(boxes)), 28)[:, None]
         found = [{"boxes": 2 * boxes, "masks": masks}]
         (image,) = transform.postprocess(found, [(2 * height, 2 * width)], [(height, width)])

@@ -1,4 +1,4 @@
-"""A checkpoint's model for other programs: `python -m tools.export`."""
+"""Export a checkpoint's model for other programs: `python -m tools.export`."""
 
 import json
 
@@ -26,7 +26,7 @@ ARCHITECTURES = {
 
 @pytest.fixture(params=ARCHITECTURES)
 def checkpoint(request, tmp_path):
-    """A file and its model."""
+    """Save a checkpoint; return its path and model."""
     path = tmp_path / "c.pth"
     return path, untrained.save(path, request.param, ARCHITECTURES[request.param], input_size=(64, 32))
 
@@ -50,8 +50,8 @@ def test_safetensors_keep_weights_and_what_prediction_needs(tmp_path, capsys):
         written = write(tmp_path / "c.pth", "safetensors", tmp_path / "e.safetensors", "--overwrite", *flags)
         found = read_checkpoint(written)
         assert all(torch.equal(found["model"][name], value) for name, value in expected.items())
-        told = {key: state[key] for key in METADATA_KEYS}
-        assert {key: found[key] for key in METADATA_KEYS} == json.loads(json.dumps(told))
+        metadata = {key: state[key] for key in METADATA_KEYS}
+        assert {key: found[key] for key in METADATA_KEYS} == json.loads(json.dumps(metadata))
     assert f"e.safetensors: written, {len(averaged)} tensors" in capsys.readouterr().out
 
 
@@ -128,7 +128,7 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
     assert not [words for words in ("secret", "airplane", "timm/", "/weights") if words in card]
     assert not [words for words in ("cifar", "airplane", "paper", "license") if words in config]
     assert json.loads(config)["label_names"] == ["wren", "crow"]
-    assert export.accuracy(known | {"averaged": True}, False) is None  # that of other weights than the exported
+    assert export.accuracy(known | {"averaged": True}, False) is None  # measured with other weights
 
 
 # -------------------------------------------------------------------------------------------------------------- graphs
@@ -145,10 +145,10 @@ def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path,
     proto = onnx.load(written)
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", export.OPSET)]
     assert not {node.op_type for node in proto.graph.node} & {"DFT", "STFT"}
-    told = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
-    assert told["class_names"] == list(untrained.DIGITS) and told["input_size"] == [64, 32]
+    metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
+    assert metadata["class_names"] == list(untrained.DIGITS) and metadata["input_size"] == [64, 32]
     assert "any number of images; onnxruntime's logits within" in capsys.readouterr().out
-    # For speed: GELU is one operation, and depthwise convolutions of feed-forward networks follow convolutions.
+    # For speed, GELU is a single operator, and the feed-forward networks' depthwise convolutions follow convolutions.
     operations = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
     assert operations & {"Gelu", "BiasGelu"} and "Erf" not in operations
     made_by = {name: node.op_type for node in proto.graph.node for name in node.output}
@@ -172,11 +172,11 @@ def test_onnx_of_any_size_resamples_as_torch_does(arch, tmp_path):
 @pytest.mark.slow
 def test_an_exported_program_gives_the_models_logits_and_one_that_does_not_is_not_written(tmp_path, monkeypatch):
     model = untrained.save(tmp_path / "c.pth")
-    told = {"model.json": ""}
-    program = torch.export.load(write(tmp_path / "c.pth", "pt2", tmp_path / "m.pt2"), extra_files=told).module()
+    files = {"model.json": ""}
+    program = torch.export.load(write(tmp_path / "c.pth", "pt2", tmp_path / "m.pt2"), extra_files=files).module()
     for batch in (1, 5):
         assert torch.allclose(program(images(32, 32, batch=batch)), model(images(32, 32, batch=batch)), atol=1e-5)
-    assert json.loads(json.loads(told["model.json"])["num_classes"]) == 10
+    assert json.loads(json.loads(files["model.json"])["num_classes"]) == 10
     original, squashed = export.export, torch.nn.Tanh()
     monkeypatch.setattr(export, "export", lambda model, *how: original(torch.nn.Sequential(model, squashed), *how))
     with pytest.raises(MachineError, match="differ from the model's by .*; nothing was written"):

@@ -1,4 +1,4 @@
-"""infer.py on classifiers: evaluation, prediction, reports, explanations."""
+"""infer.py for classifiers: evaluation, prediction, reports and explanations."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def photographs(folder):
 
 
 def class_folders(root, classes, images=4, split="val"):
-    """Folders of images of noise."""
+    """Create class folders of noise images."""
     for number, name in enumerate(classes):
         (root / split / name).mkdir(parents=True)
         for i in range(images + number):
@@ -44,7 +44,7 @@ def class_folders(root, classes, images=4, split="val"):
 
 @torch.no_grad()
 def logits_of(path, root, classes):
-    """(images, classes) logits and (images,) true classes of the images in class folders, without infer's code."""
+    """Return logits (images, classes) and true classes (images,) of class folders, without the code of infer.py."""
     loaded = load_checkpoint(path)
     files = [(file, i) for i, name in enumerate(classes) for file in sorted((root / "val" / name).glob("*.png"))]
     images = torch.stack([loaded.transform(Image.open(file)) for file, _ in files])
@@ -76,7 +76,7 @@ def test_evaluation_writes_what_it_prints_and_what_a_loop_over_the_images_finds(
 
 
 def test_data_that_lacks_some_of_the_models_classes_is_mapped_by_name(tmp_path, capsys):
-    """Accuracy over all of the model's classes, and among those present."""
+    """The output has the accuracy over all of the model's classes and over those present in the data."""
     known, present = ("a", "b", "c", "d", "e"), ("b", "e", "d")
     root = class_folders(tmp_path / "data", present, images=9)
     save(tmp_path / "a.pth", classes=known)
@@ -116,7 +116,7 @@ def test_files_are_written_where_a_run_directory_or_the_command_line_says(tmp_pa
     (tmp_path / "a.pth").rename(tmp_path / "run/checkpoint_best.pth")
     run("--model-path", "run")
     assert json.loads((tmp_path / "run/checkpoint_best_digits.json").read_text())["data_set"] == "DIGITS"
-    for split in ("val", "test"):  # results of another folder or split do not overwrite the former
+    for split in ("val", "test"):  # results of another folder or split overwrite nothing
         class_folders(tmp_path / "Clinic", ("0", "1"), split=split)
         run("--model-path", "run", "--data-set", "IMNET", "--data-path", "Clinic", "--split", split)
     assert {file.name for file in (tmp_path / "run").glob("*clinic*")} == {
@@ -251,7 +251,7 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, words, error
 def test_images_are_turned_upright_and_the_true_class_is_named_where_their_folder_is_a_class(tmp_path, capsys):
     save(tmp_path / "a.pth", classes=("cat", "dog"))
     photograph, exif = Image.fromarray(load_sample_images().images[0]), Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn
+    exif[0x0112] = 6  # rotated by a quarter turn
     for folder in ("dog", "holiday"):
         (tmp_path / folder).mkdir()
     photograph.save(tmp_path / "dog/upright.png")
@@ -280,8 +280,10 @@ def test_the_explanation_marks_where_the_evidence_is(size):
     inside = heat[rows // 2 :, : columns // 2]
     assert heat.max() == 1 and inside.max() == 1 and heat.min() >= 0
     assert inside.sum() > 0.7 * heat.sum()
-    assert heat[: rows // 2 - explanations.HIDDEN + 1].eq(0).all()  # no square that touches these rows hides anything
-    assert explanations.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()  # all of it is against
+    assert heat[: rows // 2 - explanations.HIDDEN + 1].eq(0).all()  # squares that touch these rows hide no evidence
+    assert (
+        explanations.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()
+    )  # only evidence against it
 
 
 @pytest.mark.slow

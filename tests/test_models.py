@@ -26,7 +26,7 @@ NARROW = {"embed_dims": (16, 16, 16, 16), "stem_width": 8, "num_heads": (1, 1, 1
 
 
 def narrow(name, **arguments):
-    """A model of the full depth and little width."""
+    """Create a narrow model with the full depth."""
     widths = {"embed_dim": 64} if is_vanilla(name) else NARROW
     return timm.create_model(name, **widths | {"img_size": 32} | arguments)
 
@@ -163,7 +163,7 @@ def test_spectral_mixers_take_another_grid_as_if_resized_to_it(name):
     assert all(parameter.requires_grad for parameter in mixer.parameters())
 
 
-def test_spectral_gate_is_untouched_by_autocast_where_told_to():
+def test_spectral_gate_is_untouched_by_autocast_with_float32_precision():
     gate = SpectralGate(8, (8, 8))
     set_spectral_precision(gate, "float32")
     x = torch.randn(1, 8, 8, 8)
@@ -278,7 +278,7 @@ def token_labeller():
     torch.manual_seed(0)
     arguments = TINY | {"img_size": (64, 96), "drop_path_rate": 0.0}
     model = timm.create_model("svt_s", token_label=True, **arguments).train()
-    for module in model.modules():  # so that outputs depend on nothing but the sample
+    for module in model.modules():  # so that each output only depends on its own sample
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     for parameter in model.parameters():
@@ -331,7 +331,7 @@ def test_boxes_are_within_the_grid_and_cover_half_of_it_less_clipping():
         x1, y1, x2, y2 = sample_mix_box((28, 14))
         assert 0 <= x1 <= x2 <= 14 and 0 <= y1 <= y2 <= 28
         areas.append((x2 - x1) * (y2 - y1) / (28 * 14))
-    # Sides sqrt(1 - lambda), lambda uniform: mean area 1/2 unclipped, E[(s - s^2 / 4)^2] = 0.30 clipped.
+    # Sides are sqrt(1 - lambda), lambda uniform. The mean area is 1/2 unclipped, E[(s - s^2 / 4)^2] = 0.30 clipped.
     assert sum(areas) / len(areas) == pytest.approx(0.30, abs=0.04)
     assert min(areas) == 0 and max(areas) > 0.75
 
@@ -365,7 +365,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments):
 
 @pytest.mark.parametrize("body", [Pyramid, Vanilla], ids=lambda body: body.__name__)
 def test_help_says_what_each_argument_and_method_is(body):
-    told = [re.findall(r"^    (\w+): ", inspect.getdoc(described), re.M) for described in (body, ImageModel)]
-    assert {*inspect.signature(body).parameters, "ValueError"} == {*told[0], *told[1]}
+    names = [re.findall(r"^    (\w+): ", inspect.getdoc(described), re.M) for described in (body, ImageModel)]
+    assert {*inspect.signature(body).parameters, "ValueError"} == {*names[0], *names[1]}
     methods = {name: value for name, value in vars(body).items() if callable(value) and not name.startswith("_")}
     assert [name for name, method in methods.items() if not method.__doc__] == []

@@ -1,4 +1,4 @@
-"""The models as a package of their own name, as `pip install .` makes it."""
+"""The models as the package that `pip install .` creates."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ BUILT = ("pyproject.toml", "README.md", "LICENSE", "models")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built of a copy, so that nothing is left in the working tree."""
+    """Build the wheel from a copy, to leave no files in the working tree."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in BUILT:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -35,7 +35,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """The Python of an empty environment with the wheel; torch and timm are lent to it by this one."""
+    """Return the Python of a new environment with the wheel, and torch and timm of the current environment."""
     place = tmp_path_factory.mktemp("environment")
     venv.create(place, with_pip=False)
     python = place / "bin" / "python"
@@ -62,12 +62,12 @@ def test_the_wheel_has_every_source_file_the_type_marker_and_the_weights_and_nee
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
-        told = message_from_bytes(archive.read(metadata))
+        fields = message_from_bytes(archive.read(metadata))
     contained = {name.removeprefix(f"{NAME}/") for name in names if name.startswith(f"{NAME}/")}
     assert contained == tracked | {"py.typed"} and "weights/svt_h_n.cifar10.safetensors" in contained
     assert {name.partition("/")[0] for name in names} == {NAME, metadata.partition("/")[0]}
-    assert (told["Name"], told["License-Expression"]) == ("spectformer-svt", "MIT")
-    assert sorted(line.split(">")[0] for line in told.get_all("Requires-Dist")) == ["timm", "torch"]
+    assert (fields["Name"], fields["License-Expression"]) == ("spectformer-svt", "MIT")
+    assert sorted(line.split(">")[0] for line in fields.get_all("Requires-Dist")) == ["timm", "torch"]
 
 
 @pytest.mark.slow
@@ -88,8 +88,8 @@ assert not [name for name in ours if name in sys.modules], sys.modules
     run(environment, code, cwd=tmp_path)
     script = "import sys, timm, models\nprint(__name__, models.mine, sys.argv[1:], timm.is_model('spectformer_xs'))\n"
     (tmp_path / "train.py").write_text(script)
-    told = run(environment, None, cwd="/", flags=["-m", NAME, str(tmp_path / "train.py"), "--model", "spectformer_xs"])
-    assert told == "__main__ True ['--model', 'spectformer_xs'] True\n"
+    flags = ["-m", NAME, str(tmp_path / "train.py"), "--model", "spectformer_xs"]
+    assert run(environment, None, cwd="/", flags=flags) == "__main__ True ['--model', 'spectformer_xs'] True\n"
 
 
 def test_a_script_that_is_missing_is_named(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""How a script ends: exit codes, and one line for each error."""
+"""Exit codes of the scripts, and one-line error messages."""
 
 import errno
 import os
@@ -55,9 +55,9 @@ def open_many():
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "image.png")
 
 
-@pytest.mark.parametrize(("work", "told"), [(allocate, "out of memory: "), (open_many, "image.png")])
-def test_a_machine_that_has_too_little_of_something_is_one_line_too(work, told, capsys):
+@pytest.mark.parametrize(("work", "message"), [(allocate, "out of memory: "), (open_many, "image.png")])
+def test_a_machine_that_has_too_little_of_something_is_one_line_too(work, message, capsys):
     with pytest.raises(SystemExit) as leave:
         run_cli(lambda argv: work())
     said = capsys.readouterr().err
-    assert leave.value.code == 3 and said.startswith("error: ") and said.count("\n") == 1 and told in said
+    assert leave.value.code == 3 and said.startswith("error: ") and said.count("\n") == 1 and message in said

@@ -1,4 +1,4 @@
-"""What timm's own suite asks of every model, over the registry at small widths."""
+"""The checks of timm's test suite, for all registered models at small widths."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def test_default_cfg_describes_the_model(name):
     model = create(name)
     cfg = model.default_cfg
     assert cfg["architecture"] in (name, name.replace("svt_", "svt_h_"))
-    assert cfg["pool_size"] is None  # unpooled features are a sequence
+    assert cfg["pool_size"] is None  # unpooled features are a token sequence
     tiny = name.endswith("_h_ti")
     assert cfg["num_classes"] == (10 if is_small(name) or tiny else 1000) and cfg["license"] == "mit"
     size, crop = (224, 0.875 if is_vanilla(name) else 0.96)
@@ -135,7 +135,7 @@ def test_parameters_are_grouped_by_depth(name):
     assert layer_of.keys() == dict(model.named_parameters()).keys()
     blocks = sum(PYRAMID["depths"]) if isinstance(model, Pyramid) else VANILLA["depth"]
     class_block = isinstance(model, Pyramid)
-    assert max(layer_of.values()) == blocks + class_block + 1  # the stem is 0, the head last
+    assert max(layer_of.values()) == blocks + class_block + 1  # the stem is layer 0, the head the last layer
     assert layer_of["head.weight"] == max(layer_of.values())
     assert layer_of["norm.weight"] == layer_of["head.weight"] - 1
     assert min(layer_of.values()) == 0 == layer_of["stem.proj.weight" if class_block else "pos_embed"]
@@ -245,7 +245,7 @@ def test_compile_keeps_grids_from_being_laid_out_as_images(monkeypatch):
         ("max_autotune", True),
     }
     given.clear()
-    model.compile(backend="eager")  # torch takes no options beside this
+    model.compile(backend="eager")  # torch accepts no options for this backend
     assert given["options"] is None and given["backend"] == "eager"
 
 
