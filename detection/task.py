@@ -94,7 +94,7 @@ class Detection(Task):
 
     def describe(self) -> str:
         data = self.train.dataset
-        left_out = f", {data.without_area} without area left out" if data.without_area else ""
+        left_out = f", {data.without_area} without area skipped" if data.without_area else ""
         return (
             f"{self.args.detector} on {self.args.data_set}, {len(data)} images with {data.objects} objects of "
             f"{len(data.class_names)} categories{left_out}, {len(self.val.dataset)} validation images"

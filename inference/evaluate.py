@@ -60,10 +60,10 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     results["mean_per_class"] = 100 * float(np.nanmean(class_accuracies(confusion)))
     results |= {"images_per_second": results["images"] / seconds, "seconds": seconds}
     results |= {name: getattr(data, name) for name in ("crop_pct", "interpolation", "mean", "std")}
-    name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{', mirrored too,' if args.tta else ''}"
+    name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{' with mirrored images' if args.tta else ''}"
     height, width = loaded.input_size
     source = data_name(args.data_set, args.data_path)
-    skipped = f" ({results['skipped']} unreadable ones skipped)" if "skipped" in results else ""
+    skipped = f" ({results['skipped']} unreadable skipped)" if "skipped" in results else ""
     line = (
         f"{name} on {source} at {height}x{width}, {results['images']} images{skipped}: "
         f"loss {results['loss']:.4f}, acc@1 {results['acc1']:.2f} %, acc@5 {results['acc5']:.2f} %, "

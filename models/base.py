@@ -81,7 +81,7 @@ class ImageModel(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by one for `num_classes` (0: the model returns its features)."""
+        """Replace the classifier with one for `num_classes` (0: the model returns its features)."""
         self.num_classes = num_classes
         if global_pool is not None:
             self._set_pool(global_pool)

@@ -84,7 +84,7 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, A
         reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint: {reason[:200]}") from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: it contains a {type(checkpoint).__name__}, not the dict of a checkpoint")
+        raise CheckpointError(f"{path}: it contains a {type(checkpoint).__name__}, not a checkpoint dict")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
         checkpoint["args"] = vars(checkpoint["args"])
     return checkpoint

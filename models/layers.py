@@ -154,7 +154,7 @@ def check_heads(dim: int, num_heads: int) -> int:
         ValueError: if the number does not divide the width or is less than 1.
     """
     if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"width {dim} is not divisible into {num_heads} heads")
+        raise ValueError(f"num_heads must be a divisor of the width {dim}, not {num_heads}")
     return num_heads
 
 

@@ -232,7 +232,7 @@ def _model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> 
     if own is None and asked is None:
         raise CheckpointError(f"{path}: it only contains weights; set --arch to their model (in Python: arch=...)")
     if own is not None and asked is not None and own != asked:
-        raise CheckpointError(f"{path}: it contains {own}, not {arch}")
+        raise CheckpointError(f"{path}: it contains {own}, not {arch}; leave out --arch")
     return own or asked
 
 

@@ -192,7 +192,7 @@ class Pyramid(ImageModel):
         return {"stem": r"^stem", "blocks": blocks, "class_block": last}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and `aux_head` if present, by one for `num_classes` (0 for no classifier)."""
+        """Replace the classifier, and `aux_head` if present, with one for `num_classes` (0 for no classifier)."""
         super().reset_classifier(num_classes, global_pool)
         if self.token_label:
             self.aux_head = self._classifier()

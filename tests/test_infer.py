@@ -132,7 +132,7 @@ def test_mirrored_images_have_their_part_in_the_logits(tmp_path, capsys):
     average_mirrored(model)
     assert torch.allclose(model(images), expected) and not torch.allclose(model(images), model.forward(images))
     run("--model-path", tmp_path / "a.pth", "--tta")
-    assert "spectformer_ti, mirrored too, on DIGITS" in capsys.readouterr().out
+    assert "spectformer_ti with mirrored images on DIGITS" in capsys.readouterr().out
     with pytest.raises(UserError, match="--explain does not support --tta"):
         run("--model-path", tmp_path / "a.pth", "--tta", "--explain", "--image", tmp_path)
 
@@ -281,9 +281,7 @@ def test_the_explanation_marks_where_the_evidence_is(size):
     assert heat.max() == 1 and inside.max() == 1 and heat.min() >= 0
     assert inside.sum() > 0.7 * heat.sum()
     assert heat[: rows // 2 - explanations.HIDDEN + 1].eq(0).all()  # squares that touch these rows hide no evidence
-    assert (
-        explanations.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()
-    )  # only evidence against it
+    assert explanations.class_evidence(lower_left_is_bright, image, 0, batch_size=7).eq(0).all()  # evidence against
 
 
 @pytest.mark.slow

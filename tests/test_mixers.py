@@ -9,8 +9,8 @@ from models import ARCHITECTURES
 from models.mixers import MIXERS, Attention, ScatteringMixer, SpectralGate, block_mixers, build_mixer, stage_mixers
 from models.other_mixers import AFNO, AveragePooling, DepthwiseConv, FNet, FourierOperator
 
-# In SVT-H-S with two spectral stages and a token-label head; without weights in the mixers of those seven blocks it
-# has 21,173,232 parameters. Where the paper has the row, its name and what it prints, in millions.
+# Parameters of SVT-H-S with two spectral stages and a token-label head: 21,173,232 plus those of the mixers in the
+# seven spectral blocks. The comments give the paper's name and its number of parameters in millions.
 PUBLISHED = {
     "fnet": 21_173_232,  # FN 21.17
     "fno": 21_330_288,  # FNO 21.33
@@ -118,7 +118,7 @@ def test_local_mixers_see_the_neighbours_alone():
     for mixer in (DepthwiseConv(2).double(), AveragePooling()):
         response = mixer(x) - mixer(torch.zeros_like(x))
         assert torch.equal(response.abs().sum((0, 3)) > 0, near)
-    assert AveragePooling()(torch.ones(1, 5, 5, 2)).abs().max() <= 1e-6  # the mean at the border, too
+    assert AveragePooling()(torch.ones(1, 5, 5, 2)).abs().max() <= 1e-6  # also at the border
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -196,7 +196,7 @@ def test_the_papers_choices_are_short_forms():
 
 def test_only_attention_has_two_residuals_in_a_vanilla_model():
     model = create("spectformer_xs", mixers="attention,none,pool,conv,afno", drop_path_rate=0.0)
-    for block in model.blocks:  # without its feed-forward network, only a pair keeps what the mixer gives
+    for block in model.blocks:  # with a zero MLP, only two residual connections keep the mixer's output
         nn.init.zeros_(block.mlp.fc2.weight)
         nn.init.zeros_(block.mlp.fc2.bias)
     x = grid(4, 4, 64, torch.float32)
