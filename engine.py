@@ -1,6 +1,6 @@
-"""Training: ``fit`` is a run from its first epoch to its last, to be read top to bottom.
+"""The training loop. ``fit`` is a whole run, from the first epoch to the last; read this file top to bottom.
 
-A task (`training.task.Task`) says what is trained; the engine trains it and makes the run resumable.
+A task (`training.task.Task`) defines what is trained. The engine trains it and makes the run resumable.
 """
 
 import argparse
@@ -28,19 +28,19 @@ from training.task import Task
 from training.trainer import Progress, Run, Trainer, set_mode
 from utils import Interrupted, NonFiniteError, StopSignals, UserError, seed_step, seeded
 
-SMALLEST_SCALE = 2.0**-14  # of the fp16 loss; where even this overflows the gradient is not just large
-NAMED_FILES = 32  # sample files that an error message lists
+SMALLEST_SCALE = 2.0**-14  # smallest scale of the fp16 loss; an overflow at this scale is an error
+NAMED_FILES = 32  # at most this many sample files in an error message
 
 
 def fit(kind: type[Task], args: argparse.Namespace) -> None:
-    """Train a task to the last epoch, from --resume's checkpoint if there is one.
+    """Train a task to the last epoch, starting from the checkpoint of --resume if there is one.
 
-    With --eval, only evaluate it; with --dry-run, only try one step of everything. Both write nothing.
+    With --eval, only evaluate it. With --dry-run, only try one update and one evaluation batch. Both write nothing.
 
     Raises:
-        Interrupted: a process got a stop signal; everything was saved.
-        NonFiniteError: a loss or gradient was NaN or infinite; it changed no weight on any process.
-        UserError: a flag does not fit the machine or the model, or the checkpoint does not fit either.
+        Interrupted: a process received a stop signal; the run was saved first.
+        NonFiniteError: a loss or gradient was NaN or infinite; no process updated its weights with it.
+        UserError: a flag or the checkpoint does not fit the machine or the model.
     """
     with start(kind, args) as run:
         task = kind(run)
@@ -61,12 +61,12 @@ def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
     """Join the job's processes, lock the run directory, find the checkpoint to resume from.
 
     Raises:
-        UserError: a flag does not fit the machine, or the checkpoint the number of processes, or another run is
-            using the directory. Nothing has been written then.
+        UserError: a flag does not fit the machine, the checkpoint does not fit the number of processes, or another
+            run is using the directory. Nothing has been written.
     """
     dist = init_distributed(args.device)
     if args.sync_bn and dist.device.type != "cuda":
-        raise UserError("--sync-bn needs CUDA; on a CPU, --freeze-bn trains alike on any number of processes")
+        raise UserError("--sync-bn needs CUDA; on a CPU, use --freeze-bn to be independent of the number of processes")
     set_up_device(dist.device, kind.fixed_sizes)
     writes = not (args.eval or args.dry_run)
     opened = RunDirectory(args.output_dir, dist, kind.ranked_by, kind.plots, args.wandb) if writes else nullcontext()
@@ -86,11 +86,11 @@ def train(trainer: Trainer, run: Run) -> None:
     run.directory.write_args(args, sys.argv, resuming=run.checkpoint is not None)
     describe(trainer)
     if progress.epoch >= trainer.epochs:
-        report(trainer.dist, f"nothing left to train: {progress.epoch} epochs are done; --epochs N goes further")
+        report(trainer.dist, f"nothing left to train: {progress.epoch} epochs are done; a larger --epochs continues")
     elif stops_early(trainer):
         report(trainer.dist, f"nothing left to train: --early-stop {args.early_stop} ended this run")
     if progress.epoch > 0 and progress.step == 0:
-        # The run may have crashed between the files of an epoch's end.
+        # The run may have crashed between writing the files of an epoch.
         save_epoch(trainer, run.directory, run.checkpoint)
 
     with profiler(trainer) as profile:
@@ -104,31 +104,31 @@ def train(trainer: Trainer, run: Run) -> None:
                 report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
                 raise
             row = log_row(trainer, results)
-            score = trainer.task.ranked_by  # of the weights or of their average, whichever is better
+            score = trainer.task.ranked_by  # the better of the weights and their average
             progress.end_epoch(*max((results[score], False), (results.get(f"{score}_ema", -math.inf), True)))
-            trainer.scheduler.step(progress.epoch - 1, progress.score)  # plateau looks at the score
-            # In this order a crash in between repeats the epoch and writes the same again.
+            trainer.scheduler.step(progress.epoch - 1, progress.score)  # the plateau schedule uses the score
+            # After a crash between these two, the epoch is repeated and writes the same files again.
             run.directory.log_row(row, progress.best_epoch)
             save_epoch(trainer, run.directory, checkpoint_state(trainer))
     print_summary(trainer)
 
 
 def stops_early(trainer: Trainer) -> bool:
-    """Whether the last --early-stop epochs have not improved the score."""
+    """Whether the score has not improved in the last --early-stop epochs."""
     patience, progress = trainer.args.early_stop, trainer.progress
     return 0 < patience < progress.epoch - progress.best_epoch
 
 
 def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, Any]) -> None:
-    """Write `state`, of the end of an epoch, as its checkpoints; doing it twice changes nothing."""
+    """Write the checkpoints of a finished epoch from `state`; calling this twice changes nothing."""
     args, epoch = trainer.args, trainer.progress.epoch
     kept = args.checkpoint_epochs and epoch % args.checkpoint_epochs == 0
     directory.save_epoch([f"checkpoint_{epoch:04d}.pth", LAST] if kept else [LAST], state, args.keep_best)
-    trainer.dist.barrier()  # or the others would wait in a collective of the next epoch, whose limit is shorter
+    trainer.dist.barrier()  # other ranks wait here, since the timeout of the next collective is shorter
 
 
 def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: torch.profiler.profile | None) -> None:
-    """Train from `progress.step` to the end of `progress.epoch`; raises Interrupted between two updates."""
+    """Train from `progress.step` to the end of `progress.epoch`; may raise Interrupted between two updates."""
     args, progress, dist, task = trainer.args, trainer.progress, trainer.dist, trainer.task
     set_mode(task, trainer.model, args)
     loss, batches, began = 0.0, [], time.perf_counter()
@@ -160,7 +160,7 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: torch.pr
 
 
 def timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
-    """The batches; the time that the loop waits for them is added to the meters."""
+    """Yield the batches, and add the time spent waiting for them to the meters."""
     batches, done = iter(batches), object()
     while True:
         began = time.perf_counter()
@@ -172,14 +172,14 @@ def timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
 
 
 def dry_run(trainer: Trainer, run: Run) -> None:
-    """One update and one batch of evaluation, twice; prints the second's speed and the memory used."""
+    """Run one update and one evaluation batch twice; print the speed of the second time and the memory used."""
     args, task, progress = trainer.args, trainer.task, trainer.progress
     if run.checkpoint is not None:
         restore(trainer, run.checkpoint)
     describe(trainer)
     task.val.rounds = 1
     batches = list(islice(task.train.epoch(progress.epoch, progress.step), args.accum_iter))
-    for _ in range(2):  # the first compiles, and chooses algorithms
+    for _ in range(2):  # the first time includes compilation and the choice of algorithms
         set_mode(task, trainer.model, args)
         began = time.perf_counter()
         loss = sum(add_gradient(trainer, batch, step) for step, batch in enumerate(batches, progress.step))
@@ -190,12 +190,12 @@ def dry_run(trainer: Trainer, run: Run) -> None:
 
 
 def ends_update(trainer: Trainer, step: int) -> bool:
-    """Whether the gradients of this micro-step are the last that an update waits for."""
+    """Whether this micro-step is the last one of its update."""
     return (step + 1) % trainer.args.accum_iter == 0
 
 
 def add_gradient(trainer: Trainer, batch: Any, step: int) -> Tensor:
-    """Add a micro-batch's gradient to those of its update; returns its part of the loss."""
+    """Add the gradient of a micro-batch to its update; returns the micro-batch's share of the loss."""
     parallel = trainer.parallel
     accumulates = not ends_update(trainer, step) and hasattr(parallel, "no_sync")  # DDP sums the gradients once
     with parallel.no_sync() if accumulates else nullcontext():
@@ -205,32 +205,32 @@ def add_gradient(trainer: Trainer, batch: Any, step: int) -> Tensor:
 
 
 def step_loss(trainer: Trainer, batch: Any, epoch: int, step: int) -> Tensor:
-    """Forward one micro-batch; every random choice is keyed on (seed, epoch, step)."""
+    """Return the loss of a micro-batch; every random choice is keyed on (seed, epoch, step)."""
     args, task = trainer.args, trainer.task
     with seeded(args.seed, "batch", epoch, step):
         prepared = task.prepare(batch)
-    # Processes drop different paths, but mix alike.
+    # Drop path differs between processes; mixing does not.
     seed_step(args.seed, epoch, step, trainer.dist.rank)
     with trainer.precision.autocast():
         return task.loss(trainer.parallel, prepared)
 
 
 def update(trainer: Trainer, loss: Tensor, batches: list[Any], step: int) -> tuple[float, float, bool]:
-    """Update the weights by the gradients that `batches` left.
+    """Update the weights with the accumulated gradients of `batches`.
 
-    Returns the loss over all processes, the gradient's norm before clipping, and whether any process was
-    signalled. An fp16 gradient that overflowed (its norm is not finite) changes no weight, only the scale.
+    Returns the mean loss over all processes, the norm of the gradient before clipping, and whether any process
+    received a signal. An fp16 gradient that overflows (its norm is not finite) changes only the scale, not the weights.
 
     Raises:
-        NonFiniteError: on every process, for a loss or gradient (fp16's overflows apart) that is not finite.
+        NonFiniteError: on every process, if the loss or gradient is not finite, except for an fp16 overflow.
     """
     args, dist, scaler = trainer.args, trainer.dist, trainer.scaler
     scaler.unscale_(trainer.optimizer)
     weights = [weight for weight in trainer.model.parameters() if weight.grad is not None]
-    norm = get_total_norm([weight.grad for weight in weights])  # of averaged gradients: the same everywhere
+    norm = get_total_norm([weight.grad for weight in weights])  # DDP averages gradients: equal on all processes
     signalled = loss.new_full((), float(trainer.stop.signum or 0))
     shared = dist.sum(torch.stack([loss, signalled]).double())
-    # The one place where an update waits for the device.
+    # The only place where an update waits for the device.
     total, signals, norm_value = torch.cat([shared, norm.double()[None]]).tolist()
     mean_loss = total / dist.world_size
 
@@ -252,9 +252,9 @@ def update(trainer: Trainer, loss: Tensor, batches: list[Any], step: int) -> tup
 
 
 def non_finite(trainer: Trainer, what: str, batches: list[Any], step: int) -> NonFiniteError:
-    """The error that names the epoch, the step and the samples of the update, of all processes.
+    """Build the error, which names the epoch, the step and the samples of the update on all processes.
 
-    Where only some samples have non-finite outputs, by themselves, it names those.
+    If the outputs of some samples alone are not finite, it names only those samples.
     """
     task = trainer.task
     trainer.model.eval()
@@ -268,12 +268,12 @@ def non_finite(trainer: Trainer, what: str, batches: list[Any], step: int) -> No
 
 
 def evaluate(trainer: Trainer) -> dict[str, float]:
-    """The task's results for the model, and for its average under names ending in ``_ema``."""
+    """Evaluate the model, and its average (EMA), whose results have names ending in ``_ema``."""
     evaluated = {"": trainer.model} | ({"_ema": trainer.ema.module} if trainer.ema is not None else {})
     results = {}
     for suffix, model in evaluated.items():
         if trainer.dist.world_size > 1:
-            distribute_bn(model, trainer.dist.world_size)  # the main process's statistics, which it also saves
+            distribute_bn(model, trainer.dist.world_size)  # use the statistics of the main process, which saves them
         found = trainer.task.evaluate(model, trainer.stop)
         results |= {name + suffix: value for name, value in found.items()}
     return results

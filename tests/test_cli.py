@@ -185,7 +185,7 @@ def test_without_data_path_the_digits_are_trained():
         (["--data-path="], "--data-path: it is empty"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_told_in_one_line(words, expected):
+def test_a_mistake_on_the_command_line_is_a_one_line_error(words, expected):
     with pytest.raises(UserError, match=expected) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)

@@ -140,8 +140,8 @@ def test_a_task_without_classes_trains_and_is_ranked_by_its_own_score(tmp_path, 
     assert rows[-1]["test_error"] < rows[0]["test_error"] / 2
     best = max(row[name] for row in rows for name in ("test_fit", "test_fit_ema"))
     assert state["best_fit"] == best and state["about"] == "a line" and not any("acc" in name for name in state)
-    told = capsys.readouterr().out
-    assert "points on a line" in told and f"best fit {best:.3f}" in told
+    output = capsys.readouterr().out
+    assert "points on a line" in output and f"best fit {best:.3f}" in output
 
 
 def test_a_dry_run_tries_one_update_and_one_batch_of_evaluation_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -153,8 +153,8 @@ def test_a_dry_run_tries_one_update_and_one_batch_of_evaluation_and_writes_nothi
     engine.fit(Regression, args_of(tmp_path / "run", "--dry-run", "--accum-iter", "2"))
     assert steps == [0, 1] * 2 and tasks[0].val.read == 2 * 2  # twice, the weights and their average
     assert not list(tmp_path.iterdir())
-    told = capsys.readouterr().out
-    assert "images/s in training" in told and "GiB of memory; nothing was written" in told
+    output = capsys.readouterr().out
+    assert "images/s in training" in output and "GiB of memory; nothing was written" in output
 
 
 @pytest.mark.slow
@@ -294,10 +294,10 @@ def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_now_and_then(monke
         for progress.step in (6, 8):
             progress.meters["seconds"] = 10.0 * progress.step
             show_progress(trainer, bar, 2.5)
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     line = "epoch 1 step 8/12: loss 2.5000, lr 1.00e-01, 2 images/s, 00:40 to go (the run: 04:40)\n"
-    assert told.out == ("" if terminal else line)
-    assert ("epoch 1: " in told.err) is terminal
+    assert output.out == ("" if terminal else line)
+    assert ("epoch 1: " in output.err) is terminal
 
 
 @pytest.mark.slow
@@ -317,15 +317,15 @@ def test_the_first_signal_is_answered_at_once(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "warned"), [("3", True), ("40", False)])
-def test_a_schedule_that_stays_in_its_warm_up_is_told(tmp_path, monkeypatch, capsys, epochs, warned):
+def test_a_schedule_that_stays_in_its_warm_up_is_warned_about(tmp_path, monkeypatch, capsys, epochs, warned):
     def stop(*_):
         raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr(engine, "train_one_epoch", stop)
     with pytest.raises(Interrupted):
         engine.fit(Regression, args_of(tmp_path, "--epochs", epochs, "--warmup-epochs", "5"))
-    told = capsys.readouterr().out
-    assert ("warning: --epochs 3 with --warmup-epochs 5 never reaches the peak lr of 0.05" in told) is warned
+    output = capsys.readouterr().out
+    assert ("warning: --epochs 3 with --warmup-epochs 5 never reaches the peak lr of 0.05" in output) is warned
 
 
 @pytest.mark.slow

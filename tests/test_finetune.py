@@ -108,8 +108,8 @@ def test_weights_that_do_not_say_their_model_leave_it_to_the_flags(tmp_path, pre
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(pretrained)}, bare)
     args = parse_args(FLAGS, [*DIGITS, "--finetune", str(bare)])
-    told = parse_args(FLAGS, DIGITS)
-    assert (args.arch, args.model_kwargs) == (told.arch, told.model_kwargs)
+    defaults = parse_args(FLAGS, DIGITS)
+    assert (args.arch, args.model_kwargs) == (defaults.arch, defaults.model_kwargs)
 
 
 def modes(flags, model=TINY_SVT):

@@ -251,6 +251,6 @@ def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_th
 @pytest.mark.slow
 def test_without_weights_and_biases_the_flag_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory, pytest.raises(UserError) as told:
+    with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory, pytest.raises(UserError) as caught:
         directory.write_args({"lr": 1e-3}, ["main.py"])
-    assert "--wandb mine needs pip install wandb" in str(told.value)
+    assert "--wandb mine needs pip install wandb" in str(caught.value)

@@ -233,10 +233,10 @@ def one_epoch(tmp_path_factory):
         (["--model-kwargs", "embed_dim=32", "depth=3", "alpha=1"], "its model_kwargs is"),
         (["--model-ema"], "its model_ema is False"),
         (["--opt", "sgd"], "its opt is adamw"),
-        (["--batch-size", "32"], "updates were of 64 images, --batch-size 64 x --accum-iter 1.*--finetune"),
+        (["--batch-size", "32"], "updates have 64 images, --batch-size 64 x --accum-iter 1.*--finetune"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_told_and_kept(tmp_path, one_epoch, flags, expected):
+def test_a_checkpoint_that_does_not_fit_is_an_error_and_kept(tmp_path, one_epoch, flags, expected):
     shutil.copytree(one_epoch, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "checkpoint_last.pth").read_bytes()
     with pytest.raises(UserError, match=expected):
@@ -331,7 +331,7 @@ def test_another_number_of_processes_keeps_the_images_of_an_update(processes, ex
     state = {"args": {"batch_size": 8, "accum_iter": 1}, "world_size": 4}
     dist = Distributed(world_size=processes)
     if expected is None:
-        with pytest.raises(UserError, match="updates were of 32 images, .*; 3 processes of at most --batch-size 8"):
+        with pytest.raises(UserError, match="updates have 32 images, .*; 3 processes with --batch-size 8 or less"):
             with_global_batch(args, state, dist, multiple=2)
     else:
         args = with_global_batch(args, state, dist, multiple=2)
@@ -354,7 +354,7 @@ def test_any_timm_model_trains(tmp_path, arch):
         ("test_vit", {"depths": 3}, "depths"),
     ],
 )
-def test_a_model_that_cannot_be_built_is_told_in_one_line(arch, kwargs, expected):
+def test_a_model_that_cannot_be_built_is_a_one_line_error(arch, kwargs, expected):
     with pytest.raises(ModelError, match=expected) as caught:
         create_model(arch, 10, (32, 32), kwargs)
     assert "\n" not in str(caught.value)

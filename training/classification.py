@@ -1,4 +1,4 @@
-"""Classification as a task: class labels, mixed by mixup and cutmix, token labels, a teacher."""
+"""The classification task: class labels with mixup and cutmix, token labels, distillation."""
 
 import argparse
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from utils import StopSignals, UserError
 
 
 class Classification(Task):
-    """A model that gives logits (B, classes) for images (B, 3, H, W)."""
+    """Train a model that computes logits (B, classes) of images (B, C, H, W)."""
 
     flags = FLAGS
     ranked_by = "acc1"
@@ -38,7 +38,7 @@ class Classification(Task):
     shown = ("loss", "acc1")
     sample_flags = ("data_set", "repeated_aug", "inat_category", "val_split", "train_part", "balanced_sampling")
     plots = {
-        # Augmentation and smoothing raise the training loss: it does not compare with the test loss.
+        # Augmentation and smoothing raise the training loss, so it is not comparable with the test loss.
         "loss_plot.png": {"Loss (nats)": {"train_loss": "training, augmented", "test_loss": "test"}},
         "acc_plot.png": {"Top-1 accuracy (%)": {"test_acc1": "top-1"}, "Top-5 accuracy (%)": {"test_acc5": "top-5"}},
     }
@@ -54,22 +54,22 @@ class Classification(Task):
 
     @staticmethod
     def batch_multiple(args: argparse.Namespace) -> int:
-        """Mixup and cutmix pair the images of a batch."""
+        """2 for mixup and cutmix, which pair the images of a batch, otherwise 1."""
         return 2 if mixes(args) else 1
 
     def set_mode(self, model: nn.Module) -> None:
-        """Token labels need the root in training mode, and it alone: it then returns what their loss takes."""
+        """Put the root module alone into training mode for token labels: it then returns token logits too."""
         if self.args.token_label:
             model.training = True
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Images, targets and MixToken's box, all mixed."""
+        """Mixed images, mixed targets, and MixToken's box."""
         images, targets = self._images(batch), batch.targets
         if self._mixup is not None:
             images, targets = self._mixup(images, targets)
         if not self.args.token_label:
             return images, targets, {}
-        # As numbers, every box would compile the model again.
+        # A tensor avoids recompiling the model for every box.
         box = sample_mix_box(self.model.token_label_size, images.device if self.args.compile else None)
         return images, targets, {"box": box}
 
@@ -110,13 +110,13 @@ class Classification(Task):
 
 
 def full_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """--model-kwargs and the flags that change the model's weights."""
+    """--model-kwargs, and the arguments from flags that change the model's parameters."""
     flags = {"token_label": args.token_label, "in_chans": args.in_chans if args.in_chans != 3 else None}
     return args.model_kwargs | {name: value for name, value in flags.items() if value}
 
 
 def build_model(run: Run, data: Data) -> nn.Module:
-    """The model of --arch for the data's classes, with the weights that it begins with."""
+    """Create the model of --arch for the data's classes, with its initial weights."""
     args = run.args
     torch.manual_seed(args.seed)
     kwargs = {"drop_rate": args.drop, "drop_path_rate": args.drop_path} | full_model_kwargs(args)
@@ -141,12 +141,12 @@ def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
 
 
 def build_criterion(run: Run, model: nn.Module, data: Data) -> Callable[[Tensor, Any, Any], Tensor]:
-    """The loss, called as ``criterion(images, outputs, targets)``, on the run's device."""
+    """Create the loss on the run's device; call it as ``criterion(images, outputs, targets)``."""
     args, num_classes = run.args, data.num_classes
     if args.token_label:
-        size, swapped = model.token_label_size, args.token_label_crop == "reference"  # the grid of its last stage
+        size, swapped = model.token_label_size, args.token_label_crop == "reference"  # grid of the last stage
         if args.token_label_size is not None and size != (args.token_label_size,) * 2:
-            raise UserError(f"--token-label-size {args.token_label_size}: this model and input size have {size}")
+            raise UserError(f"--token-label-size {args.token_label_size}: this model's token grid is {size}")
 
         def token_criterion(_images: Tensor, outputs: Any, record: Any) -> Tensor:
             targets = dense_targets(record, num_classes, size, args.smoothing, swapped)
@@ -180,19 +180,19 @@ def evaluate(
         watch: called with each batch's logits and targets.
 
     Returns:
-        loss: mean cross-entropy; acc1, acc5: per cent; correct1, correct5, images: counts; skipped: the number of
+        loss: mean cross-entropy; acc1, acc5: percent; correct1, correct5, images: counts; skipped: the number of
         unreadable images, if there are any.
 
     Raises:
         UserError: no image could be read.
-        Interrupted: between two batches, on every process, when one of them was signalled.
+        Interrupted: between two batches, on every process, if any of them received a signal.
     """
     model.eval()
-    full = 0  # images of a batch
+    full = 0  # images of a full batch
     totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
     for batch in evaluation_batches(loader, dist, stop):
         images = as_input(batch.images, precision)
-        if model._compiled_call_impl is not None:  # for a smaller last batch it would be compiled again
+        if model._compiled_call_impl is not None:  # pad the last batch to avoid recompilation
             full = max(full, len(images))
             images = torch.cat([images, images[:1].expand(full - len(images), -1, -1, -1)])
         with precision.autocast():
@@ -216,7 +216,7 @@ def evaluate(
 
 
 def count(logits: Tensor, targets: Tensor) -> Tensor:
-    """(4,) float64: summed cross-entropy, right in the first 1, right in the first 5, images."""
+    """(4,) float64: summed cross-entropy, correct top-1, correct top-5, number of images."""
     loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == targets[:, None]

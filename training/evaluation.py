@@ -1,4 +1,4 @@
-"""Evaluation in step: all processes take a batch at a time, and stop together."""
+"""Synchronized evaluation: all processes evaluate batch by batch and stop together."""
 
 import sys
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from utils import Interrupted, StopSignals
 
 
 def evaluation_batches(loader: Any, dist: Distributed, stop: StopSignals | None = None) -> Iterator[Any]:
-    """This process's batches, one a round of all processes; with a bar on a terminal.
+    """Yield this process's batches, one per round of all processes, with a progress bar on a terminal.
 
     Args:
-        loader: its `rounds` are the largest number of batches that a process has.
+        loader: its `rounds` is the largest number of batches of any process.
 
     Raises:
-        Interrupted: between two batches, on every process, when one of them was signalled.
+        Interrupted: between two batches, on every process, if any of them received a signal.
     """
     batches = iter(loader)
     shown = dist.is_main and sys.stderr.isatty()
@@ -29,5 +29,5 @@ def evaluation_batches(loader: Any, dist: Distributed, stop: StopSignals | None 
             yield batch
 
 
-# No bar: an ImageNet epoch's figures then fit into 80 columns.
+# Without the bar itself, the numbers of an ImageNet epoch fit into 80 columns.
 BAR = "{desc}: {percentage:3.0f}% of {total_fmt} [{remaining}, {rate_fmt}{postfix}]"

@@ -1,4 +1,4 @@
-"""Output of a run: what is trained, the progress and the log row of an epoch, a profile, the summary."""
+"""Output of a run: its description, progress, log rows, profile and summary."""
 
 import resource
 import sys
@@ -17,17 +17,17 @@ from training.optimizer import highest_and_last_rate, images_per_update
 from training.trainer import Trainer
 from utils import atomic_write, say
 
-FEW_UPDATES = 20  # of a whole run: too few to learn from
+FEW_UPDATES = 20  # a run with fewer updates cannot learn
 
 
 def report(dist: Distributed, line: str) -> None:
-    """A line for the user, once for the job."""
+    """Print a line on the main process."""
     if dist.is_main:
         say(line)
 
 
 def describe(trainer: Trainer) -> None:
-    """Print what is about to be trained and how, with a warning if the schedule never reaches its peak."""
+    """Print the model, data and schedule; warn if the schedule never reaches its peak learning rate."""
     args, dist, precision = trainer.args, trainer.dist, trainer.precision
     if args.config is not None:
         report(dist, f"recipe: {args.config}")
@@ -56,7 +56,7 @@ def describe(trainer: Trainer) -> None:
 
 
 def progress_bar(trainer: Trainer) -> tqdm:
-    """The progress of an epoch in figures, on the main process's terminal; nothing elsewhere."""
+    """A progress bar of an epoch, shown only if the main process has a terminal."""
     progress, images = trainer.progress, trainer.args.batch_size * trainer.dist.world_size
     return tqdm(
         desc=f"epoch {progress.epoch}",
@@ -71,7 +71,7 @@ def progress_bar(trainer: Trainer) -> tqdm:
 
 
 def show_progress(trainer: Trainer, bar: tqdm, loss: float) -> None:
-    """After an update: on the bar, or where there is none in a line after every --print-freq updates."""
+    """Show the progress after an update: on the bar, or without one as a line every --print-freq updates."""
     args, dist, progress = trainer.args, trainer.dist, trainer.progress
     if bar.disable and progress.step // args.accum_iter % args.print_freq:
         return
@@ -91,10 +91,10 @@ def show_progress(trainer: Trainer, bar: tqdm, loss: float) -> None:
 
 
 def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
-    """The epoch's line of log.txt.
+    """Return the epoch's row of log.txt, and print its main values.
 
-    seconds: of training, without evaluation; wait_seconds: of these, waiting for the loader, on the main process;
-    memory_gib: the largest amount so far of the main process, on its GPU if it uses one.
+    seconds: training time without evaluation; wait_seconds: the part of it spent waiting for the loader, on the main
+    process; memory_gib: peak memory of the main process so far, on its GPU if it uses one.
     """
     args, dist, progress, sums = trainer.args, trainer.dist, trainer.progress, trainer.progress.meters
     task = trainer.task
@@ -122,7 +122,7 @@ def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
 
 
 def report_dry_run(trainer: Trainer, training: float, evaluation: float) -> None:
-    """What an update and a batch of evaluation took: seconds, as images a second, and memory."""
+    """Print the speed of an update and of an evaluation batch, given their seconds, and the peak memory."""
     args, dist = trainer.args, trainer.dist
     models_evaluated = 1 if trainer.ema is None else 2
     batch = min(args.batch_size * dist.world_size, len(trainer.task.val.dataset))
@@ -135,15 +135,15 @@ def report_dry_run(trainer: Trainer, training: float, evaluation: float) -> None
 
 
 def peak_memory(dist: Distributed) -> float:
-    """The largest amount of memory that this process has used so far, on its GPU if it uses one, in GiB."""
+    """The peak memory of this process so far in GiB, on its GPU if it uses one."""
     if dist.device.type == "cuda":
         return torch.cuda.max_memory_allocated(dist.device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # of what the system reports
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes per unit of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def profiler(trainer: Trainer) -> AbstractContextManager[torch.profiler.profile | None]:
-    """What traces --profile updates of the main process after three others; None without --profile."""
+    """A profiler that traces --profile updates of the main process after three others; None without --profile."""
     args, path = trainer.args, Path(trainer.args.output_dir) / "trace.json"
 
     def write(profile: torch.profiler.profile) -> None:
@@ -159,6 +159,6 @@ def profiler(trainer: Trainer) -> AbstractContextManager[torch.profiler.profile 
 
 
 def print_summary(trainer: Trainer) -> None:
-    """The best score."""
+    """Print the best score and its epoch."""
     best = trainer.task.score_format.format(trainer.progress.best_score)
     report(trainer.dist, f"best {best} in epoch {trainer.progress.best_epoch}; see {trainer.args.output_dir}")

@@ -1,7 +1,7 @@
-"""What training minimises: class labels hard or mixed, token labels, a teacher's outputs.
+"""Losses for hard or mixed class labels, token labels, and distillation.
 
-A run has one criterion, called as ``criterion(images, outputs, targets)``. All of it is computed in float32 at least,
-whatever autocast made of the model's outputs.
+A run has one criterion, called as ``criterion(images, outputs, targets)``. It is computed at least in float32, even
+under autocast.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models.precision import full_precision
 from utils import UserError
 
-# The teacher's share of a class target that blends in the ground truth: where both name one class, and not.
+# The teacher's share of a blended class target: if teacher and ground truth agree on the class, and if not.
 AGREED_SHARE, DISPUTED_SHARE = 0.5, 0.9
 
 
@@ -25,17 +25,17 @@ def token_label_loss(
     """The scalar loss of token labelling with MixToken (Jiang et al. 2021, "All Tokens Matter", section 3).
 
     cls_weight · cross-entropy of the class logits + dense_weight · mean cross-entropy of the token logits.
-    The swapped box of MixToken covers a share 1 − λ of the tokens, and the class target is
-    λ·t + (1 − λ)·t.flip(0). The model puts the token logits back in their own images, so their targets are
-    not mixed.
+    MixToken swaps a box that covers a fraction 1 − λ of the tokens, so the class target is
+    λ·t + (1 − λ)·t.flip(0). The model swaps the token logits back to their own images, so the token targets
+    are not mixed.
 
     Args:
         outputs: class logits (B, classes), token logits (B, N, classes), and optionally MixToken's box
-            (x1, y1, x2, y2) on the token grid, None or of no area where nothing was mixed.
-        targets: (B, classes, 2 + N) as `token_labels.dense_targets` lays them out; with two columns every
-            token has the class token's target.
-        ground_truth: blend the ground truth into the class target t: 0.9 or, where it and the teacher name
-            the same class, 0.5 of the teacher's, and the rest of the ground truth's.
+            (x1, y1, x2, y2) on the token grid, None or empty if nothing was mixed.
+        targets: (B, classes, 2 + N), see `token_labels.dense_targets`; with only two columns, every token has
+            the class token's target.
+        ground_truth: blend the ground truth into the class target t. The teacher's target has a weight of 0.5
+            if both agree on the class and 0.9 otherwise; the ground truth has the rest.
     """
     class_logits, token_logits, box = (*outputs, None)[:3]
     targets = targets.to(full_precision(class_logits).dtype)
@@ -57,11 +57,11 @@ def token_label_loss(
 
 
 class ClassLoss(nn.Module):
-    """The criterion of class labels.
+    """The criterion for class labels.
 
     Args:
-        soft_targets: the targets are distributions, which mixup and cutmix smooth themselves.
-        class_weights: (classes,), weights of the target's terms, hard or mixed, of cross-entropy and of BCE.
+        soft_targets: the targets are distributions, which mixup and cutmix have already smoothed.
+        class_weights: (classes,), weights of the classes in cross-entropy or BCE, for hard or mixed targets.
         bce: binary cross-entropy for each class instead of cross-entropy.
     """
 
@@ -75,7 +75,7 @@ class ClassLoss(nn.Module):
             self.loss = nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Raises UserError for a model that mixes images by itself, whose targets these are not."""
+        """Raises UserError for a model that mixes images itself, because these targets do not fit its outputs."""
         if not isinstance(outputs, Tensor):
             raise UserError("this model also returns token logits: train it with --token-label and label maps")
         with torch.autocast(outputs.device.type, enabled=False):
@@ -85,15 +85,15 @@ class ClassLoss(nn.Module):
 class DistillationLoss(nn.Module):
     """Knowledge distillation (Hinton et al. 2015; Touvron et al. 2021, "DeiT", section 4), as a criterion.
 
-    (1 − alpha) · loss of the labels + alpha · loss of the teacher's outputs for the same, possibly mixed,
-    images. The model's outputs may be a pair of logits, for the labels and for the teacher; a single tensor
-    serves both.
+    (1 − alpha) · label loss + alpha · distillation loss against the teacher's outputs for the same, possibly
+    mixed, images. The model may return a pair of logits, for the labels and for the teacher; a single tensor is
+    used for both.
 
     Args:
-        base: the criterion of the labels.
-        teacher: any classifier of the same images and classes; put in evaluation mode, never trained.
-        kind: "soft", Kullback-Leibler divergence at temperature tau, or "hard", cross-entropy with the class
-            that the teacher chooses.
+        base: the criterion for the labels.
+        teacher: a classifier for the same images and classes; it is set to evaluation mode and never trained.
+        kind: "soft" for the Kullback-Leibler divergence at temperature tau, or "hard" for cross-entropy with the
+            teacher's predicted class.
     """
 
     def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float = 0.5, tau: float = 1.0):
@@ -105,7 +105,7 @@ class DistillationLoss(nn.Module):
         self.tau = tau
 
     def forward(self, images: Tensor, outputs: Tensor | Sequence[Tensor], targets: Tensor) -> Tensor:
-        """Raises UserError where the teacher knows another number of classes."""
+        """Raises UserError if the teacher has a different number of classes."""
         logits, student = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
         with torch.no_grad():
             taught = self.teacher(images)
@@ -121,10 +121,10 @@ class DistillationLoss(nn.Module):
         divergence = F.kl_div(
             F.log_softmax(student / self.tau, 1), F.log_softmax(taught / self.tau, 1), reduction="sum", log_target=True
         )
-        return divergence * self.tau**2 / student.numel()  # mean over batch and classes, as DeiT's
+        return divergence * self.tau**2 / student.numel()  # mean over batch and classes, as in DeiT
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
-    """Images / (classes · images of the class), as scikit-learn's "balanced"; 1 where all classes are equally large."""
+    """Images / (classes · images of the class), like scikit-learn's "balanced"; 1 if all classes are equally large."""
     counts = np.bincount(labels, minlength=num_classes)
     return torch.from_numpy(len(labels) / (num_classes * np.maximum(counts, 1))).float()

@@ -1,4 +1,4 @@
-"""A model as the command line asks for it: given weights, its layers frozen or recomputed."""
+"""Prepare a model for training: load its weights, freeze layers, enable gradient checkpointing."""
 
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -9,18 +9,18 @@ from utils import UserError, one_line
 
 
 def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool) -> list[str]:
-    """`load_weights`, whose complaints become the user's and name the file."""
+    """Call `load_weights`, and turn its errors into UserErrors that name the file."""
     try:
         return load_weights(model, weights, new_head=new_head)
-    except (WeightMismatch, ValueError, RuntimeError, IndexError) as error:  # of tensors with absurd shapes, too
+    except (WeightMismatch, ValueError, RuntimeError, IndexError) as error:  # also for tensors with absurd shapes
         raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def load_finetuned(model: nn.Module, path: str, class_names: tuple[str, ...], keep_classifier: bool) -> list[str]:
-    """Load the weights to begin with; what of the model they left untouched.
+    """Load the initial weights; returns the names of the parameters that are not in the file.
 
-    With `keep_classifier` the file's classifier is taken if it is for these very classes, by name or, where the file
-    has no names, by number.
+    With `keep_classifier`, the file's classifier is loaded too if its classes match: by name or, if the file has no
+    class names, by number.
     """
     state = read_checkpoint(path)
     weights = unwrap(weights_of(state, path=path))
@@ -32,19 +32,19 @@ def load_finetuned(model: nn.Module, path: str, class_names: tuple[str, ...], ke
 
 
 def layers_of(model: nn.Module) -> dict[int, list[str]]:
-    """Parameter names by layer, from the stem (0) to the head, as the model's `group_matcher` says."""
+    """Parameter names by layer, from the stem (0) to the head, according to the model's `group_matcher`."""
     if not hasattr(model, "group_matcher"):
-        raise UserError("--freeze-at and --layer-decay: this model does not say what its layers are")
+        raise UserError("--freeze-at and --layer-decay: this model defines no layers (it has no group_matcher)")
     return group_parameters(model, model.group_matcher(coarse=False))
 
 
 def freeze_layers(model: nn.Module, number: int) -> None:
-    """Take the first `number` layers out of training."""
+    """Freeze the first `number` layers."""
     if number == 0:
         return
     layers = layers_of(model)
     if number >= len(layers):
-        raise UserError(f"--freeze-at {number}: the model has {len(layers)} layers, one has to be trained")
+        raise UserError(f"--freeze-at {number}: the model has {len(layers)} layers, and at least one must be trained")
     frozen = {name for layer in sorted(layers)[:number] for name in layers[layer]}
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in frozen)
@@ -54,9 +54,9 @@ def enable_grad_checkpointing(model: nn.Module) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
-        raise UserError(f"--grad-checkpointing: this model has none ({one_line(error)})") from error
+        raise UserError(f"--grad-checkpointing: this model does not support it ({one_line(error)})") from error
 
 
 def count_parameters(model: nn.Module, trained: bool = False) -> int:
-    """The number of weights, or of those that are trained."""
+    """The number of parameters, or of trainable parameters."""
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained)

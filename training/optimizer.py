@@ -1,4 +1,4 @@
-"""The optimiser and its schedule."""
+"""The optimizer and its schedule."""
 
 import argparse
 import warnings
@@ -16,8 +16,8 @@ from utils import UserError, one_line
 
 LR_BATCH = 512  # --lr is for this many images an update (DeiT)
 MIN_LR, WARMUP_LR, DECAY_EPOCHS = 1e-5, 1e-6, 30  # DeiT's
-SHORTEST_WARMUP = 2  # updates of a --warmup-part; the first two would be lost
-SAMPLED_STEPS = 1000  # of a schedule that is looked at beforehand
+SHORTEST_WARMUP = 2  # updates; a shorter --warmup-part counts as 0
+SAMPLED_STEPS = 1000  # steps at which a schedule is sampled before training
 APEX = "https://github.com/NVIDIA/apex (PyPI's package of that name is unrelated)"
 
 
@@ -26,9 +26,9 @@ def images_per_update(args: argparse.Namespace, dist: Distributed) -> int:
 
 
 def peak_rate(args: argparse.Namespace, dist: Distributed) -> float:
-    """--lr for this number of images per update.
+    """Scale --lr to the number of images per update.
 
-    It grows linearly with them (Goyal et al. 2017), or by --lr-scale with their square root (Malladi et al. 2022).
+    --lr-scale chooses linear (Goyal et al. 2017) or square-root scaling (Malladi et al. 2022).
     """
     ratio = images_per_update(args, dist) / LR_BATCH
     return args.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}["none" if args.unscale_lr else args.lr_scale]
@@ -37,12 +37,10 @@ def peak_rate(args: argparse.Namespace, dist: Distributed) -> float:
 def build_optimizer(
     args: argparse.Namespace, model: nn.Module | list[dict[str, Any]], dist: Distributed
 ) -> torch.optim.Optimizer:
-    """Timm's optimiser of that name for a model or some groups of weights.
-
-    `peak_rate` is its learning rate.
+    """Create timm's optimizer --opt for a model or parameter groups, with the learning rate `peak_rate`.
 
     Raises:
-        UserError: there is no such optimiser here, or it does not take an option that was given.
+        UserError: the optimizer is not available, or it does not support a given option.
     """
     options = {"eps": args.opt_eps}
     if args.opt_betas is not None:
@@ -56,9 +54,9 @@ def build_optimizer(
     try:
         info = get_optimizer_info(args.opt.lower().split("_")[-1])
         if info.second_order:
-            raise ValueError("it needs second derivatives, which no update here computes")
+            raise ValueError("it needs second derivatives, which are not computed")
         if args.opt_betas is not None and not info.has_betas:
-            raise ValueError("it has no betas, leave out --opt-betas")
+            raise ValueError("it has no betas; remove --opt-betas")
         return create_optimizer_v2(
             model,
             opt=args.opt,
@@ -75,10 +73,10 @@ def build_optimizer(
 
 
 def no_matrices(model: nn.Module) -> list[str]:
-    """The names of weights that look like matrices without being those of a linear map: Muon must leave them alone.
+    """The names of parameters that are not matrices of a linear map, which Muon must not update.
 
-    These are spectral filters, low-pass weights, blendings, position embeddings and depthwise kernels. Muon's AdamW
-    trains them.
+    These are spectral filters, low-pass weights, blendings, position embeddings and depthwise kernels. Muon's fallback
+    AdamW trains them.
     """
     matrices = {
         id(layer.weight)
@@ -89,9 +87,9 @@ def no_matrices(model: nn.Module) -> list[str]:
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
-    """The schedule, to be stepped after each epoch and before each update but the first, with the previous number.
+    """Create the schedule. Step it after each epoch and before each update except the first, with the previous number.
 
-    --sched-on-updates decides which of the two has an effect. Epochs (updates) 0 and 1 run at --warmup-lr, as
+    --sched-on-updates decides which of the two calls has an effect. Epochs (updates) 0 and 1 run at --warmup-lr, as
     published.
     """
     peak = max(group["lr"] for group in optimizer.param_groups)
@@ -103,7 +101,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         if args.sched_on_updates and warmup_epochs * updates_per_epoch < SHORTEST_WARMUP:
             warmup_epochs = 0
     try:
-        with warnings.catch_warnings(action="ignore"):  # plateau is deprecated in timm
+        with warnings.catch_warnings(action="ignore"):  # timm's plateau schedule warns that it is deprecated
             scheduler, _ = create_scheduler_v2(
                 optimizer,
                 sched=args.sched,
@@ -124,14 +122,14 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
 
 
 def at_most_a_tenth(given: float | None, default: float, peak: float) -> float:
-    """--min-lr or --warmup-lr: as given, else the published one where it is small beside the peak."""
+    """--min-lr or --warmup-lr as given, else the published default, but at most a tenth of the peak."""
     return min(default, peak / 10) if given is None else given
 
 
 def highest_and_last_rate(args: argparse.Namespace, peak: float, updates_per_epoch: int) -> tuple[float, float]:
-    """The largest and the last learning rate of a run whose schedule's peak is `peak`.
+    """The largest and the last learning rate of a run with a peak of `peak`.
 
-    It looks at some thousand steps, among them the last: where a warm-up never ends, that one has the largest.
+    The schedule is sampled at about a thousand steps including the last, which is the largest if warm-up never ends.
     """
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     scheduler = build_scheduler(args, optimizer, updates_per_epoch)

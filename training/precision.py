@@ -1,4 +1,4 @@
-"""The precision that a model computes in, and what the device may do for speed."""
+"""The precision of a model, and device settings for speed."""
 
 import argparse
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of weights and images, and that of autocast (None: off)."""
+    """The dtype of weights and images, and the dtype of autocast (None: off)."""
 
     device: torch.device
     dtype: torch.dtype
@@ -20,7 +20,7 @@ class Precision:
 
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """What --dtype and --amp say; `auto` is mixed precision on CUDA, in bf16 where the GPU computes in it natively."""
+    """The precision of --dtype and --amp; `auto` is mixed precision on CUDA, in bf16 if natively supported."""
     dtype = getattr(torch, args.dtype)
     amp = args.amp
     if amp == "auto":
@@ -37,11 +37,11 @@ def as_input(images: Tensor, precision: Precision, channels_last: bool = False) 
 
 
 def set_up_device(device: torch.device, fixed_sizes: bool = True) -> None:
-    """What training, evaluation, prediction and benchmarks allow a GPU: TF32 in float32 products and convolutions.
+    """Allow TF32 in float32 matrix products and convolutions on a GPU.
 
     Args:
-        device: a CPU needs nothing.
-        fixed_sizes: all images have one size, so cuDNN may search for the fastest algorithm of each convolution.
+        device: nothing is set for a CPU.
+        fixed_sizes: all images have the same size, so cuDNN may search for the fastest convolution algorithms.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint, whether it fits this run, what it contains, and how its state is restored."""
+"""Resuming: find the checkpoint, check that it fits this run, save and restore its state."""
 
 import argparse
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from training.trainer import Progress, Run, Trainer
 from utils import UserError, one_line, quote
 
 LAST = "checkpoint_last.pth"
-REQUIRED = ("model", "optimizer", "args", "world_size", "epoch", "step", "meters")  # to resume
-# Options of torch's optimisers that depend on the machine: a run saved on a CPU resumes on CUDA.
+REQUIRED = ("model", "optimizer", "args", "world_size", "epoch", "step", "meters")  # keys needed to resume
+# Options of torch's optimizers that depend on the machine: a run saved on a CPU can resume on CUDA.
 MACHINE_OPTIONS = ("fused", "foreach", "capturable")
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the state of that schedule
 
@@ -35,13 +35,13 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
     """The checkpoint that --resume names, or None.
 
     Raises:
-        UserError: it is no run's, or a run without it, or from it, would overwrite another run or later checkpoints.
+        UserError: it is not a run's checkpoint, or this run would overwrite another run or later checkpoints.
     """
     output, writes = Path(args.output_dir), not (args.eval or args.dry_run)
     if args.resume is None:
         found = [name for name in ("log.txt", LAST) if writes and (output / name).exists()]
         if found:
-            raise UserError(f"--output-dir {output}: it has another run's {found[0]}; --resume auto continues that run")
+            raise UserError(f"--output-dir {output}: has another run's {found[0]}; --resume auto continues that run")
         return None
     path = output if args.resume == "auto" else Path(args.resume)
     directory, state = path, None
@@ -59,10 +59,10 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
         return state
     if missing := [key for key in REQUIRED if state.get(key) is None]:
         raise UserError(
-            f"--resume {path}: no {', '.join(missing)} in it, so it is not a run's checkpoint; "
+            f"--resume {path}: not a run's checkpoint, {', '.join(missing)} missing; "
             "--finetune starts a new run from its weights"
         )
-    if writes and directory != output:  # what is later in a directory whose newest was taken is damaged
+    if writes and directory != output:  # in the same directory, later checkpoints are damaged
         newest = newest_first(output)[:1]
         if newest and newest[0][0] > (state["epoch"], state["step"]):
             raise UserError(
@@ -75,27 +75,27 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
 def with_global_batch(
     args: argparse.Namespace, state: Mapping[str, Any], dist: Distributed, multiple: int = 1
 ) -> argparse.Namespace:
-    """The arguments with which this number of processes makes updates of as many images as the checkpoint's.
+    """Adapt batch size and accumulation so that this number of processes keeps the checkpoint's images per update.
 
     Args:
-        multiple: what a batch size has to be a multiple of.
+        multiple: the number that must divide the batch size.
 
     Raises:
-        UserError: no batch size does, or the command line asks for another number of images.
+        UserError: no batch size keeps it, or the command line asks for another number of images.
     """
     batch, accumulated, processes = state["args"]["batch_size"], state["args"]["accum_iter"], state["world_size"]
     images = batch * accumulated * processes
     if images == images_per_update(args, dist):
         return args
     before = (
-        f"{args.resume}: its updates were of {images} images, --batch-size {batch} x --accum-iter {accumulated} "
+        f"{args.resume}: its updates have {images} images, --batch-size {batch} x --accum-iter {accumulated} "
         f"x {processes} processes"
     )
     share, rest = divmod(images, dist.world_size)
     sizes = [size for size in range(multiple, args.batch_size + 1, multiple) if share % size == 0 and not rest]
     if not sizes or dist.world_size == processes:
         raise UserError(
-            f"{before}; {dist.world_size} processes of at most --batch-size {args.batch_size} make others; "
+            f"{before}; {dist.world_size} processes with --batch-size {args.batch_size} or less cannot keep it; "
             f"--finetune {args.output_dir if args.resume == 'auto' else args.resume} starts a new run from its weights"
         )
     flags = {"batch_size": sizes[-1], "accum_iter": share // sizes[-1]}
@@ -108,7 +108,7 @@ def with_global_batch(
 
 
 def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
-    """Everything to resume from, and everything that prediction needs."""
+    """The content of a checkpoint: everything needed to resume and to predict."""
     task = trainer.task
     state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     if trainer.ema is not None:
@@ -129,7 +129,7 @@ def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def stored_names(score: str) -> dict[str, str]:
-    """Attribute of `Progress` -> its key in a checkpoint, where "score" is the task's: best_score -> best_acc1."""
+    """Map attributes of `Progress` to keys of a checkpoint, which contain the score's name: best_score -> best_acc1."""
     return {item.name: item.name.replace("score", score) for item in fields(Progress)}
 
 
@@ -137,7 +137,7 @@ def stored_names(score: str) -> dict[str, str]:
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Restore a checkpoint; raises UserError that names what differs."""
+    """Restore a checkpoint; raises UserError that names any setting that differs."""
     path, task, progress, optimizer = trainer.args.resume, trainer.task, trainer.progress, trainer.optimizer
     check_same(state, task.identity(), path)
     flags = [*task.sample_flags, "opt", "model_ema", *(["seed"] if state["step"] else [])]
@@ -158,7 +158,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         setattr(progress, name, state.get(key, getattr(progress, name)))
     progress.step = progress.step // state["args"]["accum_iter"] * trainer.args.accum_iter
     if progress.step > len(task.train):
-        raise UserError(f"--resume {path}: its step {progress.step} is beyond this data's {len(task.train)} an epoch")
+        raise UserError(f"--resume {path}: its step {progress.step} exceeds this data's {len(task.train)} per epoch")
     if progress.epoch > 0:
         trainer.scheduler.step(progress.epoch - 1)
     if isinstance(trainer.scheduler, PlateauLRScheduler):
@@ -166,13 +166,13 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> None:
-    """Load the weights that a model begins with: --finetune's, or with --eval those of --resume.
+    """Load the initial weights of a model, from --finetune or, with --eval, from --resume.
 
     Raises:
-        UserError: they do not fit the model, or with --eval the classes.
+        UserError: the weights do not fit the model or, with --eval, the classes.
     """
     args = run.args
-    model.to(run.precision.dtype)  # before loading: float64 weights keep their digits
+    model.to(run.precision.dtype)  # before loading, so that float64 weights keep their precision
     if run.checkpoint is not None and args.eval:
         if run.checkpoint.get("class_names") is not None:
             check_same(run.checkpoint, {"class_names": class_names}, args.resume)
@@ -180,21 +180,21 @@ def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> No
     elif run.checkpoint is None and args.finetune is not None:
         left = load_finetuned(model, args.finetune, class_names, keep_classifier=args.classifier == "auto")
         if args.eval and left:
-            raise UserError(f"--eval --finetune {args.finetune}: its classes are not this data's")
+            raise UserError(f"--eval --finetune {args.finetune}: its classes differ from those of this data")
         report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(left) or 'nothing'}")
 
 
 def load_average(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Load the average to evaluate, if there is one; it may be of another image size."""
+    """Load the EMA weights to evaluate, if there are any; the image size may differ."""
     if trainer.ema is not None:
         path = trainer.args.resume
         load(trainer.ema.module, weights_of(state, ema=True, path=path), path, new_head=False)
 
 
 def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
-    """Raise UserError for the first setting in which a checkpoint and this run differ."""
+    """Raise UserError for the first setting that differs between a checkpoint and this run."""
     for key, value in wanted.items():
-        found, value = plain(state.get(key)), plain(value)  # lists in a file are tuples on a command line
+        found, value = plain(state.get(key)), plain(value)  # lists in the file are tuples in parsed arguments
         if isinstance(found, dict) and isinstance(value, dict):
             names = [name for name in found | value if found.get(name) != value.get(name)]
             found, value = ({name: part[name] for name in names if name in part} for part in (found, value))

@@ -1,4 +1,4 @@
-"""What a run trains: all that the engine asks of a task, such as classification."""
+"""The interface of a task, such as classification, to the engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,21 @@ from utils import StopSignals
 class Task(ABC):
     """A model with its data, its loss and its evaluation; the engine trains it and makes the run resumable.
 
-    A task is built from an open run, on every process. The engine moves the model to the device and into the run's
-    precision, wraps it for several processes, and owns updates, checkpoints, logs and signals.
+    Every process builds the task from its `Run`. The engine moves the model to the run's device and precision, wraps
+    it for several processes, and is responsible for updates, checkpoints, logs and signals.
 
     Attributes:
-        flags: the task's part of the command line.
-        ranked_by: the result of `evaluate` by which checkpoints are ranked; the larger the better.
-        score_format: how a value of `ranked_by` is printed.
-        shown: results of `evaluate` in an epoch's line on the console.
-        plots: the pictures of the log in the run directory, by file.
-        sample_flags: what decides, beside the seed, which samples a run has; a run that resumes must have the same.
-        fixed_sizes: whether all images of a run have one size.
-        model: what is trained, with the weights it begins from.
-        train: batches, by ``train.epoch(epoch, first micro-step)``; its length is the micro-steps of an epoch, its
-            `skipped` the unreadable files met so far, path to reason.
-        val: the batches that `evaluate` reads, of a `dataset` of all processes; a dry run sets its `rounds` to 1.
+        flags: the command-line flags of the task.
+        ranked_by: the result of `evaluate` that ranks checkpoints; larger is better.
+        score_format: the format string that prints a value of `ranked_by`.
+        shown: results of `evaluate` that the console shows after each epoch.
+        plots: the plots in the run directory, by file name.
+        sample_flags: flags that, with the seed, determine a run's samples; they must not change on resume.
+        fixed_sizes: whether all images of a run have the same size.
+        model: the model to train, with its initial weights.
+        train: the training loader; ``train.epoch(epoch, first micro-step)`` yields batches. Its length is the number of
+            micro-steps per epoch; its `skipped` maps the unreadable files found so far to the reasons.
+        val: the loader that `evaluate` reads; its `dataset` is that of all processes. A dry run sets `rounds` to 1.
     """
 
     flags: ClassVar[TaskFlags]
@@ -44,50 +44,50 @@ class Task(ABC):
 
     @staticmethod
     def batch_multiple(args: Any) -> int:
-        """What a process's batch size has to be a multiple of."""
+        """The number that must divide the batch size of a process."""
         return 1
 
     def set_mode(self, model: nn.Module) -> None:  # noqa: B027 (most tasks need nothing)
-        """What training needs beyond the engine's own choice of training or evaluation mode."""
+        """Adjust the training or evaluation mode that the engine has set."""
 
     def prepare(self, batch: Any) -> Any:
-        """The inputs and targets of a micro-batch.
+        """Prepare the inputs and targets of a micro-batch.
 
-        The random generators are seeded alike on all processes: what is drawn here is drawn for all of them.
+        The random generators have the same seed on all processes here, so all processes draw the same numbers.
         """
         return batch
 
     @abstractmethod
     def loss(self, model: nn.Module, prepared: Any) -> Tensor:
-        """The scalar loss of what `prepare` gave, under autocast; `model` is wrapped for several processes.
+        """The scalar loss of the output of `prepare`, under autocast; `model` is wrapped for several processes.
 
-        The generators are seeded differently on every process: what the model draws (drop path) differs.
+        The random generators have a different seed on each process here, so drop path differs between processes.
         """
 
     @abstractmethod
     def finite_samples(self, model: nn.Module, batch: Any) -> list[tuple[int, bool]]:
-        """Each sample's index, and whether the model's outputs for it alone are finite; `model` is evaluating."""
+        """(index, whether the model's outputs are finite) of each sample; `model` is in evaluation mode."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
-        """Evaluate every validation sample of all processes once; the same results on all of them.
+        """Evaluate every validation sample of all processes once; returns the same results on every process.
 
         Raises:
-            Interrupted: between two batches, on every process, when one of them was signalled.
+            Interrupted: between two batches, on every process, if any of them received a signal.
         """
 
     def sample_name(self, index: int) -> str:
-        """The file of a training sample, or what names it best."""
+        """The file of a training sample, or another name if it has no file."""
         return self.train.dataset.path(index)
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that resumes from it must have in common; part of every checkpoint."""
+        """The settings that must be equal in a checkpoint and a run that resumes from it; saved in every checkpoint."""
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What else prediction needs from a checkpoint."""
+        """Further values that prediction needs; saved in every checkpoint."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The data in a few words: ``DIGITS at 32x32, 10 classes``."""
+        """A short description of the data, such as ``DIGITS at 32x32, 10 classes``."""

@@ -1,4 +1,4 @@
-"""The parts of a run: what is open, what trains, and how far it is."""
+"""The parts of a run: its resources, its progress, and everything that a training step needs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What is open while a run lasts.
+    """The resources of a run.
 
-    args: the command line, completed; dist: the job's processes; directory: where the run writes, None with
-    --eval and --dry-run; checkpoint: what it resumes from, None for a new run.
+    args: the parsed command line; dist: the job's processes; directory: where the run writes, None with --eval and
+    --dry-run; checkpoint: the checkpoint to resume from, None for a new run.
     """
 
     args: argparse.Namespace
@@ -39,11 +39,11 @@ class Run:
 
 @dataclass
 class Progress:
-    """How far a run is; all of it is saved in checkpoints.
+    """The progress of a run, saved in every checkpoint.
 
-    `step` micro-steps of `epoch` are done, and `meters` contains sums over them: updates, overflows, loss, norm,
-    seconds, wait_seconds. `updates` counts those of the weights since the beginning. `score` is the last finished
-    epoch's; `averaged` says whether the average of the weights reached it rather than the weights themselves.
+    `step` is the number of finished micro-steps in `epoch`, and `meters` contains their sums: updates, overflows, loss,
+    norm, seconds, wait_seconds. `updates` counts all updates of the weights. `score` is that of the last finished
+    epoch; `averaged` is True if the average of the weights (EMA) reached it.
     """
 
     epoch: int = 0
@@ -67,7 +67,7 @@ class Progress:
 
 
 class Trainer:
-    """What a step needs, with the task's model on the device. `parallel` is `model` wrapped for several processes."""
+    """Everything that a training step needs. `parallel` is `model` wrapped for several processes."""
 
     def __init__(self, run: Run, task: Task, stop: StopSignals):
         args = run.args
@@ -91,7 +91,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the layers that --layer-decay does not lower."""
+        """The learning rate of the layers that --layer-decay leaves unchanged."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     @property
@@ -100,7 +100,7 @@ class Trainer:
 
     @property
     def position(self) -> int:
-        """The number of the next update, counted from the beginning, including those that overflowed."""
+        """The number of updates so far, including those that overflowed."""
         return self.progress.epoch * self.updates_per_epoch + self.progress.step // self.args.accum_iter
 
     @property
@@ -109,7 +109,7 @@ class Trainer:
 
 
 def set_mode(task: Task, model: nn.Module, args: argparse.Namespace) -> None:
-    """Training mode, or what --finetune-mode, --freeze-bn and --freeze-at make of it."""
+    """Set training mode, as modified by --finetune-mode, --freeze-bn and --freeze-at."""
     evaluating = args.finetune is not None and args.finetune_mode == "eval"
     model.train(not evaluating)
     task.set_mode(model)
