@@ -1,4 +1,4 @@
-"""The data sets by name, and what each requires of the command line and the augmentation."""
+"""The data sets by name, with the flags that each supports."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from utils import UserError, one_line
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a data set is built, the flags that not all data sets take, and how its images may be augmented."""
+    """A data set: its builder, the optional flags that it supports, and whether it contains glyphs."""
 
     build: Callable[[DatasetOptions], ImageDataset]
-    flags: str = ""  # of --download, --val-split, --val-path and --split test
-    needs_path: bool = True  # --data-path must be given
-    glyphs: bool = False  # mirrored, or cropped strongly, an image may be of another class
+    flags: str = ""  # which of --download, --val-split, --val-path and --split test it supports
+    needs_path: bool = True  # --data-path is required
+    glyphs: bool = False  # flips and strong crops may change an image's class
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -46,7 +46,7 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """The entry of `DATASETS` for a name as given to --data-set; raises UserError for an unknown one."""
+    """The entry of `DATASETS` for a --data-set name; raises UserError for an unknown name."""
     key = name.partition("/")[0] + "/" if "/" in name else name
     if key not in DATASETS:
         raise UserError(f"--data-set {name}: unknown; choose one of {', '.join(DATASETS)}")
@@ -60,10 +60,10 @@ def build_dataset(
 
     Args:
         name: a key of `DATASETS`, or ``hfds/…`` or ``wds/…``.
-        root: its folder, --data-path; ``DIGITS`` needs none, for ``hfds/…`` it is the cache.
-        split: "train", "val" (what training validates on), or "test".
-        classes: keep only these, by name or number, labelled in this order.
-        options: further fields of `DatasetOptions`.
+        root: its folder (--data-path). ``DIGITS`` needs none; for ``hfds/…`` it is the cache.
+        split: "train", "val" (used for validation during training), or "test".
+        classes: keep only these classes, by name or number, and label them in this order.
+        options: other fields of `DatasetOptions`.
 
     Raises:
         UserError: unknown name, missing or damaged files, an empty class, classes that differ between splits.
@@ -72,12 +72,12 @@ def build_dataset(
     folder = None if root is None else Path(root)
     chosen = DatasetOptions(name, folder, split, **options)
     if folder is None and spec.needs_path:
-        raise UserError(f"--data-set {name}: --data-path must say where its files are")
+        raise UserError(f"--data-set {name}: needs --data-path, the folder of its files")
     asked = {"--download": chosen.download, "--val-split": chosen.val_split, "--val-path": chosen.val_path}
     for flag, value in (asked | {"--split test": split == "test"}).items():
         if value and flag not in spec.flags:
             others = ", ".join(other for other, spec in DATASETS.items() if flag in spec.flags)
-            raise UserError(f"{flag}: --data-set {name} does not take it; these do: {others}")
+            raise UserError(f"{flag}: --data-set {name} does not support it; these do: {others}")
     if folder is not None and not folder.exists() and not chosen.download:
         raise UserError(f"--data-path {folder}: no such file or folder")
     where = f"--data-set {name}" + (f" --data-path {folder}" if folder is not None else "")
@@ -86,5 +86,5 @@ def build_dataset(
     except OSError as error:
         raise UserError(f"{where}: {one_line(error)}") from error
     if len(dataset) == 0:
-        raise UserError(f"{where}: it contains no images")
+        raise UserError(f"{where}: contains no images")
     return dataset if classes is None else choose_classes(dataset, classes)

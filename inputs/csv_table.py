@@ -12,12 +12,12 @@ Row = tuple[str, str, str]  # file, label, split
 
 
 def csv_table(options: DatasetOptions) -> ImageDataset:
-    """--data-path FILE.csv with a header; --csv-columns names the columns of files, labels and, if any, splits.
+    """Open --data-path FILE.csv, a table with a header; --csv-columns names the columns of files, labels and splits.
 
-    Files are relative to the table's folder, labels are any text. What is validated on is --val-path, a second table,
-    or the rows of the split column, or --val-split's part; in evaluation without any of them, all rows.
+    Files are relative to the table's folder. Labels are arbitrary text. The validation images come from --val-path (a
+    second table), the split column, or --val-split; without any of these, evaluation uses all rows.
 
-    Classes are numbered in the order of their names, numbers by value.
+    Classes are sorted by name, or by value if all are numbers.
     """
     rows, left_out = _read(options.root, options.csv_columns)
     tables = {options.root: rows}
@@ -42,7 +42,7 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
         rows, folder = tables[Path(options.val_path)], Path(options.val_path).parent
     elif options.train and options.val_path is None and options.val_split is None:
         raise UserError(
-            "--data-set CSV: --val-path, --val-split or a split column in --csv-columns says what to validate on"
+            "--data-set CSV needs --val-path, --val-split or a split column in --csv-columns, to validate on"
         )
     dataset = ImageFiles([str(folder / file) for file, _, _ in rows], [label_of[row[1]] for row in rows], class_names)
     dataset.left_out = left_out
@@ -50,7 +50,7 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> tuple[list[Row], list[str]]:
-    """The rows of a table, and those that are left out because they name no file or no label."""
+    """The rows of a table, and the rows left out because they have no file or no label."""
     rows, left_out = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

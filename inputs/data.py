@@ -1,8 +1,8 @@
-"""The loaders that feed training and evaluation.
+"""The loaders for training and evaluation.
 
 Every random choice about a sample is keyed on (seed, epoch, sample, repeat), and every position in an epoch
-is arithmetic. So the order of the samples and their augmentation are the same for any number of workers and
-processes, and training resumes from the middle of an epoch without reading anything twice.
+is computed. So the order and the augmentation of samples are the same for any number of workers and processes,
+and training can resume from the middle of an epoch without reading any sample twice.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from inputs.transforms import RandomErasing, eval_transform, image_size, train_t
 from runtime.processes import Distributed
 from utils import UserError, tell
 
-AUGMENTATION = ("scale", "ratio", "hflip", "vflip", "no_aug", "color_jitter", "aa")  # flags of `train_transform`
+AUGMENTATION = ("scale", "ratio", "hflip", "vflip", "no_aug", "color_jitter", "aa")  # arguments of `train_transform`
 DATASET_FLAGS = ("classes", "inat_category", "val_split", "val_path", "csv_columns")
-REPEATS = 3  # repeated augmentation: times a sample follows itself
+REPEATS = 3  # of each sample in repeated augmentation
 
 
 @dataclass
 class Data:
-    """The loaders of a run, and what a checkpoint records about its images."""
+    """The loaders of a run, and the image settings that its checkpoints contain."""
 
     train: Loader | None
     val: EvalLoader
@@ -45,7 +45,7 @@ class Data:
 
 
 def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
-    """The loaders for training and validation that the command line asks for.
+    """Build the loaders for training and validation from the command line.
 
     Raises:
         UserError: see `build_dataset`, `KeyedSampler` and `check_label_maps`.
@@ -57,7 +57,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
     train_set, data = _open(args, "train"), build_eval(args, dist, **channel_statistics(args))
     if train_set.class_names != data.class_names:
         difference = ", ".join(sorted(set(train_set.class_names) ^ set(data.class_names))[:10])
-        raise UserError(f"--data-set {args.data_set}: classes of training or validation alone: {difference}")
+        raise UserError(f"--data-set {args.data_set}: classes in only one of training and validation: {difference}")
     report_left_out(train_set, dist)
     if args.train_part is not None:
         share, seed = args.train_part
@@ -98,10 +98,10 @@ def build_eval(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     interpolation: str = "bicubic",
 ) -> Data:
-    """The loader of the images to evaluate alone.
+    """Build only the evaluation loader.
 
     Args:
-        split: "val", what training validates on, or "test".
+        split: "val" (used for validation during training) or "test".
     """
     dataset = _open(args, split)
     report_left_out(dataset, dist)
@@ -115,7 +115,7 @@ def build_eval(
 
 
 def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of each of --in-chans channels: as given, else ImageNet's (for grey, their mean)."""
+    """Mean and standard deviation of each channel: as given, else ImageNet's (averaged if not RGB)."""
     statistics = {}
     for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         values = getattr(args, name)
@@ -126,13 +126,13 @@ def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]
 
 
 def balanced_probabilities(dataset: ImageDataset) -> np.ndarray:
-    """The probability of drawing each image so that every class is equally likely."""
+    """The probability of drawing each image, such that all classes are equally likely."""
     counts = np.bincount(dataset.labels)
     return 1 / (counts[dataset.labels] * np.count_nonzero(counts))
 
 
 def report_left_out(dataset: ImageDataset, dist: Distributed) -> None:
-    """Say how many files beside the images are not used, and name the first."""
+    """Print how many files are left out, and the first of them."""
     if dataset.left_out and dist.is_main:
         count = len(dataset.left_out)
         tell(f"{count} file{'s' * (count > 1)} left out, the first {dataset.left_out[0]}")

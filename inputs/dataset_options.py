@@ -1,4 +1,4 @@
-"""The options of a data set, as each builder gets them."""
+"""The options that every data set builder receives."""
 
 import json
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 
 from utils import UserError
 
-# The names that the splits have on disk, in order of preference. Without a folder val/, test/ is validated on.
+# The names of the splits on disk, in order of preference. Without a val/ folder, test/ is used for validation.
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "test"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """Name and root are --data-set and --data-path (None if not given); split is train, val or test.
+    """name is --data-set, root is --data-path (None if not given), and split is train, val or test.
 
     The other fields are the flags of the same names.
     """

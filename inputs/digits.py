@@ -7,8 +7,8 @@ from inputs.images import ImageArrays, ImageDataset
 
 
 def digits(options: DatasetOptions) -> ImageDataset:
-    """1,797 digits of 8×8: 1,437 to train on and 360 to validate, in the same proportions of classes."""
-    from sklearn.datasets import load_digits  # here: importing it takes a second that other data sets need not wait
+    """1,797 images of 8×8 pixels: 1,437 for training and 360 for validation, stratified by class."""
+    from sklearn.datasets import load_digits  # imported here because it takes a second
     from sklearn.model_selection import train_test_split
 
     found = load_digits()

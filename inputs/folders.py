@@ -12,33 +12,33 @@ from utils import UserError
 
 
 def class_folders(options: DatasetOptions) -> ImageDataset:
-    """Any tree train/CLASS/IMAGE and val/CLASS/IMAGE; validation, valid and test can replace val.
+    """Open a tree train/CLASS/IMAGE and val/CLASS/IMAGE; val may also be named validation, valid or test.
 
-    With --val-split, a tree train/CLASS/IMAGE or CLASS/IMAGE alone, of which one part or the other is taken.
+    With --val-split, the tree is train/CLASS/IMAGE or CLASS/IMAGE, and is split into training and validation.
     """
     if options.val_split is not None and options.split != "test":
         return _split(options)
     folder = split_folder(options.root, options.split_names)
     if folder is None:
-        way_out = "; --val-split 0.1 keeps a part of each class for validation" if options.split != "test" else ""
-        wanted = f"a folder {' or '.join(options.split_names)} with a folder of images for each class"
+        way_out = "; --val-split 0.1 holds out a part of each class for validation" if options.split != "test" else ""
+        wanted = f"a folder {' or '.join(options.split_names)} that contains a folder of images for each class"
         raise options.missing(wanted + way_out)
-    # Evaluation maps classes by name, and may lack some.
+    # Evaluation matches classes by name, and may lack some.
     return _image_folder(folder, split_folder(options.root, SPLIT_NAMES["val"]) if options.train else None)
 
 
 def _split(options: DatasetOptions) -> ImageDataset:
     if (val := split_folder(options.root, SPLIT_NAMES["val"][:-1])) is not None:
-        raise UserError(f"--val-split: there is {val} to validate on; leave the flag out")
+        raise UserError(f"--val-split: {val} exists and is used for validation; remove the flag")
     images = _image_folder(split_folder(options.root, SPLIT_NAMES["train"]) or options.root, None)
     return validation_part(images, options)
 
 
 def validation_part(images: ImageDataset, options: DatasetOptions) -> ImageDataset:
-    """The share of each class that --val-split validates on, or the rest to train on; always some of either."""
+    """The part of each class that --val-split holds out, or the rest for training; neither is ever empty."""
     single = np.flatnonzero(np.bincount(images.labels) == 1)
     if len(single):
-        raise UserError(f"--val-split: class {images.class_names[single[0]]} has a single image; it takes two")
+        raise UserError(f"--val-split: class {images.class_names[single[0]]} has a single image; it needs two")
     share, seed = options.val_split
     val_set, train_set = divide_classes(images, share, seed, "val-split", left=1)
     return train_set if options.train else val_set
@@ -57,10 +57,10 @@ def _image_folder(folder: Path, other: Path | None) -> ImageDataset:
     """The images of `folder`, whose classes must be those of `other`, the folder of the other split."""
     classes = _class_names(folder)
     if not classes:
-        raise UserError(f"{folder}: no class folders in it")
+        raise UserError(f"{folder}: contains no class folders")
     if other is not None and (difference := set(classes) ^ set(_class_names(other))):
         named = ", ".join(sorted(difference)[:10])
-        raise UserError(f"{folder} and {other} must contain the same classes; only in one of them: {named}")
+        raise UserError(f"{folder} and {other} must contain the same classes; in only one of them: {named}")
     files = [list(walk_files(folder / name)) for name in classes]
     images = [[path for path in paths if is_image_name(path)] for paths in files]
     empty = [name for name, paths in zip(classes, images, strict=True) if not paths]
@@ -69,14 +69,14 @@ def _image_folder(folder: Path, other: Path | None) -> ImageDataset:
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
     dataset = ImageFiles([path for paths in images for path in paths], labels, classes)
     others = (path for paths in files for path in paths if not is_image_name(path))
-    dataset.left_out = [f"{path} (its suffix is not an image's)" for path in others]
+    dataset.left_out = [f"{path} (not an image file name)" for path in others]
     return dataset
 
 
 def walk_files(folder: str | os.PathLike) -> Iterator[str]:
-    """The files in and below a folder, in the order of torchvision's `ImageFolder`, but for hidden ones.
+    """Yield the files in and below a folder, except hidden ones, in the order of torchvision's `ImageFolder`.
 
-    Links to folders are followed, and no folder is entered twice.
+    Links to folders are followed, but no folder is visited twice.
     """
     entered = {os.path.realpath(folder)}
     found = []

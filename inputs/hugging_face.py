@@ -1,4 +1,4 @@
-"""Hugging Face data sets: its package `datasets` prepares them, the images are read by position from their rows."""
+"""Hugging Face data sets. The package `datasets` prepares them; images are read by row number."""
 
 import importlib
 import io
@@ -14,24 +14,24 @@ from inputs.images import BadImage, ImageArrays, ImageDataset, count_classes
 from utils import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
-SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` leaves in the folder of a data set
+SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
 
 class ImageRows(ImageArrays):
-    """Images in a table of a single column, an Image that is not decoded: encoded bytes or a path."""
+    """Images in a table with a single undecoded Image column: encoded bytes or a path."""
 
     def source(self, index: int) -> str | BinaryIO:
         (stored,) = self._images[index].values()
         if stored is None:
-            raise BadImage(f"{self.path(index)}: there is no image in this row")
+            raise BadImage(f"{self.path(index)}: no image in this row")
         return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
 
 
 def hugging_face(options: DatasetOptions) -> ImageDataset:
-    """hfds/NAME of the Hub, or hfds/PATH of a local folder, also one written by `save_to_disk`.
+    """Open hfds/NAME from the Hub, or hfds/PATH, a local folder or one written by `save_to_disk`.
 
-    The columns are `image` and `label`, or the only ones of their kinds. --data-path is where the package keeps
-    what it downloads and prepares (default: its own cache); nothing is written into a local data set's folder.
+    The columns are `image` and `label`, or the only columns of these types. --data-path is the cache of the package
+    (default: its own); nothing is written to the folder of a local data set.
     """
     try:
         package = import_package()
@@ -53,20 +53,20 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
         rows, features = parts[split], parts[split].features
         image, label = _column(features, "image", Image), _column(features, "label", ClassLabel)
         if not isinstance(features[image], Image):
-            raise UserError(f"column {image!r}: contains no images; make it an Image")
+            raise UserError(f"column {image!r}: contains no images; cast it to Image")
         labels = rows.data.column(label).to_numpy()
         if not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(f"column {label!r}: not every row has a class number; make it a ClassLabel")
+            raise UserError(f"column {label!r}: not every row has a class number; cast it to ClassLabel")
         class_names = list(getattr(features[label], "names", None) or ())
         class_names += [str(i) for i in range(len(class_names), count_classes(labels))]
         images = rows.select_columns([image]).cast_column(image, Image(decode=False))
         return ImageRows(f"{options.name}/{split}", images, labels, class_names)
-    except Exception as error:  # a data set's builder raises anything
+    except Exception as error:  # builders may raise anything
         raise UserError(f"--data-set {options.name}: {one_line(error)}") from error
 
 
 def import_package() -> ModuleType:
-    """Hugging Face's `datasets`, which the module of that name in the project's root hides from scripts there."""
+    """Import Hugging Face's `datasets`, which this project's module of the same name shadows."""
     if not hasattr(sys.modules.get("datasets"), "load_dataset"):
         sys.modules.pop("datasets", None)
         path = sys.path
@@ -79,8 +79,8 @@ def import_package() -> ModuleType:
 
 
 def _column(features: dict, name: str, kind: type) -> str:
-    """The column of that name, else the only one of that kind."""
+    """The column called `name`, else the only column of type `kind`."""
     fitting = [column for column, feature in features.items() if isinstance(feature, kind)]
     if name in features or len(fitting) == 1:
         return name if name in features else fitting[0]
-    raise UserError(f"no column {name!r}, nor a single one of kind {kind.__name__}, among {', '.join(features)}")
+    raise UserError(f"no column {name!r} and no single column of type {kind.__name__} among {', '.join(features)}")

@@ -1,4 +1,4 @@
-"""Decoding images, and data sets whose images are files or arrays in memory."""
+"""Image decoding, and data sets of image files or arrays in memory."""
 
 import os
 import re
@@ -15,15 +15,15 @@ from utils import UserError, key_seed, one_line
 IMAGE_NAME = re.compile(
     r"\.(apng|avif|bmp|dib|gif|j2k|jfif|jp2|jpe|jpeg|jpg|pbm|pcx|pgm|png|pnm|ppm|tga|tif|tiff|webp)$", re.IGNORECASE
 )
-FEWEST_LEVELS = 64  # of 256: an image of more than 8 bits that keeps fewer is an error
+FEWEST_LEVELS = 64  # of 256; an image of more than 8 bits that keeps fewer levels is an error
 
 
 class BadImage(UserError):
-    """An image that cannot be read; the message names the file and the reason."""
+    """An unreadable image; the message names the file and the reason."""
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name has the suffix of a format that Pillow decodes."""
+    """Whether a file name has the suffix of an image format that Pillow decodes."""
     return IMAGE_NAME.search(name) is not None
 
 
@@ -34,21 +34,21 @@ def read_image(
     channels: int = 3,
     pixel_range: Sequence[float] | None = None,
 ) -> Image.Image:
-    """Decode an image file to 8 bits a channel: for RGB the pixels that torchvision's and timm's loaders give.
+    """Decode an image to 8 bits per channel; RGB pixels are equal to those of torchvision's and timm's loaders.
 
-    The content decides the format, not the file's suffix.
+    The format is detected from the content, not from the suffix.
 
     Args:
         source: a path, an open binary file, or an image in memory.
-        name: what messages call it, the path by default.
-        upright: turn the image as its EXIF orientation says. Data sets leave it as stored: the published
-            accuracies and label maps were made that way. A photograph to be classified should be upright.
+        name: the name in error messages, by default the path.
+        upright: rotate the image according to its EXIF orientation. Data sets do not, because the published
+            accuracies and label maps were made without it. For a photograph to be classified, use True.
         channels: 1 for grey, 3 for RGB, 4 for RGB and alpha.
-        pixel_range: the values that become black and white in images of more than 8 bits; 0 and 65,535 by default.
+        pixel_range: the values of black and white in images of more than 8 bits, by default 0 and 65,535.
 
     Raises:
-        BadImage: missing, not an image, truncated, larger than Pillow's limit, or an image of more than 8 bits that
-            needs a `pixel_range`.
+        BadImage: the image is missing, truncated, larger than Pillow's limit, or not an image, or it has more than
+            8 bits and needs a `pixel_range`.
     """
     name = str(source) if name is None else name
     try:
@@ -58,14 +58,14 @@ def read_image(
             return image if image.mode == mode else image.convert(mode)
     except UnidentifiedImageError as error:
         raise BadImage(f"{name}: cannot be read as an image: Pillow does not know its format") from error
-    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+    except Exception as error:  # Pillow's plugins may raise anything
         raise BadImage(f"{name}: cannot be read as an image: {one_line(error)}") from error
 
 
 def _eight_bits(image: Image.Image, pixel_range: Sequence[float] | None) -> Image.Image:
-    """The loaded image, its values scaled to 0..255 if they are not; raises ValueError if that loses most of them."""
+    """Load the image and scale it to 0..255 if necessary; raises ValueError if that loses most levels."""
     sixteen = image.mode.startswith("I;16")
-    # Of 16-bit colour, whose raw mode is such as RGB;16B, Pillow reads the upper 8 bits.
+    # Pillow reads only the upper 8 bits of 16-bit colour, whose raw mode is RGB;16B or similar.
     halved = not sixteen and any(re.search(";16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
     image.load()
     if not sixteen and image.mode not in ("I", "F"):
@@ -74,21 +74,21 @@ def _eight_bits(image: Image.Image, pixel_range: Sequence[float] | None) -> Imag
         return image
     values = np.asarray(image).astype(np.float32)
     if pixel_range is None and not sixteen:
-        raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; --pixel-range MIN MAX gives one")
+        raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; set --pixel-range MIN MAX")
     low, high = pixel_range or (0, 65535)
     values = ((values - low) * (255 / (high - low))).clip(0, 255)
     if pixel_range is None and 0 < values.max() < FEWEST_LEVELS:
-        raise ValueError("its values end far below 65535, as of 12 bits; --pixel-range MIN MAX gives their range")
+        raise ValueError("its values end far below 65535, like 12-bit values; set --pixel-range MIN MAX")
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 class ImageDataset(ABC):
-    """Images with one class label each.
+    """A data set of images with one class label each.
 
     Attributes:
         labels: (N,) int64.
         class_names: the name of each label.
-        left_out: files beside the images that are not used, each with the reason.
+        left_out: files that are not used, each with the reason.
     """
 
     left_out: Sequence[str] = ()
@@ -102,11 +102,11 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """The image's file, or what names it best."""
+        """The file of the image, or another name if it has no file."""
 
     @abstractmethod
     def source(self, index: int) -> str | BinaryIO | Image.Image:
-        """What `read_image` decodes; raises `BadImage`."""
+        """The input for `read_image`; raises `BadImage`."""
 
     def load(
         self, index: int, channels: int = 3, pixel_range: Sequence[float] | None = None
@@ -121,7 +121,7 @@ class ImageFiles(ImageDataset):
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], class_names: Sequence[str]):
         super().__init__(labels, class_names)
-        # One block of bytes instead of a million strings: forked workers then share its memory.
+        # An array instead of a million strings, so that forked workers share its memory.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
     def path(self, index: int) -> str:
@@ -146,7 +146,7 @@ class ImageArrays(ImageDataset):
 
 
 class Subset(ImageDataset):
-    """Some images of a data set, by their indices."""
+    """The images of a data set at the given indices."""
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray):
         super().__init__(dataset.labels[indices], dataset.class_names)
@@ -162,10 +162,10 @@ class Subset(ImageDataset):
 
 
 def choose_classes(dataset: ImageDataset, classes: Sequence[str]) -> Subset:
-    """The images of some classes, by name or number, labelled 0, 1, … in the order of the classes given.
+    """Select the images of some classes, by name or number, and label them 0, 1, … in the given order.
 
     Raises:
-        UserError: an unknown or a repeated class.
+        UserError: a class is unknown or repeated.
     """
     chosen = [_class_number(dataset.class_names, name) for name in classes]
     if len(set(chosen)) != len(chosen):
@@ -179,9 +179,9 @@ def choose_classes(dataset: ImageDataset, classes: Sequence[str]) -> Subset:
 
 
 def divide_classes(dataset: ImageDataset, share: float, *key: int | str, left: int = 0) -> tuple[Subset, Subset]:
-    """A share of each class's images, at least one, and the rest, at least `left` of each class.
+    """Split off a share of each class, at least one image, and leave a rest of at least `left` images per class.
 
-    The choice depends on `key` and the class's name alone.
+    The choice depends only on `key` and the name of the class.
     """
     parts: tuple[list, list] = ([], [])
     for label, name in enumerate(dataset.class_names):
@@ -207,14 +207,14 @@ def _class_number(class_names: Sequence[str], name: str) -> int:
 
 
 def class_number(value: Any) -> int:
-    """`value`, if it is the number of a class; else raises ValueError."""
+    """Return `value` if it is a class number; raises ValueError otherwise."""
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.40} is not the number of a class")
+        raise ValueError(f"{value!r:.40} is not a class number")
     return value
 
 
 def count_classes(labels: np.ndarray) -> int:
-    """The number of classes that labels count from 0; raises UserError for a negative one."""
+    """The largest label plus 1; raises UserError for a negative label."""
     if labels.min(initial=0) < 0:
         raise UserError("some labels are negative: they are withheld in this split")
     return int(labels.max(initial=-1)) + 1

@@ -1,4 +1,4 @@
-"""INaturalist 2018 and 2019, as its annotations lay it out."""
+"""INaturalist 2018 and 2019."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genu
 
 
 def inaturalist(options: DatasetOptions) -> ImageDataset:
-    """train{year}.json, val{year}.json, categories.json and the images they name.
+    """Open train{year}.json, val{year}.json, categories.json and the images that they list.
 
-    Labels are numbered as in DeiT, by first appearance in the training annotations.
+    Labels are numbered by first appearance in the training annotations, as in DeiT.
     """
     year = {"INAT": 2018, "INAT19": 2019}[options.name]
     try:
@@ -27,12 +27,12 @@ def inaturalist(options: DatasetOptions) -> ImageDataset:
         paths = [_image_path(options.root, image["file_name"]) for image in wanted["images"]]
         labels = [label_of[category_names[category_of[image["id"]]]] for image in wanted["images"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise options.missing(f"iNaturalist's annotations, but an entry is not complete ({error!r})") from error
+        raise options.missing(f"iNaturalist's annotations, but an entry is incomplete ({error!r})") from error
     return ImageFiles(paths, labels, class_names)
 
 
 def _image_path(root: Path, file_name: str) -> str:
-    """As the archive unpacks, or without the folder of the supercategory, where DeiT looks."""
+    """The path as in the archive, or without the supercategory folder, as in DeiT."""
     path = root / file_name
     parts = path.relative_to(root).parts
     short = root.joinpath(parts[0], *parts[2:])

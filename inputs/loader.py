@@ -1,6 +1,6 @@
-"""Samples by key, read ahead in batches by worker processes and put on the device.
+"""Samples by key, loaded in batches by worker processes and moved to the device.
 
-A task subclasses `KeyedSamples` and says how a sample is read and how samples are collated.
+A task subclasses `KeyedSamples` to define how samples are read and collated.
 """
 
 import atexit
@@ -26,7 +26,7 @@ REPLACEMENT_TRIES = 100
 
 
 class Batch(NamedTuple):
-    """Samples on their way from a worker to the loss. A single sample has no dimension B.
+    """A batch, or a single sample without the dimension B.
 
     images: (B, C, H, W), uint8 from a worker, normalised float32 on the device. Those of a detector: a list of uint8
         (3, H, W).
@@ -44,16 +44,16 @@ class Batch(NamedTuple):
 
 
 class KeyedSamples(Dataset, ABC):
-    """The samples of a data set by key, without any random state: a key always gives the same sample."""
+    """The samples of a data set by key. There is no random state: a key always gives the same sample."""
 
     def __init__(
         self, dataset: Any, seed: int = 0, skip_bad_images: bool = False, replacements: int = REPLACEMENT_TRIES
     ):
         """dataset: has a length and, for each image, a name: ``path(index)``.
 
-        skip_bad_images: leave out unreadable images; else the first ends the run.
+        skip_bad_images: leave out unreadable images; otherwise the first one ends the run.
 
-        replacements: for an unreadable image, up to so many others are tried; 0 in evaluation.
+        replacements: the number of other images to try instead of an unreadable one; 0 in evaluation.
         """
         self.dataset = dataset
         self._seed = seed
@@ -62,25 +62,25 @@ class KeyedSamples(Dataset, ABC):
 
     @abstractmethod
     def read(self, index: int) -> Batch:
-        """A sample, augmented by draws from the global random generators; raises `BadImage` or UserError."""
+        """Read and augment a sample, using the global random generators; raises `BadImage` or UserError."""
 
     def collate(self, samples: Sequence[Batch]) -> Batch:
-        """The samples of a batch as one, but for `skipped`. Runs in a worker process."""
+        """Collate the samples of a batch, except for `skipped`. Runs in a worker process."""
         images, targets, indices, erased, _ = zip(*samples, strict=True)
         boxes = None if erased[0] is None else default_collate(erased)
         return Batch(default_collate(images), default_collate(targets), torch.tensor(indices), boxes)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
-        """The batch with its images and targets on the device."""
+        """Move the images and targets of the batch to the device."""
         return batch._replace(images=_move(batch.images, device), targets=_move(batch.targets, device))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> Batch | UserError:
-        """The sample, or the error met: one raised in a worker would reach the user as a traceback.
+        """Return the sample, or the error, because an error raised in a worker would show the user a traceback.
 
-        An unreadable image that is left out without a replacement gives a sample without an image.
+        An unreadable image that is skipped without a replacement gives a sample without an image.
         """
         skipped: dict[str, str] = {}
         for attempt in range(-1, self._replacements):  # the sample itself, then others, each with its own label
@@ -100,7 +100,7 @@ class KeyedSamples(Dataset, ABC):
         return UserError(f"{reason}; none of {self._replacements} others tried instead could be read either")
 
     def join(self, samples: Sequence[Batch | UserError]) -> Batch | UserError:
-        """The samples of a batch as one, or the first error among them."""
+        """Collate the samples of a batch, or return the first error among them."""
         failed = next((sample for sample in samples if isinstance(sample, UserError)), None)
         if failed is not None:
             return failed
@@ -123,7 +123,7 @@ class KeyedImages(KeyedSamples):
 
     Args:
         transform: from a PIL image to uint8 (C, H, W); with label maps a `TokenLabelTransform`.
-        mean, std: of the channels, for pixels from 0 to 1; their number is that of the channels.
+        mean, std: one value per channel, for pixels from 0 to 1.
         pixel_range: see `read_image`.
         label_maps: the folder of token-label maps.
         erasing: random erasing, if any.
@@ -145,7 +145,7 @@ class KeyedImages(KeyedSamples):
     ):
         super().__init__(dataset, seed, skip_bad_images, replacements)
         self._transform = transform
-        # On the scale of uint8, so that the images need not be divided by 255.
+        # In units of uint8, so that images need not be divided by 255.
         self._mean, self._std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         self._decoding = (len(mean), pixel_range)
         self._label_maps = label_maps
@@ -162,7 +162,7 @@ class KeyedImages(KeyedSamples):
         return Batch(image, target, index, erased)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
-        """The batch on the device, its images float32, normalised and erased."""
+        """Move the batch to the device, convert images to float32, normalise and erase them."""
         batch = super().to_device(batch, device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         images = batch.images.float().sub_(self._mean).div_(self._std)
@@ -182,7 +182,7 @@ class _Batches:
 
 
 class Loader:
-    """This rank's batches, read ahead in worker processes and put on the device; as many as its length an epoch."""
+    """This rank's batches, loaded by worker processes and moved to the device. Its length is batches per epoch."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class Loader:
     ):
         self.sampler = sampler
         self.dataset = samples.dataset
-        self.skipped: dict[str, str] = {}  # the unreadable images met so far, path to reason
+        self.skipped: dict[str, str] = {}  # the unreadable images found so far, path to reason
         self._samples = samples
         self._device = dist.device
         self._batches = _Batches()
@@ -206,25 +206,25 @@ class Loader:
             pin_memory=pin_memory and self._device.type == "cuda",
             persistent_workers=num_workers > 0,
             worker_init_fn=_ignore_signals,
-            multiprocessing_context="fork" if num_workers > 0 else None,  # memory is shared, and starting is quick
-            generator=torch.Generator(),  # of its own: the loader draws a number that nothing here uses
+            multiprocessing_context="fork" if num_workers > 0 else None,  # shares memory and starts fast
+            generator=torch.Generator(),  # DataLoader draws a seed; keep the global generator unchanged
         )
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from micro-step `start_step` on; raises UserError at an unreadable file."""
+        """Yield the batches of an epoch from micro-step `start_step`; raises UserError for an unreadable file."""
         loaded = self._load(self.sampler.epoch(epoch, start_step))
         return (self._samples.to_device(batch, self._device) for batch in loaded)
 
     def _load(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
-        """The batches that the workers could read."""
+        """Yield the batches that the workers could read."""
         self._batches.keys = batches
         loaded_batches = iter(self._loader)
         if self._loader.num_workers > 0:
             atexit.unregister(_end_workers)
-            atexit.register(_end_workers)  # anew, to be called before torch's own function, which waits
+            atexit.register(_end_workers)  # register last, to run before torch's own exit function, which waits
         for loaded in loaded_batches:
             if isinstance(loaded, UserError):
                 raise loaded
@@ -237,23 +237,23 @@ class Loader:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave signals to the main process: a whole job may get them at once, and it has to save first."""
+    """Ignore signals in workers: a job may signal all processes, and the main process must save first."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
-    """End the workers, which ignore SIGTERM, as the main process ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end by a signal for a failure
+    """Kill the workers, which ignore SIGTERM, when the main process ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a killed worker as a failure
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 class EvalLoader(Loader):
-    """This rank's share of the images to evaluate, each of them on exactly one rank.
+    """This rank's share of the evaluation images; each image is on exactly one rank.
 
-    `rounds` is the largest number of batches that a rank has; ranks may differ by one, or have none.
+    `rounds` is the largest number of batches of any rank; ranks may have one batch less, or none.
     """
 
     def __init__(

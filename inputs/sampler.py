@@ -1,6 +1,6 @@
-"""The order of the samples, by arithmetic alone: the same for any number of workers and processes.
+"""The order of the samples, computed so that it is the same for any number of workers and processes.
 
-A task with batches of its own kind (images grouped by aspect ratio, say) overrides `KeyedSampler.order`.
+A task with special batches (such as images grouped by aspect ratio) overrides `KeyedSampler.order`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ REPEAT_ROUND = 256  # an epoch of repeated augmentation has a multiple of this m
 
 
 class SampleKey(NamedTuple):
-    """Names a sample of an epoch; together with the seed, the key of all its randomness."""
+    """Identifies a sample of an epoch. With the seed, it is the key of all random choices about the sample."""
 
     epoch: int
     index: int
@@ -26,22 +26,22 @@ class SampleKey(NamedTuple):
 class KeyedSampler:
     """The order of training samples.
 
-    The order of an epoch is a permutation keyed on (seed, epoch). Micro-step s takes the s-th piece of
-    G = batch_size · world_size samples; a rank takes every world_size-th of the piece. What is left
-    over at the end, less than accum_iter · G samples, is not used in that epoch.
+    The order of an epoch is a permutation keyed on (seed, epoch). Micro-step s takes the s-th group of
+    G = batch_size · world_size samples; a rank takes every world_size-th sample of it. The remainder of less
+    than accum_iter · G samples is not used in that epoch.
 
     With repeats > 1 it is DeiT's RASampler (Hoffer et al. 2020, "Augment your batch"; Berman et al. 2019):
-    each sample comes `repeats` times in a row, hence on different ranks and under different keys, and the
-    epoch ends after as many samples as the data set has, rounded down to a multiple of 256 if it has so many.
+    each sample occurs `repeats` times in a row, on different ranks and with different keys. The epoch still has
+    as many samples as the data set, rounded down to a multiple of 256 (unless there are fewer than 256).
 
     Args:
         size: samples in the data set.
-        batch_size: samples a rank and micro-step.
-        accum_iter: micro-steps an optimiser step; an epoch has whole optimiser steps.
+        batch_size: samples per rank and micro-step.
+        accum_iter: micro-steps per update; an epoch has complete updates only.
         probabilities: draw samples with replacement, each with its probability, instead of permuting them.
 
     Raises:
-        UserError: the data set is smaller than one optimiser step.
+        UserError: the data set is smaller than one update.
     """
 
     size: int
@@ -62,22 +62,22 @@ class KeyedSampler:
             )
 
     def __len__(self) -> int:
-        """Micro-steps an epoch."""
+        """Micro-steps per epoch."""
         rounded = self.repeats > 1 and self.size >= REPEAT_ROUND
         samples = self.size // REPEAT_ROUND * REPEAT_ROUND if rounded else self.size
         return samples // (self.batch_size * self.world_size * self.accum_iter) * self.accum_iter
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's samples: a permutation of all, or as many drawn by their probabilities."""
+        """The samples of an epoch: a permutation, or as many samples drawn with `probabilities`."""
         key = key_seed(self.seed, "order", epoch)
-        # RandomState's streams are frozen for good, those of numpy's and torch's generators may change.
+        # RandomState guarantees its streams; those of newer numpy and torch generators may change.
         generator = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])
         if self.probabilities is None:
             return generator.permutation(self.size)
         return generator.choice(self.size, self.size, p=self.probabilities)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[SampleKey]]:
-        """This rank's batches of an epoch, from micro-step `start_step` on."""
+        """Yield this rank's batches of an epoch, from micro-step `start_step`."""
         order = self.order(epoch)
         piece = self.batch_size * self.world_size
         for step in range(start_step, len(self)):
@@ -87,7 +87,7 @@ class KeyedSampler:
 
 @dataclass(frozen=True)
 class EvaluationSampler:
-    """A rank's batches for evaluation: every world_size-th image, none twice and none added."""
+    """A rank's evaluation batches: every world_size-th image, without repetition or padding."""
 
     size: int
     batch_size: int

@@ -131,7 +131,7 @@ def test_hidden_files_are_no_data_and_what_else_is_left_out_is_counted(tmp_path,
         Image.new("RGB", (12, 10), colour(number)).save(dog / f"{number}.{suffix}", kind)
     numbers = [number for number, _ in samples(build_dataset("FOLDER", tmp_path, "train"))]
     assert sorted(numbers) == [0, 1, 2, 3, *range(10, 17)]
-    assert capsys.readouterr().err == f"2 files left out, the first {dog}/Thumbs.db (its suffix is not an image's)\n"
+    assert capsys.readouterr().err == f"2 files left out, the first {dog}/Thumbs.db (not an image file name)\n"
 
 
 def test_test_is_validated_on_only_where_there_is_no_val_and_is_a_split_of_its_own(tmp_path):
@@ -144,7 +144,7 @@ def test_test_is_validated_on_only_where_there_is_no_val_and_is_a_split_of_its_o
     make_tree(tmp_path, splits=("val",))
     assert [number for number, _ in samples(build_dataset("FOLDER", tmp_path, "val"))] == [0, 1, 2, 3]
     assert [number for number, _ in samples(build_dataset("FOLDER", tmp_path, "test"))] == numbers
-    with pytest.raises(UserError, match="--split test: --data-set DIGITS does not take it"):
+    with pytest.raises(UserError, match="--split test: --data-set DIGITS does not support it"):
         build_dataset("DIGITS", None, "test")
 
 
@@ -178,7 +178,7 @@ def test_a_part_of_each_class_is_trained_on_and_all_is_validated_on(tmp_path):
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     make_tree(tmp_path / "both")
-    with pytest.raises(UserError, match="--val-split: .*val to validate on; leave the flag out"):
+    with pytest.raises(UserError, match="--val-split: .*val exists and is used for validation; remove the flag"):
         build_dataset("FOLDER", tmp_path / "both", "train", val_split=(0.5, 0))
     make_tree(tmp_path / "single", ("ant", "bee"), ("train",), images=1)
     with pytest.raises(UserError, match="--val-split: class ant has a single image"):
@@ -189,7 +189,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "single" / "train" / "cow").mkdir()
     with pytest.raises(UserError, match="no images in the folder of class cow"):
         build_dataset("FOLDER", tmp_path / "single", "train")
-    with pytest.raises(UserError, match="--val-split: --data-set DIGITS does not take it"):
+    with pytest.raises(UserError, match="--val-split: --data-set DIGITS does not support it"):
         build_dataset("DIGITS", None, "train", val_split=(0.5, 0))
 
 
@@ -213,7 +213,7 @@ def test_images_come_in_torchvisions_order_also_through_links(tmp_path):
         ("IMGNET", ".", {}, "--data-set IMGNET: unknown; choose one of DIGITS, CIFAR10"),
         ("IMNET", None, {}, "--data-path must say"),
         ("IMNET", "nowhere", {}, "--data-path nowhere: no such file or folder"),
-        ("IMNET", ".", {"download": True}, "--download: --data-set IMNET does not take it"),
+        ("IMNET", ".", {"download": True}, "--download: --data-set IMNET does not support it"),
         ("DIGITS", None, {"classes": ["1", "ten"]}, "--classes ten: no such class; there are 10: 0, 1"),
         ("DIGITS", None, {"classes": ["1", "10"]}, "--classes 10: no such class"),
         ("DIGITS", None, {"classes": ["1", "2", "1"]}, "named twice"),
@@ -404,7 +404,7 @@ def test_mistakes_with_inaturalist_are_named(tmp_path):
     with pytest.raises(UserError, match="expected categories.json"):
         build_dataset("INAT", tmp_path, "train")
     make_inat(tmp_path, 2019, True)
-    with pytest.raises(UserError, match="an entry is not complete .*species"):
+    with pytest.raises(UserError, match="an entry is incomplete .*species"):
         build_dataset("INAT19", tmp_path, "train", inat_category="species")
     with pytest.raises(UserError, match="train2018.json"):
         build_dataset("INAT", tmp_path, "train")

@@ -21,7 +21,7 @@ UNUSABLE = {  # data sets that cannot be classified, and what the error says abo
     "column 'label': not every row has a class number": {"splits": {"train": [[0], ["cat"]]}, "kind": "text"},
     "some labels are negative": {"splits": {"train": [[0], [-1]]}, "kind": "number"},
     "column 'image': contains no images": {"splits": {"train": [[0], [0]]}, "bare": True},
-    "no column 'label', nor a single one of kind ClassLabel, among image, age": {
+    "no column 'label' and no single column of type ClassLabel among image, age": {
         "splits": {"train": [[0], [0]]},
         "kind": "number",
         "label": "age",
