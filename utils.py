@@ -1,6 +1,6 @@
-"""What every module may use: errors, messages, keyed randomness, atomic writes, stop signals.
+"""Shared utilities: errors, messages, keyed randomness, atomic writes, stop signals.
 
-This module imports nothing of the project. Every file on the disk is written by `atomic_write`.
+This module imports no other module of the project. `atomic_write` writes every file.
 """
 
 import contextlib
@@ -23,31 +23,31 @@ import torch
 
 # ---------------------------------------------------------------------------------------------------- errors
 class JobError(Exception):
-    """An end of the run that is reported as one line, without a traceback; `exit_code` is the process's."""
+    """An error reported as one line without a traceback; the process ends with `exit_code`."""
 
     exit_code = 1
 
 
 class UserError(JobError):
-    """Something the user gave is wrong: the message names the file, flag or key and what to do (exit 2)."""
+    """Invalid input from the user; the message names the file, flag or key and the remedy (exit 2)."""
 
     exit_code = 2
 
 
 class MachineError(JobError):
-    """The machine cannot do what it is asked, such as a full or read-only disk (exit 3)."""
+    """A failure of the machine, such as a full or read-only disk (exit 3)."""
 
     exit_code = 3
 
 
 class NonFiniteError(JobError):
-    """A loss or gradient is not finite; nothing was updated (exit 4)."""
+    """A loss or gradient is not finite; no weight was updated (exit 4)."""
 
     exit_code = 4
 
 
 class Interrupted(JobError):
-    """The run ends because of a signal, after it saved (exit 128 + signum)."""
+    """The run was stopped by a signal, after saving (exit 128 + signum)."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -60,32 +60,32 @@ QUOTED = 80
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of `error` on one line, cut where it gets very long."""
+    """The message of `error` on one line, truncated if it is very long."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
 
 
 def quote(value: object) -> str:
-    """`repr(value)` for a message, cut where it gets long."""
+    """`repr(value)` for a message, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
 
 
 def printable(text: str) -> str:
-    r"""`text` with an escape (`\x1b`) for each character that a terminal would obey or cannot show."""
+    r"""`text` with each control or unprintable character escaped (`\x1b`)."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print one or more lines in one piece, so that lines of several processes do not mix.
+    """Print one or more lines in a single write, so that the lines of several processes do not mix.
 
-    A full disk under the output, or a reader that has gone, never ends a run: the rest of the output is dropped.
+    A full disk or a closed pipe never ends a run: the rest of the output is dropped.
 
     Args:
-        text: without the last line's end; see `printable` for what becomes of names in it.
-        stream: None is stdout.
+        text: without the final newline; control characters are escaped, see `printable`.
+        stream: None for stdout.
     """
     stream = sys.stdout if stream is None else stream
     if stream is None:  # closed before the interpreter started
@@ -98,9 +98,9 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def flush(stream: TextIO | None) -> None:
-    """Flush a standard stream; if it is broken, drop what is left, now and from now on.
+    """Flush a standard stream; if it is broken, redirect it to /dev/null.
 
-    Otherwise the interpreter would fail to flush it when it ends, and change the exit code.
+    Otherwise the interpreter would fail to flush it at exit, and change the exit code.
     """
     try:
         if stream is not None:
@@ -113,7 +113,7 @@ def flush(stream: TextIO | None) -> None:
 
 
 def tell(text: str) -> None:
-    """`say` on stderr: errors, and remarks beside a program's results."""
+    """Call `say` on stderr, for errors and remarks."""
     say(text, sys.stderr)
 
 
@@ -132,17 +132,17 @@ _SPARE = np.random.MT19937()
 
 @contextlib.contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
-    """Seed python's, numpy's and torch's CPU generator from `key` in the block, and put them back after it.
+    """Seed the CPU generators of Python, NumPy and torch from `key` in the block, and restore them afterwards.
 
-    For everything a library draws from the global generators on behalf of one sample. A loader's worker has no
-    other use for them and leaves them as they are.
+    Use it for libraries that draw from the global generators on behalf of one sample. Loader workers skip the
+    restoring, because they do not use the generators otherwise.
     """
     if torch.utils.data.get_worker_info() is not None:
         _seed_generators(key_seed(*key))
         yield
         return
     python, numpy, cpu = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-    # Another generator in numpy's place for a while: to copy its state and back takes half a millisecond.
+    # Replace NumPy's bit generator: copying its state back and forth takes half a millisecond.
     np.random.set_bit_generator(_SPARE if numpy is not _SPARE else np.random.MT19937())
     _seed_generators(key_seed(*key))
     try:
@@ -160,10 +160,10 @@ def _seed_generators(seed: int) -> None:
 
 
 def seed_step(*key: int | str) -> None:
-    """Seed torch's generators, the GPUs' too, from `key`: for what a model draws in one step (drop path)."""
+    """Seed torch's CPU and GPU generators from `key`, for the random draws of one step (drop path)."""
     seed = key_seed(*key)
     torch.default_generator.manual_seed(seed)
-    # What torch.manual_seed does too, but for a GPU that nothing has used yet, which takes it long.
+    # Like torch.manual_seed, but without its slow handling of GPUs that are not in use yet.
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
@@ -173,17 +173,17 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO], None]) -> None:
-    """Replace `path` by `data` so that a reader, a crash or a power cut finds the old or the new file, whole.
+    """Replace `path` by `data` atomically: readers see the complete old or new file, even after a crash.
 
-    Writes a temporary file beside it, then fsync, rename, and fsync of the directory.
+    Writes a temporary file in the same directory, then calls fsync, rename, and fsync of the directory.
 
     Args:
         path: the file; its directory must exist.
-        data: what to write: bytes, text (UTF-8; escapes for file names that are none), or a function that
-            writes to the open binary file.
+        data: bytes, text (written as UTF-8; undecodable file names are escaped), or a function that writes to the
+            open binary file.
 
     Raises:
-        MachineError: when the file system refuses; the old file is then unchanged and no temporary is left.
+        MachineError: writing failed; the old file is unchanged, and the temporary file is removed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
@@ -200,33 +200,33 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # after the rename it is not there
+        with contextlib.suppress(OSError):  # it does not exist after the rename
             os.unlink(temporary)
 
 
 def sync_directory(path: Path) -> None:
-    """Write down on the disk which files a directory has."""
+    """Flush a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
     finally:
         os.close(descriptor)
 
 
 def cannot_write(path: str | os.PathLike, error: OSError) -> MachineError:
-    """The error to raise when writing `path` failed with `error`."""
+    """The error to raise after writing `path` failed with `error`."""
     return MachineError(f"{os.fspath(path)}: cannot be written: {error.strerror or one_line(error)}")
 
 
 def make_directory(path: str | os.PathLike) -> None:
-    """Create the directory `path` and its parents, if they are not there.
+    """Create the directory `path` and its parents if they do not exist.
 
     Raises:
-        UserError: there is a file in its place.
-        MachineError: when the file system refuses.
+        UserError: there is a file with that name.
+        MachineError: the directory cannot be created.
     """
     try:
         os.makedirs(path, exist_ok=True)
@@ -238,11 +238,11 @@ def make_directory(path: str | os.PathLike) -> None:
 
 # --------------------------------------------------------------------------------------------------- signals
 class StopSignals:
-    """Remembers the first SIGTERM, SIGINT or SIGUSR1 in `signum` (else None), and does nothing more about it.
+    """Records the first SIGTERM, SIGINT or SIGUSR1 in `signum` (otherwise None).
 
-    The run asks between steps, saves and raises `Interrupted(signum)`. Later signals are ignored, so that a
-    second Ctrl-C does not spoil the save. The end of the `with` block restores the handlers.
-    With `announced`, the first signal is answered at once in a line on stderr.
+    The run checks it between steps, saves and raises `Interrupted(signum)`. Later signals are ignored, so that a
+    second Ctrl-C does not interrupt saving. The end of the `with` block restores the handlers.
+    With `announced`, the first signal immediately prints a line on stderr.
     """
 
     def __init__(self, announced: bool = False) -> None:
@@ -254,7 +254,7 @@ class StopSignals:
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None and self._announced:
-            with contextlib.suppress(OSError):  # not by way of sys.stderr, which may be in the middle of a write
+            with contextlib.suppress(OSError):  # not via sys.stderr, which may be in the middle of a write
                 os.write(2, b"\nfinishing this step, then saving\n")
         self.signum = self.signum or signum
 

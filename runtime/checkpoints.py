@@ -1,4 +1,4 @@
-"""Writing checkpoints, and finding the one to resume from. `models.checkpoints` reads them."""
+"""Write checkpoints, and find the one to resume from. `models.checkpoints` reads them."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CHECKPOINTS = "checkpoint*.pth"
 def save(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
     """Write `state` (tensors, plain values, and dicts, lists and tuples of them) to `path`, atomically.
 
-    `torch.save` writes a zip archive with a CRC-32 of each entry, by which `read_checkpoint` notices damage.
+    `torch.save` writes a zip archive with a CRC-32 of each entry, with which `read_checkpoint` detects damage.
 
     Raises:
         MachineError: the disk is full or fails; the old file is then unchanged.
@@ -35,12 +35,12 @@ def save(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
 
 
 def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write `tensors` to a `.safetensors` file, with those METADATA_KEYS that `state` has, as JSON.
+    """Write `tensors` to a `.safetensors` file, with the METADATA_KEYS in `state` as JSON.
 
     Raises:
         MachineError: the disk is full or fails; the old file is then unchanged.
     """
-    # Copies: the format has no shared storage.
+    # Copy: the format does not support shared storage.
     separate = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {key: json.dumps(state[key]) for key in METADATA_KEYS if state.get(key) is not None}
     atomic_write(path, safetensors.torch.save(separate, metadata | {"format": "pt"}))
@@ -49,14 +49,14 @@ def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], sta
 def newest_first(directory: str | os.PathLike) -> list[tuple[tuple[int, int], float, Path]]:
     """(epoch, step), time and path of a directory's readable checkpoints, the newest first; others are named on stderr.
 
-    Of equals the one written last is the first.
+    Among equals, the one written last comes first.
     """
     found = []
     for path in sorted(Path(directory).glob(CHECKPOINTS)):
         try:
             state = peek(path)
             if not {"epoch", "step"} <= state.keys():
-                raise CheckpointError(f"{path}: it does not say at which epoch and step the run was")
+                raise CheckpointError(f"{path}: it contains no epoch and step")
             found.append(((state["epoch"], state["step"]), path.stat().st_mtime, path))
         except CheckpointError as error:
             tell(f"passing over {error}")
@@ -67,7 +67,7 @@ def newest_intact(directory: str | os.PathLike) -> tuple[Path, dict[str, Any]] |
     """The path and content of a directory's newest intact checkpoint by (epoch, step); None without checkpoints.
 
     Raises:
-        UserError: there are checkpoints, but no intact one; a new run would overwrite them.
+        UserError: there are checkpoints, but none is intact; a new run would overwrite them.
     """
     for *_, path in newest_first(directory):
         try:

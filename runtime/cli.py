@@ -1,4 +1,4 @@
-"""How a script of this project begins and ends: its exit codes, and one line for what went wrong."""
+"""Run a script of this project: exit codes, and errors in one line."""
 
 import errno
 import multiprocessing
@@ -25,13 +25,13 @@ SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOME
 def run_cli(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run `main(None)` and end the process with the exit codes of this project.
 
-    0 done, 2 the user's mistake, 3 the machine's, 4 a non-finite loss, 128 + n a signal, 1 a fault of the program
-    (the only case with a traceback). Every process reports its own error.
+    0 success, 2 user error, 3 machine error, 4 non-finite loss, 128 + n signal, 1 bug in the program (the only case
+    with a traceback). Every process reports its own error.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # it is closed: a checkpoint must not get its descriptor
+        except OSError:  # it is closed: another file must not get its descriptor
             os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
     code, text = _outcome(main)
@@ -41,7 +41,7 @@ def run_cli(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
         flush(stream)
     if code == 0:
         close_distributed()
-    elif torch_dist.is_initialized():  # the interpreter's teardown may hang in a collective with ranks that are gone
+    elif torch_dist.is_initialized():  # the interpreter's exit may hang in a collective with dead ranks
         for child in multiprocessing.active_children():
             child.terminate()
         os._exit(code)
@@ -49,7 +49,7 @@ def run_cli(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
 
 
 def _outcome(main: Callable[[Sequence[str] | None], None]) -> tuple[int, str]:
-    """The exit code of running `main`, and what to tell the user."""
+    """Run `main`; returns the exit code and the message for the user."""
     try:
         main(None)
     except JobError as error:
@@ -72,7 +72,7 @@ def _outcome(main: Callable[[Sequence[str] | None], None]) -> tuple[int, str]:
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """Whether a collective broke, most likely because another rank ended; that one says why."""
+    """Whether a collective failed, most likely because another rank ended, which reports the reason."""
     return isinstance(error, torch_dist.DistError) or (
         isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE) is not None
     )

@@ -1,4 +1,4 @@
-"""Pictures of a run: columns of its log over the epochs. Only drawing them needs matplotlib."""
+"""Plots of a run: columns of its log over the epochs. Only drawing needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EMA = "_ema"  # ends the name of a column of the averaged weights
+EMA = "_ema"  # suffix of the columns of the averaged weights
 
 
-# Axes one above the other, with a curve for each column of the log that has values, and a dashed one for its EMA twin.
+# Stacked axes, with a curve for each column of the log that has values, and a dashed curve for its EMA column.
 # Label of a vertical axis, with the unit -> column -> name in the legend.
 Plot = Mapping[str, Mapping[str, str]]
 
@@ -21,7 +21,7 @@ Plot = Mapping[str, Mapping[str, str]]
 def draw_curves(
     rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int | None = None, title: str = ""
 ) -> Figure:
-    """`plot` of a log's rows, with the best epoch marked, under a title."""
+    """Draw `plot` from the rows of a log, with a title and the best epoch marked."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -49,7 +49,7 @@ def _draw_panel(
         for key, legend, style in ((column, name, "-"), (column + EMA, f"{name}, EMA", "--")):
             points = [(row["epoch"], row[key]) for row in rows if _is_drawable(row.get(key))]
             if points:
-                fill = "white" if style == "--" else None  # one epoch has no line to be dashed
+                fill = "white" if style == "--" else None  # a single epoch has no line that could be dashed
                 look = {"color": f"C{number}", "marker": marker, "markersize": 3.5, "markerfacecolor": fill}
                 axes.plot(*zip(*points, strict=True), style, label=legend, **look)
     if best_epoch is not None:

@@ -1,6 +1,6 @@
-"""Processes of a job: which rank this one is, joining the others, and messages between ranks.
+"""The processes of a job: this process's rank, joining the other processes, and communication.
 
-torchrun and Slurm end a job when one of its processes fails; nothing here watches over it.
+torchrun and Slurm end a job when one of its processes fails, so this module does not monitor them.
 """
 
 import os
@@ -28,8 +28,8 @@ _control: torch_dist.ProcessGroup | None = None  # gloo, for control messages; N
 class Distributed:
     """This process's rank in the job. The default is a job of one process.
 
-    Every method must be called by all ranks. Control messages (`barrier`, `max`, the objects) use a gloo group of
-    their own, so that they never wait for the GPU.
+    All ranks must call every method. Control messages (`barrier`, `max`, the objects) use a separate gloo group, so
+    that they never wait for the GPU.
     """
 
     rank: int = 0
@@ -45,7 +45,7 @@ class Distributed:
             torch_dist.barrier(group=_control)
 
     def max(self, value: int) -> int:
-        """The largest `value` of all ranks, such as the number of a signal that one of them got."""
+        """The largest `value` of all ranks, such as the number of a received signal."""
         if _control is None:
             return value
         message = torch.tensor([value], dtype=torch.int64)
@@ -76,10 +76,10 @@ class Distributed:
         return box
 
     def wrap(self, model: nn.Module, sync_bn: bool = False, find_unused: bool = False) -> nn.Module:
-        """`model` for data-parallel training; the model itself in a job of one process.
+        """Wrap `model` for data-parallel training; returns it unchanged in a job of one process.
 
-        Buffers are not broadcast at each step: those of batch norms are distributed before evaluation, and the
-        others are constant.
+        Buffers are not broadcast in each step: batch norm statistics are synchronized before evaluation, and the
+        other buffers are constant.
         """
         if _control is None:
             return model
@@ -98,9 +98,9 @@ class Distributed:
 
 
 def rank_in_job() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or, within an srun step, Slurm left them in the environment.
+    """(rank, world size, local rank) from the environment variables of torchrun or, within an srun step, of Slurm.
 
-    A batch script's own shell has Slurm's variables, too, but is no step: a process in it is alone.
+    Slurm also sets variables in the shell of a batch script, which is not a step and runs a single process.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -113,7 +113,7 @@ def rank_in_job() -> tuple[int, int, int]:
 
 
 def local_world_size() -> int:
-    """The processes that torchrun started on this machine. Slurm's tasks have cores of their own: 1."""
+    """The number of processes that torchrun started on this machine; 1 under Slurm, whose tasks do not share cores."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -130,7 +130,7 @@ def init_distributed(device: str = "auto") -> Distributed:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N" (one process only).
 
     Raises:
-        UserError: for a device that is not there, a broken environment, or processes that do not meet.
+        UserError: the device does not exist, the environment is invalid, or the processes cannot connect.
     """
     global _control
     rank, world_size, local_rank = rank_in_job()
@@ -140,7 +140,7 @@ def init_distributed(device: str = "auto") -> Distributed:
     if world_size > 1 and _control is None:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
         os.environ.setdefault("MASTER_ADDR", first_host(nodes))
-        # A port of this job and step, so that two jobs on one machine do not meet.
+        # The port depends on job and step, so that two jobs on one machine do not collide.
         step = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(os.environ.get("SLURM_STEP_ID", "0"))
         os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
         try:
@@ -171,9 +171,9 @@ def _choose_device(name: str, world_size: int, local_rank: int) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if match.group(1) and world_size > 1:
-        raise UserError(f"--device {name}: each of {world_size} processes uses its own GPU; say cuda")
+        raise UserError(f"--device {name}: each of {world_size} processes uses its own GPU; use --device cuda")
     count = torch.cuda.device_count()
-    # Slurm may show each task its own GPU alone (--gpus-per-task).
+    # Under Slurm, a task may see only its own GPU (--gpus-per-task).
     index = int(match.group(1) or (0 if count == 1 and "SLURM_PROCID" in os.environ else local_rank))
     if index >= count:
         raise UserError(f"--device {name}: there is no GPU {index}, this machine has {count}")

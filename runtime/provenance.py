@@ -1,4 +1,4 @@
-"""What was run: the command, its arguments, the versions and the state of the code."""
+"""The provenance of a run: command, arguments, versions and state of the code."""
 
 import platform
 import shlex
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def describe_run(args: Mapping[str, Any], argv: Sequence[str], processes: int) -> dict[str, Any]:
-    """What args.yaml contains: the command (`argv`, like sys.argv), versions, the code's state, all arguments."""
+    """The content of args.yaml: the command (`argv`, like sys.argv), versions, the code's state, all arguments."""
     return {
         "command": shlex.join(["python", *argv]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -32,7 +32,7 @@ def read_yaml(path: str | Path, where: str) -> dict:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: it has none; the message begins with `where`.
+        UserError: the file contains no mapping; the message begins with `where`.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ def read_yaml(path: str | Path, where: str) -> dict:
 
 
 def last_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a run's last command, by the content of its args.yaml."""
+    """The arguments of a run's last command, from the content of its args.yaml."""
     args = dict(record["args"])
     for later in record.get("resumed", []):
         args |= later["changed"]
@@ -55,7 +55,7 @@ def last_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """The commit of this code and whether it was changed since; None without git or a repository."""
+    """The commit of this code and whether it has local changes; None without git or a repository."""
 
     def git(*command: str) -> str:
         words = ["git", "-C", str(Path(__file__).parent), *command]
@@ -68,7 +68,7 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML and JSON have it: tuples as lists, what they have not as text."""
+    """Convert a value for YAML and JSON: tuples to lists, unsupported types to text."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):

@@ -23,26 +23,26 @@ from utils import TEMPORARY_SUFFIX, UserError, atomic_write, cannot_write, make_
 
 try:
     from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # without its package a run writes no events, as it draws no plots without matplotlib
+except ImportError:  # the package is optional, like matplotlib for the plots
     SummaryWriter = None
 
 ARGS = "args.yaml"
 LOG = "log.txt"
 LOCK = ".lock"
 BEST, NUMBERED = "checkpoint_best.pth", "checkpoint_best_*.pth"
-# Seconds to wait for the lock: the loader workers of a run that was killed keep it until they notice, 5 s later.
+# Seconds to wait for the lock: loader workers of a killed run hold it until they notice, after 5 s.
 LOCK_PATIENCE = 10.0
 
 
 class RunDirectory:
-    """A run's directory, locked so that one run at a time writes there. Off the main rank every method does nothing.
+    """A run's directory, locked against other runs. Except on the main rank, all methods do nothing.
 
     Args:
         path: the directory; created if missing.
         dist: this process's rank and the world size.
-        score: the key of a checkpoint's score, by which the best are chosen ("acc1").
-        plots: what to draw of the log, by the file of the picture.
-        wandb: a project of Weights & Biases to log to as well.
+        score: the key of the score in checkpoints that ranks them ("acc1").
+        plots: the plots of the log, by file name.
+        wandb: a Weights & Biases project to log to as well.
 
     Raises:
         UserError: another run is using it, or its log cannot be read.
@@ -71,14 +71,14 @@ class RunDirectory:
                 make_directory(self.path)
                 opened.callback(lock_directory(self.path).release)
                 opened.callback(self._remove_if_empty)
-                # What a run that was killed while writing has left: only the owner of the lock writes here.
+                # Remove files that a run killed while writing has left; only the owner of the lock writes here.
                 for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
                     left.unlink(missing_ok=True)
                 self._rows = read_log(self.path / LOG)
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Close the event files and unlock the directory; one without any file of the run is removed."""
+        """Close the event files and unlock the directory; remove it if it is empty."""
         self._opened.close()
 
     def __enter__(self) -> "RunDirectory":
@@ -99,7 +99,7 @@ class RunDirectory:
     ) -> None:
         """Write args.yaml: the command (`argv`, like sys.argv), versions, the code's state, all arguments.
 
-        A run that resumes keeps what its first command wrote, and adds its own command with the arguments it changes.
+        A run that resumes keeps the existing content, and adds its own command with the changed arguments.
         """
         if not self._active:
             return
@@ -117,7 +117,7 @@ class RunDirectory:
 
     # --------------------------------------------------------------------------------------------------- log
     def truncate_log(self, epoch: int) -> None:
-        """Drop the rows of `epoch` and later ones, which are about to be trained (again)."""
+        """Drop the rows of `epoch` and later epochs, which are about to be trained again."""
         if not self._active:
             return
         kept = [row for row in self._rows if row["epoch"] < epoch]
@@ -129,7 +129,7 @@ class RunDirectory:
         """Log the results of epoch `row["epoch"]`, replacing an earlier row of it, and redraw the plots.
 
         Args:
-            row: numbers by column; a column ending in `EMA` is drawn dashed beside the one without.
+            row: numbers by column; a column ending in `EMA` is drawn dashed, with the column without it.
             best_epoch: the epoch to mark.
         """
         if not self._active:
@@ -149,8 +149,8 @@ class RunDirectory:
     def _write_events(self, row: Mapping[str, Any]) -> None:
         if SummaryWriter is None:
             return
-        # TensorBoard's format is the one file here that is appended to. purge_step hides what a killed run
-        # wrote at or after this epoch.
+        # Only TensorBoard's file is appended to. purge_step hides what a killed run wrote at or after this
+        # epoch.
         try:
             if self._events is None:
                 self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=row["epoch"])
@@ -180,13 +180,13 @@ class RunDirectory:
                 atomic_write(path, lambda copy, file=file: shutil.copyfileobj(file, copy))
 
     def save_epoch(self, names: Sequence[str], state: Mapping[str, Any], keep_best: int = 1) -> None:
-        """Write `state`, of the end of an epoch, to `names`, and to those of the best checkpoints if it is one.
+        """Write `state` at the end of an epoch to `names`, and to the best checkpoints if it is one of them.
 
-        `checkpoint_best.pth` has the highest score. With keep_best > 1 there is also a `checkpoint_best_NNNN.pth` for
-        each of that many best ones, where NNNN is the epoch they were trained to. Of two equal ones the earlier stays.
+        `checkpoint_best.pth` has the highest score. With keep_best > 1, each of the keep_best best checkpoints is also
+        saved as `checkpoint_best_NNNN.pth`, where NNNN is its epoch. Among equal scores, the earlier one is kept.
 
         Args:
-            state: a checkpoint, with its score under the key that this directory ranks by.
+            state: a checkpoint that contains the score by which this directory ranks.
         """
         if not self._active:
             return
@@ -200,7 +200,7 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def _ranked(self, pattern: str) -> list[tuple[float, Path]]:
-        """The scores of the intact checkpoints of that name, the best first, of equals the earliest."""
+        """Scores and paths of the intact checkpoints that match, best first, among equals the earliest first."""
         scored = []
         for path in sorted(self.path.glob(pattern)):
             with contextlib.suppress(CheckpointError, KeyError):
@@ -209,11 +209,11 @@ class RunDirectory:
 
 
 def lock_directory(directory: Path) -> filelock.BaseFileLock:
-    """Lock a directory for this process; the operating system unlocks it when the process ends, however it does.
+    """Lock a directory for this process; the operating system unlocks it when the process ends in any way.
 
     Raises:
         UserError: another process has locked it.
-        MachineError: the lock cannot be written.
+        MachineError: the lock file cannot be written.
     """
     lock = filelock.FileLock(directory / LOCK)
     try:

@@ -1,4 +1,4 @@
-"""A run's log on Weights & Biases, beside the files of its directory."""
+"""Log a run to Weights & Biases, in addition to the files of its directory."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import Any
 
 from utils import UserError, atomic_write, one_line
 
-RUN_ID = "wandb_id.txt"  # by which a resumed run finds itself
+RUN_ID = "wandb_id.txt"  # the id that a resumed run continues
 
 
 class WeightsAndBiases:
-    """One run of a project there. Without an account or a network, `WANDB_MODE=offline` keeps it in the directory.
+    """A run of a project on W&B. Without an account or network, set `WANDB_MODE=offline` to log to the directory.
 
     Args:
-        project: its name there; it is made if it is not there.
-        directory: the run's; its name is the run's name.
-        settings: of the run, shown beside its curves.
+        project: the name of the project; created if it does not exist.
+        directory: the run directory; its name is the name of the run.
+        settings: the settings of the run.
 
     Raises:
-        UserError: the package is not installed, or refuses.
+        UserError: the wandb package is not installed or reports an error.
     """
 
     def __init__(self, project: str, directory: Path, settings: Mapping[str, Any]):
@@ -37,10 +37,10 @@ class WeightsAndBiases:
             raise UserError(f"--wandb {project}: {one_line(error)}") from error
         if known is None:
             atomic_write(path, f"{self._run.id}\n")
-        self._run.define_metric("*", step_metric="epoch")  # an epoch that is trained again comes twice
+        self._run.define_metric("*", step_metric="epoch")  # a repeated epoch is logged twice
 
     def log(self, row: Mapping[str, Any], plots: Iterable[Path]) -> None:
-        """A row of the log, and the pictures as they are now."""
+        """Log a row and the current plots."""
         self._run.log(dict(row) | {plot.stem: self._wandb.Image(str(plot)) for plot in plots})
 
     def close(self) -> None:

@@ -184,7 +184,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="--val-split: class ant has a single image"):
         build_dataset("FOLDER", tmp_path / "single", "train", val_split=(0.5, 0))
     save_image(tmp_path / "both" / "train" / "zebra" / "0.png", 0)
-    with pytest.raises(UserError, match="only in one of them: zebra"):
+    with pytest.raises(UserError, match="in only one of them: zebra"):
         build_dataset("FOLDER", tmp_path / "both", "train")
     (tmp_path / "single" / "train" / "cow").mkdir()
     with pytest.raises(UserError, match="no images in the folder of class cow"):
@@ -211,7 +211,7 @@ def test_images_come_in_torchvisions_order_also_through_links(tmp_path):
     ("name", "root", "options", "message"),
     [
         ("IMGNET", ".", {}, "--data-set IMGNET: unknown; choose one of DIGITS, CIFAR10"),
-        ("IMNET", None, {}, "--data-path must say"),
+        ("IMNET", None, {}, "needs --data-path, the folder of its files"),
         ("IMNET", "nowhere", {}, "--data-path nowhere: no such file or folder"),
         ("IMNET", ".", {"download": True}, "--download: --data-set IMNET does not support it"),
         ("DIGITS", None, {"classes": ["1", "ten"]}, "--classes ten: no such class; there are 10: 0, 1"),
