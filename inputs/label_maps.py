@@ -1,4 +1,4 @@
-"""Label maps on disk: a teacher's prediction for each place of an image.
+"""Label maps on disk: a teacher's prediction for each position in an image.
 
 The labels of token labelling (Jiang et al. 2021, "All Tokens Matter"): a teacher's top-5 logits and their classes
 on an 18×18 grid over the whole image. One file an image, ``<root>/<class folder>/<image stem>.pt``, a tensor (2, 5,
@@ -39,7 +39,7 @@ def read_label_map(path: str | os.PathLike, num_classes: int | None = None) -> T
     """Read a label map.
 
     Args:
-        num_classes: if given, class indices from there on are refused.
+        num_classes: if given, larger or equal class indices are an error.
 
     Returns:
         (2, 5, 18, 18) in the file's dtype: logits, class indices.
@@ -83,16 +83,16 @@ def encode_label_map(logits: Tensor) -> Tensor:
 
 
 def check_label_maps(dataset: ImageDataset, root: str | os.PathLike, num_classes: int, read: int = 100) -> None:
-    """Verify that every image has its label map, and that the first `read` maps are intact and fit the data.
+    """Check that every image has a label map, and that the first `read` maps are intact and fit the data.
 
-    Damage in others is found when they are used, and named then.
+    Damage in other maps is reported when they are used.
 
     Args:
         dataset: the images' files.
         num_classes: class indices must be below it.
 
     Raises:
-        UserError: names the first maps that are missing, and how many there are, or one that does not fit.
+        UserError: maps are missing (the message names the first and their number), or one does not fit.
     """
     if not os.path.isdir(root):
         raise UserError(f"--token-label-data {root}: no such folder")

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from utils import UserError
 
-SMALL_INPUT = 32  # up to this size DeiT crops with padding instead of rescaling
+SMALL_INPUT = 32  # up to this size, DeiT uses a padded crop instead of a resized crop
 MAX_SIDE = 9999
 
 
@@ -22,7 +22,7 @@ def image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
     """(height, width) in pixels from one number, two, or text: 224, (192, 256), "224", "192x256".
 
     Raises:
-        UserError: it is none of these, or a side is not from 1 to 9999.
+        UserError: the size has another form, or a side is not in 1..9999.
     """
     if isinstance(size, str):
         sides = [int(side) if side.isascii() and side.isdigit() else side for side in size.lower().split("x")]
@@ -58,10 +58,10 @@ def train_transform(
 
     Args:
         input_size: one side, or height and width.
-        glyphs: images whose class changes when they are mirrored or cropped strongly.
-        no_aug: only resize and crop the centre.
+        glyphs: flips and strong crops may change the class of an image.
+        no_aug: only resize and centre-crop.
         aa: the name of one of timm's augmentation policies; None or "" for none.
-        hflip: the probability of mirroring; None for 0.5, and 0 for glyphs.
+        hflip: the probability of a horizontal flip; None for 0.5, or 0 for glyphs.
         options: mean, scale, ratio, vflip and color_jitter of `timm.data.create_transform`.
     """
     size = image_size(input_size)

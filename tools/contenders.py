@@ -1,4 +1,4 @@
-"""Models to compare in speed and memory: each runs in a process of its own, and they take turns."""
+"""Compare models in speed and memory: each runs in its own process, and they take turns."""
 
 import multiprocessing
 import re
@@ -26,7 +26,7 @@ from training.precision import set_up_device
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What may follow a contender's name.
+# Settings that may follow a contender's name.
 OWN_SETTINGS = {name: {"dtype": name} for name in DTYPES} | {
     "compile": {"compile": True},
     "channels-last": {"channels_last": True},
@@ -38,7 +38,7 @@ Seconds = dict[str, list[float]]  # by contender, of each round
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is run. Half precision is autocast over float32 weights, as in training."""
+    """The settings of a measurement. Half precision is autocast with float32 weights, as in training."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -78,7 +78,7 @@ class Contender:
         return cls(label, prefix, arch, settings)
 
     def build(self) -> nn.Module:
-        """The model with random weights, without stochastic depth, in which the defaults of models differ."""
+        """Build the model with random weights and without stochastic depth, whose defaults differ between models."""
         models.set_cpu_kernels(self.prefix != "plain")
         model = models.create_model(self.arch, 1000, (self.settings.img_size, self.settings.img_size), {})
         for module in model.modules():
@@ -89,7 +89,7 @@ class Contender:
 
 
 class Runner:
-    """A contender with everything that a training step and inference need."""
+    """A contender with everything needed for a training step and for inference."""
 
     def __init__(self, contender: Contender):
         self._memory_before = resident_peak()
@@ -106,7 +106,7 @@ class Runner:
         self.targets = torch.randint(self.model.num_classes, (settings.batch_size,), device=settings.device)
 
     def training(self) -> Tensor:
-        """Forward, cross-entropy, backward, AdamW; the loss."""
+        """Run forward, cross-entropy, backward and AdamW; returns the loss."""
         with self.settings.autocast():
             loss = F.cross_entropy(self.forward(self.images).float(), self.targets)
         self.scaler.scale(loss).backward()
@@ -132,7 +132,7 @@ class Runner:
 
 
 def resident_peak() -> float:
-    """The most MiB that this process has had in memory, by Linux; nan elsewhere."""
+    """The peak resident memory of this process in MiB on Linux; nan elsewhere."""
     status = Path("/proc/self/status")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else float("nan")
 
@@ -167,7 +167,7 @@ def take_turns(runs: dict[str, Callable[[], float]], rounds: int, device: str) -
 
 
 def speed_ratio(seconds: Seconds, one: str, other: str) -> float:
-    """How many times as fast as `other` `one` is: the ratio of the medians."""
+    """The speed of `one` relative to `other`: the ratio of the medians."""
     return statistics.median(seconds[other]) / statistics.median(seconds[one])
 
 
@@ -184,7 +184,7 @@ def measure(
     others have freed.
 
     Raises:
-        UserError: the process of a contender died, as one does that needs too much memory.
+        UserError: the process of a contender died, for example because it ran out of memory.
     """
     context, ignore_interrupt = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
     memory: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement names."""
+"""The machine and the versions of a measurement."""
 
 import platform
 import re
@@ -10,7 +10,7 @@ import torch
 
 
 def processor() -> str:
-    """The processor's name where Linux gives it, otherwise its kind."""
+    """The name of the processor on Linux, otherwise its architecture."""
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     return name[1] if name else platform.machine()
