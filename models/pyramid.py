@@ -299,17 +299,17 @@ def swap_box(x: Tensor, box: Box, scale: int = 1) -> Tensor:
 def pyramid_cfgs(family: str, source: dict[str, str]) -> dict[str, dict]:
     """Timm's default configurations of a family's pyramids; `source` names paper and repository.
 
-    The smallest has weights in this package, for CIFAR-10's images seen whole; h_ti is for Imagenette's photographs.
+    The two smallest have weights in this package: h_n for CIFAR-10's images, which are not cropped, and h_ti for
+    Imagenette's photographs.
     """
     cfg = model_cfg("stem.conv.0", crop_pct=0.96, source=source)
-    file = str(WEIGHTS / f"{family}_h_n.cifar10.safetensors")
-    cifar10 = {"file": file, "input_size": (3, 32, 32), "crop_pct": 1.0}
-    imagenette = {"input_size": (3, 128, 128), "crop_pct": 0.875}
-    return {
-        f"{family}_h_n.cifar10": cfg | cifar10 | {"num_classes": len(CIFAR10), "label_names": CIFAR10},
-        f"{family}_h_ti": cfg | imagenette | {"num_classes": len(IMAGENETTE), "label_names": IMAGENETTE},
-        **{f"{family}_h_{size}": cfg for size in ("s", "b", "l")},
+    trained = {
+        f"{family}_h_n.cifar10": {"input_size": (3, 32, 32), "crop_pct": 1.0, "label_names": CIFAR10},
+        f"{family}_h_ti.imagenette": {"input_size": (3, 128, 128), "crop_pct": 0.875, "label_names": IMAGENETTE},
     }
+    files = {name: {"file": str(WEIGHTS / f"{name}.safetensors"), "num_classes": 10} for name in trained}
+    cfgs = {name: cfg | files[name] | own for name, own in trained.items()}
+    return cfgs | {f"{family}_h_{size}": cfg for size in ("s", "b", "l")}
 
 
 def build_pyramid(name: str, pretrained: bool, overrides: dict, spectral_stages: int = 2) -> Pyramid:

@@ -51,7 +51,7 @@ def spectformer_h_n(pretrained: bool = False, **kwargs) -> Pyramid:
 
 @register_model
 def spectformer_h_ti(pretrained: bool = False, **kwargs) -> Pyramid:
-    """SpectFormer-H-Ti, for 128-pixel photographs: 2.4M parameters (10 classes). Not in the paper."""
+    """SpectFormer-H-Ti, for 128-pixel photographs: 2.3M parameters (10 classes). Not in the paper."""
     return build_pyramid("spectformer_h_ti", pretrained, kwargs)
 
 

@@ -39,7 +39,7 @@ def _scattering(mixing: str | None, default: str, arguments: dict) -> dict:
 
 @register_model
 def svt_h_n(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-N, for 32-pixel images: 1.2M parameters (10 classes), 26 MFLOPs at 32. Not in the paper.
+    """SVT-H-N, for 32-pixel images: 1.2M parameters (10 classes), 28 MFLOPs at 32. Not in the paper.
 
     It uses scattering in two stages. It has the arguments of `svt_h_s`; mixing is "channel_token" by default.
     """
@@ -48,7 +48,7 @@ def svt_h_n(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Py
 
 @register_model
 def svt_h_ti(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-Ti, for 128-pixel photographs: 2.4M parameters (10 classes). Not in the paper.
+    """SVT-H-Ti, for 128-pixel photographs: 2.3M parameters (10 classes). Not in the paper.
 
     It uses scattering in two stages. It has the arguments of `svt_h_s`; mixing is "channel_token" by default.
     """
