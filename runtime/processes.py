@@ -109,7 +109,10 @@ def rank_in_job() -> tuple[int, int, int]:
         names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
     else:
         return 0, 1, 0
-    return tuple(int(os.environ.get(name, "0")) for name in names)
+    try:
+        return tuple(int(os.environ.get(name, "0")) for name in names)
+    except ValueError as error:
+        raise UserError(f"environment: {', '.join(names)} must be integers: {error}") from error
 
 
 def local_world_size() -> int:
