@@ -91,7 +91,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind):
 def test_a_range_keeps_the_levels_of_twelve_bits_and_without_it_they_are_not_lost_in_silence():
     levels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     content = encoded(Image.fromarray(levels), "png")
-    with pytest.raises(BadImage, match="as of 12 bits; --pixel-range MIN MAX"):
+    with pytest.raises(BadImage, match="like 12-bit values; set --pixel-range MIN MAX"):
         read_image(io.BytesIO(content), "scan.png")
     for channels in (1, 3, 4):
         pixels = np.asarray(read_image(io.BytesIO(content), "scan.png", channels=channels, pixel_range=(0, 4095)))

@@ -179,7 +179,7 @@ def test_the_newest_intact_checkpoint_is_found_and_the_damaged_are_named(tmp_pat
     torch.save({"model": tensors()}, tmp_path / "checkpoint_weights.pth")
     os.utime(tmp_path / "checkpoint_0001.pth")
     assert newest_intact(tmp_path)[0].name == "checkpoint_last.pth"
-    assert "checkpoint_weights.pth: it does not say" in capsys.readouterr().err
+    assert "checkpoint_weights.pth: it contains no epoch" in capsys.readouterr().err
     for name, expected in [("last", "best"), ("best", "0001")]:
         path = tmp_path / f"checkpoint_{name}.pth"
         data = bytearray(path.read_bytes())

@@ -171,7 +171,7 @@ def test_without_data_path_the_digits_are_trained():
         (["--model-kwargs", "in_chans=1"], "use --in-chans"),
         (["--token-label"], "--token-label-data"),
         (["--token-label", "--token-label-data", "m", "--mixup", "0.2"], "MixToken"),
-        (["--eval"], "one of --resume PATH or --finetune PATH"),
+        (["--eval"], "either --resume PATH or --finetune PATH"),
         (["--distillation-type", "hard"], "--teacher-model"),
         (["--dtype", "float64", "--amp", "bf16"], "float64"),
         (["--sync-bn", "--freeze-bn"], "--freeze-bn"),

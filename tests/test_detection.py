@@ -370,7 +370,7 @@ def test_a_backbone_without_a_pyramid_is_refused():
     with pytest.raises(UserError, match="--arch spectformer_ti: a detector needs .* strides 4, 8, 16, 32"):
         pyramid_features(model, "spectformer_ti", STRIDES["mask_rcnn"])
     model = create_classifier("spectformer_h_n", (64, 64), {}, 0.0)
-    with pytest.raises(UserError, match="are at 2, 4, 8, 16; --model-kwargs stem_stride=4"):
+    with pytest.raises(UserError, match="has strides 2, 4, 8, 16; set --model-kwargs stem_stride=4"):
         pyramid_features(model, "spectformer_h_n", STRIDES["mask_rcnn"])
 
 
