@@ -295,7 +295,7 @@ def test_the_model_is_that_of_the_weights_to_begin_with_unless_another_is_named(
     checkpoints.save(gone, recorded | {"model": {}})
     args = parse("--finetune", gone, "--model-kwargs", "depth=3")
     assert (args.arch, args.model_kwargs) == ("spectformer_ti", {"depth": 3, "alpha": 1})
-    assert args.output_dir == "runs/spectformer_ti-digits" and args.eval_crop_pct == 1  # digits are seen whole
+    assert args.output_dir == "runs/spectformer_ti-digits" and args.eval_crop_pct == 1  # digits are not cropped
     assert parse("--finetune", gone, "--arch", "svt_h_s").model_kwargs == {}
     checkpoints.save(gone, recorded | {"model_kwargs": {"pretrained": True}})
     with pytest.raises(CheckpointError, match="pretrained would make timm read other files"):

@@ -454,7 +454,7 @@ def test_infer_draws_what_it_finds(trained, cells, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_detector_goes_on_with_its_own_classes_and_begins_anew_with_others(trained, cells, tmp_path, capsys):
+def test_finetuning_a_detector_keeps_its_class_layers_only_for_the_same_classes(trained, cells, tmp_path, capsys):
     path = str(trained / "checkpoint_last.pth")
     flags = ["--finetune", path, "--epochs", "1"]
     main_detection.main([*RUN, *flags, "--data-path", str(cells), "--output-dir", str(tmp_path / "same")])

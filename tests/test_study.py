@@ -129,10 +129,10 @@ def with_lines(tmp_path, accuracies):
     """A results file with invented accuracies, by cell and seed, and the words that report it."""
     study = Study(written(tmp_path), [], None, tmp_path)
     numbers = dict.fromkeys(("loss", "parameters", "gflops", "seconds"), 1) | {"images": 64, "test_images": 8}
-    told = {"machine": "an abacus", "torch": torch.__version__} | numbers
+    measured = {"machine": "an abacus", "torch": torch.__version__} | numbers
     with (tmp_path / "tiny.jsonl").open("w") as file:
         for (cell, seed), score in accuracies.items():
-            line = {"cell": cell, "seed": seed, "acc1": score, "recipe": study.recipes[cell]} | told
+            line = {"cell": cell, "seed": seed, "acc1": score, "recipe": study.recipes[cell]} | measured
             file.write(json.dumps(line) + "\n")
     return [*words(tmp_path, tmp_path / "tiny.yaml", workers=1), "--report"]
 

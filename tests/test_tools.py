@@ -29,9 +29,9 @@ def test_a_tool_is_run_as_a_module_leaves_the_path_alone_and_helps_in_eighty_col
     before = list(sys.path)
     with pytest.raises(SystemExit) as left:
         runpy.run_module(f"tools.{name}", run_name="__main__")
-    told = capsys.readouterr().out
-    assert left.value.code == 0 and f"usage: python -m tools.{name}" in told
-    assert max(map(len, told.splitlines())) <= 80
+    output = capsys.readouterr().out
+    assert left.value.code == 0 and f"usage: python -m tools.{name}" in output
+    assert max(map(len, output.splitlines())) <= 80
     assert sys.path == before
 
 

@@ -69,9 +69,9 @@ def test_a_message_shows_the_beginning_of_a_long_value():
 def test_what_a_terminal_would_obey_is_shown_as_an_escape(capsys):
     say("class \x1b]0;owned\x07 \u202egnp.exe, \udcff, é\nthe next\tline")
     tell("\x9b2J")
-    told = capsys.readouterr()
-    assert told.out == "class \\x1b]0;owned\\x07 \\u202egnp.exe, \\udcff, é\nthe next        line\n"
-    assert told.err == "\\x9b2J\n"
+    output = capsys.readouterr()
+    assert output.out == "class \\x1b]0;owned\\x07 \\u202egnp.exe, \\udcff, é\nthe next        line\n"
+    assert output.err == "\\x9b2J\n"
 
 
 def test_nobody_to_talk_to_is_no_error(monkeypatch):
