@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .cpu import is_exporting, may_run
+from .cpu.spectral_product import product_in_slices
 from .layers import GridMixer
 from .matrices import builder, matrix, multiply
 from .precision import autocast_off, full_precision
@@ -64,23 +65,26 @@ def gate(x: Tensor, complex_weight: Tensor) -> Tensor:
 def gate_by_products(x: Tensor, complex_weight: Tensor) -> Tensor:
     """`gate` by real matrix products. The backward pass only keeps the spectrum (B, 2, H, F, C), F = W // 2 + 1."""
     batch, height, width, channels = x.shape
+    sliced = may_run(x, (complex_weight,))
     # On a CPU, arithmetic costs more than memory traffic. Exported programs may have dynamic sizes.
-    dense = not is_exporting() and max(height, width) <= LARGEST_DENSE and not may_run(x)
+    dense = not sliced and not is_exporting() and max(height, width) <= LARGEST_DENSE
     if dense:
         spectrum = multiply(matrix(dense_transform, height, width, like=x), x.flatten(1, 2))
     else:
         rows = multiply(matrix(width_transform, width, like=x), x.flatten(0, 1))
         spectrum = multiply(matrix(height_transform, height, like=x), rows.view(batch, 2 * height, -1))
-    # The four products of real and imaginary parts, (out, in, H, F, C). The next matrix product sums them.
-    real, imaginary = complex_weight.to(x.dtype).unbind(-1)
-    weight = torch.stack((real, -imaginary, imaginary, real)).unflatten(0, (2, 2))
-    parts = weight * spectrum.view(batch, 1, 2, height, -1, channels)
-    if dense:
-        y = multiply(matrix(dense_inverse, height, width, like=x), parts.flatten(1, 4))
+    spectrum = spectrum.view(batch, 2, height, -1, channels)
+    if sliced:
+        parts, inverse = product_in_slices(spectrum, complex_weight), matrix(height_transform, height, like=x).T
     else:
-        rows = multiply(matrix(height_inverse, height, like=x), parts.view(batch, 4 * height, -1))
-        y = multiply(matrix(width_inverse, width, like=x), rows.view(batch * height, -1, channels))
-    return y.view(x.shape)
+        # The four products of real and imaginary parts, (out, in, H, F, C). The next matrix product sums them.
+        real, imaginary = complex_weight.to(x.dtype).unbind(-1)
+        weight = torch.stack((real, -imaginary, imaginary, real)).unflatten(0, (2, 2))
+        parts, inverse = weight * spectrum[:, None], matrix(height_inverse, height, like=x)
+    if dense:
+        return multiply(matrix(dense_inverse, height, width, like=x), parts.flatten(1, 4)).view(x.shape)
+    rows = multiply(inverse, parts.view(batch, inverse.shape[1], -1))
+    return multiply(matrix(width_inverse, width, like=x), rows.view(batch * height, -1, channels)).view(x.shape)
 
 
 # Orthonormal transforms of a real (H, W) grid as float64 matrices. The width transform gives (H, 2, F) numbers, the

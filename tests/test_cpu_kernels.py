@@ -9,9 +9,18 @@ from torch import nn
 from torch.nn.utils import prune
 
 from models import set_cpu_kernels, set_spectral_precision
-from models.cpu import attention, feed_forward, scattering
+from models.cpu import attention, feed_forward, scattering, spectral_product
 from models.layers import Attention, FeedForward
 from models.scattering import ScatteringMixer
+from models.spectral_gate import SpectralGate, gate_by_products
+
+
+class GateByProducts(SpectralGate):
+    """The gate as it runs in half precision, in any precision."""
+
+    def forward(self, x):
+        return gate_by_products(self.spectral_input(x), self.complex_weight)
+
 
 LAYERS = {
     "feed-forward": lambda: FeedForward(8, 12),
@@ -19,8 +28,9 @@ LAYERS = {
     "scattering": lambda: ScatteringMixer(8, (12, 7)),
     "scattering on an odd grid": lambda: ScatteringMixer(8, (7, 5)),
     "attention": lambda: Attention(8, 2),
+    "gate": lambda: GateByProducts(8, (5, 6)),
 }
-MODULES = (attention, feed_forward, scattering)
+MODULES = (attention, feed_forward, scattering, spectral_product)
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +171,7 @@ OPERATIONS = {
         *(tokens(2, 5, 6, 4), tokens(6, 6, 4)),
         *(tokens(2, 4, 4), tokens(2, 4), tokens(2, 4, 4), tokens(2, 4), True),
     ),
+    "spectral_product": lambda: (tokens(3, 2, 5, 4, 6), tokens(5, 4, 6, 2)),
     "attend": lambda: (tokens(3, 5, 4), tokens(3, 5, 4), tokens(3, 5, 4)),
 }
 
