@@ -1,4 +1,4 @@
-"""The data sets by name, with the flags that each supports."""
+"""The data sets by name, and the flags that each of them supports."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class DatasetSpec:
     """A data set: its builder, the optional flags that it supports, and whether it contains glyphs."""
 
     build: Callable[[DatasetOptions], ImageDataset]
-    flags: str = ""  # which of --download, --val-split, --val-path and --split test it supports
+    flags: str = ""  # the supported ones of --download, --val-split, --val-path and --split test
     needs_path: bool = True  # --data-path is required
     glyphs: bool = False  # flips and strong crops may change an image's class
 
@@ -60,7 +60,7 @@ def build_dataset(
 
     Args:
         name: a key of `DATASETS`, or ``hfds/…`` or ``wds/…``.
-        root: its folder (--data-path). ``DIGITS`` needs none; for ``hfds/…`` it is the cache.
+        root: its folder (--data-path). ``DIGITS`` needs none; for ``hfds/…`` it is the cache folder.
         split: "train", "val" (used for validation during training), or "test".
         classes: keep only these classes, by name or number, and label them in this order.
         options: other fields of `DatasetOptions`.

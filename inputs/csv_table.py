@@ -14,10 +14,10 @@ Row = tuple[str, str, str]  # file, label, split
 def csv_table(options: DatasetOptions) -> ImageDataset:
     """Open --data-path FILE.csv, a table with a header; --csv-columns names the columns of files, labels and splits.
 
-    Files are relative to the table's folder. Labels are arbitrary text. The validation images come from --val-path (a
-    second table), the split column, or --val-split; without any of these, evaluation uses all rows.
+    Paths are relative to the table's folder. Labels are any text. The validation images come from --val-path (a second
+    table), the split column, or --val-split; without any of these, evaluation uses all rows.
 
-    Classes are sorted by name, or by value if all are numbers.
+    Classes are sorted by name, or by value if all of them are numbers.
     """
     rows, left_out = _read(options.root, options.csv_columns)
     tables = {options.root: rows}

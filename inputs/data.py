@@ -63,7 +63,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         share, seed = args.train_part
         train_set, _ = divide_classes(train_set, share, seed, "train-part")
     if args.token_label_data and dist.is_main:
-        check_label_maps(train_set, args.token_label_data, data.num_classes)
+        check_label_maps(train_set, args.token_label_data)
     update = (args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter)
     probabilities = balanced_probabilities(train_set) if args.balanced_sampling else None
     sampler = KeyedSampler(len(train_set), *update, REPEATS if args.repeated_aug else 1, probabilities)

@@ -13,7 +13,7 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "test"
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """name is --data-set, root is --data-path (None if not given), and split is train, val or test.
+    """name is --data-set, root is --data-path (None without it), and split is train, val or test.
 
     The other fields are the flags of the same names.
     """
@@ -42,7 +42,5 @@ class DatasetOptions:
         """The content of a JSON file in the data set's folder; raises UserError."""
         try:
             return json.loads((self.root / file).read_bytes())
-        except OSError as error:
-            raise self.missing(f"{file} ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.root / file}: not readable as JSON: {error}") from error
+        except (OSError, ValueError) as error:
+            raise self.missing(f"{file}, a JSON file ({error})") from error

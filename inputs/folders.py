@@ -17,21 +17,16 @@ def class_folders(options: DatasetOptions) -> ImageDataset:
     With --val-split, the tree is train/CLASS/IMAGE or CLASS/IMAGE, and is split into training and validation.
     """
     if options.val_split is not None and options.split != "test":
-        return _split(options)
+        if (val := split_folder(options.root, SPLIT_NAMES["val"][:-1])) is not None:
+            raise UserError(f"--val-split: {val} exists and is used for validation; remove the flag")
+        whole = _image_folder(split_folder(options.root, SPLIT_NAMES["train"]) or options.root)
+        return validation_part(whole, options)
     folder = split_folder(options.root, options.split_names)
     if folder is None:
         way_out = "; --val-split 0.1 holds out a part of each class for validation" if options.split != "test" else ""
         wanted = f"a folder {' or '.join(options.split_names)} that contains a folder of images for each class"
         raise options.missing(wanted + way_out)
-    # Evaluation matches classes by name, and may lack some.
-    return _image_folder(folder, split_folder(options.root, SPLIT_NAMES["val"]) if options.train else None)
-
-
-def _split(options: DatasetOptions) -> ImageDataset:
-    if (val := split_folder(options.root, SPLIT_NAMES["val"][:-1])) is not None:
-        raise UserError(f"--val-split: {val} exists and is used for validation; remove the flag")
-    images = _image_folder(split_folder(options.root, SPLIT_NAMES["train"]) or options.root, None)
-    return validation_part(images, options)
+    return _image_folder(folder)
 
 
 def validation_part(images: ImageDataset, options: DatasetOptions) -> ImageDataset:
@@ -49,27 +44,22 @@ def split_folder(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _class_names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _image_folder(folder: Path, other: Path | None) -> ImageDataset:
-    """The images of `folder`, whose classes must be those of `other`, the folder of the other split."""
-    classes = _class_names(folder)
+def _image_folder(folder: Path) -> ImageDataset:
+    """The images in the class folders of `folder`."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"{folder}: contains no class folders")
-    if other is not None and (difference := set(classes) ^ set(_class_names(other))):
-        named = ", ".join(sorted(difference)[:10])
-        raise UserError(f"{folder} and {other} must contain the same classes; in only one of them: {named}")
-    files = [list(walk_files(folder / name)) for name in classes]
-    images = [[path for path in paths if is_image_name(path)] for paths in files]
-    empty = [name for name, paths in zip(classes, images, strict=True) if not paths]
-    if empty:
-        raise UserError(f"{folder}: no images in the folder of class {', '.join(empty[:10])}")
-    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
-    dataset = ImageFiles([path for paths in images for path in paths], labels, classes)
-    others = (path for paths in files for path in paths if not is_image_name(path))
-    dataset.left_out = [f"{path} (not an image file name)" for path in others]
+    paths, labels, left_out = [], [], []
+    for label, name in enumerate(classes):
+        files = list(walk_files(folder / name))
+        images = [path for path in files if is_image_name(path)]
+        if not images:
+            raise UserError(f"{folder}: no images in the folder of class {name}")
+        paths += images
+        labels += [label] * len(images)
+        left_out += [f"{path} (not an image file name)" for path in files if not is_image_name(path)]
+    dataset = ImageFiles(paths, labels, classes)
+    dataset.left_out = left_out
     return dataset
 
 

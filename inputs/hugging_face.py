@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from inputs.dataset_options import DatasetOptions
-from inputs.images import BadImage, ImageArrays, ImageDataset, count_classes
+from inputs.images import BadImage, ImageArrays, ImageDataset
 from utils import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,7 @@ SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
 
 class ImageRows(ImageArrays):
-    """Images in a table with a single undecoded Image column: encoded bytes or a path."""
+    """Images in a table with one column, an undecoded Image: encoded bytes or a path."""
 
     def source(self, index: int) -> str | BinaryIO:
         (stored,) = self._images[index].values()
@@ -30,8 +30,8 @@ class ImageRows(ImageArrays):
 def hugging_face(options: DatasetOptions) -> ImageDataset:
     """Open hfds/NAME from the Hub, or hfds/PATH, a local folder or one written by `save_to_disk`.
 
-    The columns are `image` and `label`, or the only columns of these types. --data-path is the cache of the package
-    (default: its own); nothing is written to the folder of a local data set.
+    The columns are `image` and `label`, or the only columns of these types. --data-path is the package's cache folder
+    (default: the package's own); nothing is written to the folder of a local data set.
     """
     try:
         package = import_package()
@@ -57,8 +57,10 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
         labels = rows.data.column(label).to_numpy()
         if not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"column {label!r}: not every row has a class number; cast it to ClassLabel")
+        if labels.min(initial=0) < 0:
+            raise UserError("some labels are negative: they are withheld in this split")
         class_names = list(getattr(features[label], "names", None) or ())
-        class_names += [str(i) for i in range(len(class_names), count_classes(labels))]
+        class_names += [str(i) for i in range(len(class_names), labels.max(initial=-1) + 1)]
         images = rows.select_columns([image]).cast_column(image, Image(decode=False))
         return ImageRows(f"{options.name}/{split}", images, labels, class_names)
     except Exception as error:  # builders may raise anything

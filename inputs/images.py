@@ -72,11 +72,10 @@ def _eight_bits(image: Image.Image, pixel_range: Sequence[float] | None) -> Imag
         if halved and 0 < np.asarray(image).max() < FEWEST_LEVELS:
             raise ValueError(f"fewer than {FEWEST_LEVELS} levels of its 16-bit colours remain in 8 bits; convert it")
         return image
-    values = np.asarray(image).astype(np.float32)
     if pixel_range is None and not sixteen:
         raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; set --pixel-range MIN MAX")
     low, high = pixel_range or (0, 65535)
-    values = ((values - low) * (255 / (high - low))).clip(0, 255)
+    values = ((np.asarray(image).astype(np.float32) - low) * (255 / (high - low))).clip(0, 255)
     if pixel_range is None and 0 < values.max() < FEWEST_LEVELS:
         raise ValueError("its values end far below 65535, like 12-bit values; set --pixel-range MIN MAX")
     return Image.fromarray(np.rint(values).astype(np.uint8))
@@ -211,10 +210,3 @@ def class_number(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r:.40} is not a class number")
     return value
-
-
-def count_classes(labels: np.ndarray) -> int:
-    """The largest label plus 1; raises UserError for a negative label."""
-    if labels.min(initial=0) < 0:
-        raise UserError("some labels are negative: they are withheld in this split")
-    return int(labels.max(initial=-1)) + 1

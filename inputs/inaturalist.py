@@ -1,4 +1,4 @@
-"""INaturalist 2018 and 2019."""
+"""The data sets iNaturalist 2018 and 2019."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genu
 def inaturalist(options: DatasetOptions) -> ImageDataset:
     """Open train{year}.json, val{year}.json, categories.json and the images that they list.
 
-    Labels are numbered by first appearance in the training annotations, as in DeiT.
+    As in DeiT, labels are numbered in the order in which classes first appear in the training annotations.
     """
     year = {"INAT": 2018, "INAT19": 2019}[options.name]
     try:
@@ -32,7 +32,7 @@ def inaturalist(options: DatasetOptions) -> ImageDataset:
 
 
 def _image_path(root: Path, file_name: str) -> str:
-    """The path as in the archive, or without the supercategory folder, as in DeiT."""
+    """The path in the archive, or DeiT's path without the supercategory folder if only that exists."""
     path = root / file_name
     parts = path.relative_to(root).parts
     short = root.joinpath(parts[0], *parts[2:])

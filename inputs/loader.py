@@ -1,4 +1,4 @@
-"""Samples by key, loaded in batches by worker processes and moved to the device.
+"""Loaders: worker processes read keyed samples in batches, which are then moved to the device.
 
 A task subclasses `KeyedSamples` to define how samples are read and collated.
 """
@@ -28,11 +28,11 @@ REPLACEMENT_TRIES = 100
 class Batch(NamedTuple):
     """A batch, or a single sample without the dimension B.
 
-    images: (B, C, H, W), uint8 from a worker, normalised float32 on the device. Those of a detector: a list of uint8
+    images: (B, C, H, W), uint8 from a worker, normalised float32 on the device; for a detector, a list of uint8
         (3, H, W).
     targets: int64 (B,), the collated records of token labels, or a detector's list of dicts.
     indices: int64 (B,) on the CPU, for ``dataset.path``.
-    erased: the boxes of `RandomErasing` (B, count, 5), None without it.
+    erased: the boxes of `RandomErasing` (B, count, 5), or None.
     skipped: unreadable images, path to reason.
     """
 
@@ -44,16 +44,16 @@ class Batch(NamedTuple):
 
 
 class KeyedSamples(Dataset, ABC):
-    """The samples of a data set by key. There is no random state: a key always gives the same sample."""
+    """The samples of a data set by key; a key always gives the same sample."""
 
     def __init__(
         self, dataset: Any, seed: int = 0, skip_bad_images: bool = False, replacements: int = REPLACEMENT_TRIES
     ):
-        """dataset: has a length and, for each image, a name: ``path(index)``.
+        """dataset: has a length and a name for each image, ``path(index)``.
 
-        skip_bad_images: leave out unreadable images; otherwise the first one ends the run.
+        skip_bad_images: leave out unreadable images; otherwise, the first one ends the run.
 
-        replacements: the number of other images to try instead of an unreadable one; 0 in evaluation.
+        replacements: number of other images to try instead of an unreadable one; 0 in evaluation.
         """
         self.dataset = dataset
         self._seed = seed
@@ -78,9 +78,9 @@ class KeyedSamples(Dataset, ABC):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> Batch | UserError:
-        """Return the sample, or the error, because an error raised in a worker would show the user a traceback.
+        """Return the sample or the error; if a worker raised the error, the user would see a traceback.
 
-        An unreadable image that is skipped without a replacement gives a sample without an image.
+        For an unreadable image that is skipped without a replacement, the sample has no image.
         """
         skipped: dict[str, str] = {}
         for attempt in range(-1, self._replacements):  # the sample itself, then others, each with its own label
@@ -172,7 +172,7 @@ class KeyedImages(KeyedSamples):
 
 
 class _Batches:
-    """The batches that the next pass over a torch loader reads; set before each pass."""
+    """The batch sampler of a torch loader; `keys` is set before each epoch."""
 
     def __init__(self) -> None:
         self.keys: Iterable[list[SampleKey]] = []
@@ -215,16 +215,11 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from micro-step `start_step`; raises UserError for an unreadable file."""
-        loaded = self._load(self.sampler.epoch(epoch, start_step))
-        return (self._samples.to_device(batch, self._device) for batch in loaded)
-
-    def _load(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
-        """Yield the batches that the workers could read."""
-        self._batches.keys = batches
+        self._batches.keys = self.sampler.epoch(epoch, start_step)
         loaded_batches = iter(self._loader)
         if self._loader.num_workers > 0:
             atexit.unregister(_end_workers)
-            atexit.register(_end_workers)  # register last, to run before torch's own exit function, which waits
+            atexit.register(_end_workers)  # registered last, it runs before torch's exit function, which waits
         for loaded in loaded_batches:
             if isinstance(loaded, UserError):
                 raise loaded
@@ -233,17 +228,17 @@ class Loader:
                     self.skipped[path] = reason
                     tell(f"skipped: {reason}")
             if loaded.images is not None:
-                yield loaded
+                yield self._samples.to_device(loaded, self._device)
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Ignore signals in workers: a job may signal all processes, and the main process must save first."""
+    """Ignore signals in workers: a job may signal all of its processes, and the main process must save first."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
-    """Kill the workers, which ignore SIGTERM, when the main process ends."""
+    """Kill the workers when the main process ends, because they ignore SIGTERM."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a killed worker as a failure
     for process in multiprocessing.active_children():
         if process.daemon:
@@ -251,9 +246,9 @@ def _end_workers() -> None:
 
 
 class EvalLoader(Loader):
-    """This rank's share of the evaluation images; each image is on exactly one rank.
+    """This rank's share of the evaluation images; each image belongs to exactly one rank.
 
-    `rounds` is the largest number of batches of any rank; ranks may have one batch less, or none.
+    `rounds` is the largest number of batches of any rank; a rank may have one batch fewer, or none.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Tar shards in webdataset's layout, on a local disk, read by position.
+"""Tar shards in webdataset's layout on a local disk.
 
-timm's reader streams them, in an order that depends on the number of workers and cannot be resumed. Read by
-position, they are shuffled by key like any other data set.
+timm streams shards, so its order depends on the number of workers and training cannot resume in the middle of an epoch.
+Here, images are read at their positions in the files, and are shuffled like those of other data sets.
 """
 
 import io
@@ -10,13 +10,12 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
-from inputs.images import BadImage, ImageDataset, class_number, count_classes, is_image_name
+from inputs.images import BadImage, ImageDataset, class_number, is_image_name
 from utils import UserError, one_line
 
 
@@ -50,34 +49,33 @@ class TarImages(ImageDataset):
 
 
 def web_shards(options: DatasetOptions) -> ImageDataset:
-    """wds/NAME: KEY.jpg beside KEY.cls, or KEY.json with "label".
+    """Open wds/NAME, shards with an image KEY.jpg and a label, KEY.cls or "label" in KEY.json, for each sample.
 
-    The shards are those that _info.json names for the split, or NAME-train*.tar and NAME-val*.tar (without
-    NAME: train*.tar and val*.tar).
+    The shards are the files that _info.json lists for the split, or NAME-train*.tar and NAME-val*.tar (train*.tar and
+    val*.tar without NAME).
     """
     own = _shards(options, options.split_names)
     if not own:
         raise options.missing(
-            f"shards {_pattern(options.name, options.split)}, or _info.json naming "
-            "them, on a disk (a remote stream cannot be read by position)"
+            f"shards {_pattern(options.name, options.split)} on a local disk, or an _info.json that lists them"
         )
     members, labels, left_out = _index(own)
-    other = _shards(options, SPLIT_NAMES["val" if options.train else "train"])
-    all_labels = np.array(labels + _index(other)[1])
-    dataset = TarImages(own, members, labels, [str(i) for i in range(count_classes(all_labels))])
+    _, other_labels, _ = _index(_shards(options, SPLIT_NAMES["val" if options.train else "train"]))
+    class_count = max(labels + other_labels, default=-1) + 1
+    dataset = TarImages(own, members, labels, [str(i) for i in range(class_count)])
     dataset.left_out = left_out
     return dataset
 
 
 def _shards(options: DatasetOptions, splits: Sequence[str]) -> list[Path]:
-    for info in (options.root / "_info.json", options.root / "info.json"):
-        if info.is_file():
-            try:
-                named = options.read_json(info.name)["splits"]
-                split = next((split for split in splits if split in named), None)
-                return [options.root / file for file in named[split]["filenames"]] if split else []
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{info}: it names no splits with filenames") from error
+    """The shards of the first of the splits that exists."""
+    if (options.root / "_info.json").is_file():
+        listed = options.read_json("_info.json")
+        try:
+            files = {split: listed["splits"][split]["filenames"] for split in splits if split in listed["splits"]}
+        except (KeyError, TypeError) as error:
+            raise options.missing('{"splits": {SPLIT: {"filenames": [...]}}} in _info.json') from error
+        return [options.root / file for file in next(iter(files.values()), [])]
     found = (sorted(options.root.glob(_pattern(options.name, split))) for split in splits)
     return next(filter(None, found), [])
 
@@ -88,42 +86,45 @@ def _pattern(name: str, split: str) -> str:
 
 
 def _index(shards: Sequence[Path]) -> tuple[list[tuple[int, str, int, int]], list[int], list[str]]:
-    """The images of the shards as in `TarImages`, their labels, and what was left out."""
+    """The images of the shards as in `TarImages`, their labels, and the files that are left out, with reasons."""
     members, labels, left_out = [], [], []
     for number, shard in enumerate(shards):
         try:
             with tarfile.open(shard, mode="r:") as tar:
-                images, targets, unused = _group_members(tar)
-                members += [(number, image.name, image.offset_data, image.size) for image in images.values()]
-                labels += [_label(tar, targets[key]) for key in images]
+                samples, unused = _group_members(tar)
+                members += [(number, image.name, image.offset_data, image.size) for image, _ in samples]
+                labels += [_label(tar, label) for _, label in samples]
         except (OSError, tarfile.TarError, ValueError) as error:
             raise UserError(f"{shard}: not a readable shard: {one_line(error)}") from error
         left_out += [f"{shard}/{reason}" for reason in unused]
     return members, labels, left_out
 
 
-def _group_members(tar: tarfile.TarFile) -> tuple[dict[str, TarInfo], dict[str, TarInfo], list[str]]:
-    """The image and the file with the label of each complete sample by its key, and why others are left out.
+def _group_members(tar: tarfile.TarFile) -> tuple[list[tuple[tarfile.TarInfo, tarfile.TarInfo]], list[str]]:
+    """The image and the label file of each complete sample, and the other files of samples, with reasons.
 
-    A sample's key is a member's path without its last suffix: .cls, .json or an image's.
+    The files of a sample have the same path up to the last suffix.
     """
-    found: dict[str, dict[str, TarInfo]] = {"image": {}, ".cls": {}, ".json": {}}
-    left_out = []
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    samples, left_out = [], []
     for member in tar:
         key, suffix = os.path.splitext(member.name)
         kind = "image" if is_image_name(member.name) else suffix.lower()
         hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
-        if kind not in found or hidden or not member.isfile():
+        if kind not in ("image", ".cls", ".json") or hidden or not member.isfile():
             continue
-        if found[kind].setdefault(key, member) is not member:
+        if groups.setdefault(key, {}).setdefault(kind, member) is not member:
             left_out.append(f"{member.name} (a second one of sample {key})")
-    images, labels = found["image"], found[".json"] | found[".cls"]
-    left_out += [f"{member.name} (there is no .cls or .json)" for key, member in images.items() if key not in labels]
-    left_out += [f"{member.name} (there is no image)" for key, member in labels.items() if key not in images]
-    return {key: member for key, member in images.items() if key in labels}, labels, left_out
+    for files in groups.values():
+        label = files.get(".cls") or files.get(".json")
+        if "image" in files and label is not None:
+            samples.append((files["image"], label))
+        else:
+            left_out += [f"{member.name} (its image or label is missing)" for member in files.values()]
+    return samples, left_out
 
 
-def _label(tar: tarfile.TarFile, member: TarInfo) -> int:
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
     """The class number in a .cls or .json file; raises ValueError."""
     try:
         content = json.loads(tar.extractfile(member).read())

@@ -10,13 +10,13 @@ from inputs.folders import class_folders, split_folder
 from inputs.images import ImageArrays, ImageDataset, ImageFiles, class_number
 from utils import UserError, one_line
 
-# What the folder that torchvision looks for below the root must contain.
+# The folder that torchvision reads in --data-path, and its required content.
 _CONTENTS = {
     "cifar-10-batches-py": "the Python version of CIFAR-10",
     "cifar-100-python": "the Python version of CIFAR-100",
-    "flowers-102": "jpg/*.jpg, imagelabels.mat and setid.mat (or, instead of it, class folders in train/ and test/)",
+    "flowers-102": "jpg/*.jpg, imagelabels.mat and setid.mat (or class folders in train/ and test/)",
     "stanford_cars": "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_train/, cars_test_annos_withlabels.mat "
-    "and cars_test/ (or, instead of it, cars_anno.pkl, train/ and test/)",
+    "and cars_test/ (or cars_anno.pkl, train/ and test/)",
     "oxford-iiit-pet": "images/ and annotations/",
 }
 _CARS_PICKLE = "cars_anno.pkl"
@@ -30,9 +30,9 @@ def cifar(options: DatasetOptions) -> ImageDataset:
 
 
 def flowers(options: DatasetOptions) -> ImageDataset:
-    """Oxford 102 Flowers: torchvision's layout, or class folders in train/ and test/.
+    """Oxford 102 Flowers, in torchvision's layout or as class folders in train/ and test/.
 
-    Trained on train and val, 2,040 images, and validated on test, as the published transfers are.
+    As in published transfer results, the training set is train and val (2,040 images), and validation uses test.
     """
     if split_folder(options.root, SPLIT_NAMES["train"] + SPLIT_NAMES["val"]) is not None:
         return class_folders(options)
@@ -46,7 +46,7 @@ def flowers(options: DatasetOptions) -> ImageDataset:
 
 
 def cars(options: DatasetOptions) -> ImageDataset:
-    """Stanford Cars: torchvision's layout with the devkit, or a folder with cars_anno.pkl."""
+    """Stanford Cars, in torchvision's layout with the devkit or with cars_anno.pkl."""
     if (options.root / _CARS_PICKLE).is_file():
         return _cars_with_pickle(options)
     data = _open(StanfordCars, "stanford_cars", options, split="train" if options.train else "test")
@@ -55,9 +55,9 @@ def cars(options: DatasetOptions) -> ImageDataset:
 
 
 def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
-    """cars_anno.pkl: {"train": [(file, label), ...], "test": [...]}, or a list of (file, label, ..., is_test).
+    """Read cars_anno.pkl: {"train": [(file, label), ...], "test": [...]}, or a list of (file, label, ..., is_test).
 
-    Labels count from 0 or 1. The files are in train/ and test/, or in cars_train/ and cars_test/.
+    Labels start at 0 or 1. The files are in train/ and test/, or in cars_train/ and cars_test/.
     """
     path = options.root / _CARS_PICKLE
     try:
@@ -68,7 +68,7 @@ def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
         labels = [class_number(entry[1]) for entry in content]
         first, last = min(labels), max(labels)
         chosen = [(str(entry[0]), entry[1] - first) for entry in content if bool(entry[-1]) != options.train]
-    except Exception as error:  # a damaged stream makes the unpickler fail in any way
+    except Exception as error:  # pickle raises many types of errors for a damaged file
         expected = "{'train': [(file, label), ...], 'test': [...]} or [(file, label, ..., is_test), ...]"
         raise UserError(f"{path}: expected {expected}: {one_line(error)}") from error
     split = "train" if options.train else "test"
@@ -78,21 +78,23 @@ def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers, and calls nothing."""
+    """Reads numbers, strings and containers, and refuses everything that would run code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}; only lists, dicts, strings and numbers are read")
+        raise pickle.UnpicklingError(
+            f"it refers to {module}.{name}; only lists, dicts, strings and numbers are allowed"
+        )
 
 
 def pets(options: DatasetOptions) -> ImageDataset:
-    """Oxford-IIIT Pets: trained on trainval, validated on test."""
+    """Oxford-IIIT Pets: the training set is trainval, and validation uses test."""
     split = "trainval" if options.train else "test"
     data = _open(OxfordIIITPet, "oxford-iiit-pet", options, split=split, download=options.download)
     return ImageFiles([str(path) for path in data._images], data._labels, data.classes)
 
 
 def _open(builder: type, folder: str, options: DatasetOptions, **arguments: str | bool) -> VisionDataset:
-    """Open one of torchvision's data sets. --data-path may also be the very folder that it looks for."""
+    """Open one of torchvision's data sets. --data-path may be `folder`, which torchvision reads, or its parent."""
     root = options.root.parent if options.root.name == folder else options.root
     try:
         return builder(str(root), **arguments)

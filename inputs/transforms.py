@@ -1,4 +1,4 @@
-"""From a decoded image to the model's input: timm's transforms, as DeiT sets them up, and random erasing."""
+"""Transforms from a decoded image to the model's input: timm's with DeiT's settings, and random erasing."""
 
 import math
 import random
@@ -34,7 +34,7 @@ def image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
 
 
 def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
-    """RandAugment's strongest posterize keeps no bits: a black image. Pillow 13 refuses to make it."""
+    """RandAugment's strongest posterize keeps 0 bits, which gives a black image. Pillow 13 raises an error instead."""
     return Image.new(image.mode, image.size) if bits == 0 else auto_augment.posterize(image, bits, **fill)
 
 
@@ -51,7 +51,7 @@ def train_transform(
     interpolation: str = "bicubic",
     **options: Any,
 ) -> transforms.Compose:
-    """The training transform from a PIL image to a uint8 tensor (C, H, W): timm's, as DeiT sets it up.
+    """The training transform from a PIL image to a uint8 tensor (C, H, W): timm's with DeiT's settings.
 
     RandomResizedCrop, flip, RandAugment or colour jitter. Up to 32 pixels, and for glyphs, a crop with padding
     replaces RandomResizedCrop.
@@ -89,14 +89,14 @@ def eval_transform(
 class RandomErasing:
     """Random erasing (Zhong et al. 2020), with the distribution of `timm.data.random_erasing.RandomErasing`.
 
-    `draw` chooses boxes and a seed for the noise in a worker, from Python's random generator. `erase` fills them on
-    the device, so that workers ship uint8.
+    In a worker, `draw` chooses boxes and a seed for the noise from Python's random generator. On the device, `erase`
+    fills the boxes, so that workers can return uint8 images.
 
     Args:
-        probability: of erasing anything in an image.
-        mode: what the boxes are filled with, in normalised units: "const" (zeros), "rand" (a normal random value for
-            each box and channel) or "pixel" (for each pixel).
-        count: boxes in an image.
+        probability: the probability that anything in an image is erased.
+        mode: the content of the boxes after normalisation: "const" (zeros), "rand" (a normal random value for each box
+            and channel) or "pixel" (a normal random value for each pixel and channel).
+        count: number of boxes per image.
     """
 
     probability: float
@@ -122,13 +122,13 @@ class RandomErasing:
         return boxes
 
     def erase(self, images: Tensor, boxes: Tensor) -> Tensor:
-        """Fill boxes (B, count, 5), on the CPU, of normalised images (B, C, H, W), in place."""
+        """Fill boxes (B, count, 5), on the CPU, of normalised images (B, C, H, W) in place."""
         generator = torch.Generator(images.device)
         for image, own in zip(images, boxes.tolist(), strict=True):
             for top, left, height, width, seed in own:
                 if height and width:
                     box = image[:, top : top + height, left : left + width]
-                    shape = {"pixel": box.shape, "rand": (len(image), 1, 1), "const": (0,)}[self.mode]
+                    shape = box.shape if self.mode == "pixel" else (len(image), 1, 1)
                     noise = torch.randn(shape, generator=generator.manual_seed(seed), device=images.device)
-                    box.copy_(noise if self.mode != "const" else torch.zeros_like(box))
+                    box.copy_(torch.zeros_like(box) if self.mode == "const" else noise)
         return images

@@ -184,8 +184,8 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="--val-split: class ant has a single image"):
         build_dataset("FOLDER", tmp_path / "single", "train", val_split=(0.5, 0))
     save_image(tmp_path / "both" / "train" / "zebra" / "0.png", 0)
-    with pytest.raises(UserError, match="in only one of them: zebra"):
-        build_dataset("FOLDER", tmp_path / "both", "train")
+    with pytest.raises(UserError, match="classes in only one of training and validation: zebra"):
+        build_data(arguments(data_set="FOLDER", data_path=tmp_path / "both"), Distributed())
     (tmp_path / "single" / "train" / "cow").mkdir()
     with pytest.raises(UserError, match="no images in the folder of class cow"):
         build_dataset("FOLDER", tmp_path / "single", "train")
@@ -409,7 +409,7 @@ def test_mistakes_with_inaturalist_are_named(tmp_path):
     with pytest.raises(UserError, match="train2018.json"):
         build_dataset("INAT", tmp_path, "train")
     (tmp_path / "val2019.json").write_text('{"images": [')
-    with pytest.raises(UserError, match="val2019.json: not readable as JSON"):
+    with pytest.raises(UserError, match="expected val2019.json, a JSON file"):
         build_dataset("INAT19", tmp_path, "val")
 
 
@@ -477,8 +477,8 @@ def test_shards_lose_no_sample_without_a_word(tmp_path):
     assert samples(found) == [(0, 0), (1, 1), (2, 2)]
     assert [reason.partition(" (")[2] for reason in found.left_out] == [
         "a second one of sample b/3)",
-        "there is no .cls or .json)",
-        "there is no image)",
+        "its image or label is missing)",
+        "its image or label is missing)",
     ]
 
 

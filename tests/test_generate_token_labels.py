@@ -154,7 +154,7 @@ def test_maps_of_two_teachers_are_not_mixed_and_a_teacher_of_other_classes_is_re
 def test_check_names_missing_and_mismatched_maps(folder, run):
     run()
     files = map_files(folder)
-    label_map = read_label_map(files[3])
+    label_map = read_label_map(files[3], len(CLASSES))
     label_map[1, 4] = 3
     torch.save(label_map, files[3])
     with pytest.raises(UserError, match="class 3"):

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if images.setdefault(path, image) != image:
             raise UserError(f"{images[path]} and {image} would share the label map {path}; rename one of them")
     if args.check:
-        check_label_maps(dataset, args.output_dir, len(dataset.class_names), read=len(dataset))
+        check_label_maps(dataset, args.output_dir, read=len(dataset))
         print(f"{len(images)} label maps in {args.output_dir}, all intact")
     else:
         generate(args, dataset, list(images), dist)
