@@ -68,6 +68,8 @@ class CocoImages:
             _, _, width, height = entry["bbox"]
             if min(width, height) > 0:
                 entry |= {"iscrowd": entry.get("iscrowd", 0), "area": entry.get("area", width * height)}
+                if not self._masks:
+                    entry.pop("segmentation", None)
                 by_image[entry["image_id"]].append(entry)
         kept = [entry for own in by_image.values() for entry in own]
         if self._masks and (without := [entry["id"] for entry in kept if not entry.get("segmentation")]):
@@ -75,10 +77,7 @@ class CocoImages:
                 f"{self.file}: {len(without)} of {len(kept)} objects have no segmentation (the first is annotation "
                 f"{without[0]}), which Mask R-CNN needs; for boxes only, use --detector faster_rcnn or retinanet"
             )
-        if not self._masks:
-            for entry in kept:
-                entry.pop("segmentation", None)
-        # Workers share bytes. Reference counting would copy other Python objects to each worker.
+        # Bytes stay in memory that workers share. Reference counting would copy dicts to each worker.
         self._images = [json.dumps(image).encode() for image in images]
         self._annotations = [json.dumps(own).encode() for own in by_image.values()]
         self.groups = np.array([image["width"] > image["height"] for image in images], dtype=np.uint8)
@@ -174,8 +173,8 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
     found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     if len(found) != 1:
         raise UserError(
-            f"--data-path {root}: it needs one file annotations/instances_{split}*.json (COCO's layout) or "
-            f"{SPLIT_NAMES[split][-1]}/{ROBOFLOW} (Roboflow's), not {', '.join(path.name for path in found) or 'none'}"
+            f"--data-path {root}: expected one file annotations/instances_{split}*.json (COCO's layout) or "
+            f"{SPLIT_NAMES[split][-1]}/{ROBOFLOW} (Roboflow's), found {', '.join(path.name for path in found) or 'none'}"
         )
     folder = root / found[0].stem.removeprefix("instances_")
     if not folder.is_dir():

@@ -34,8 +34,8 @@ class DetectionSamples(KeyedSamples):
 
 def data_path(args: argparse.Namespace) -> str:
     """Return the data folder in COCO's layout, from --data-set and --data-path."""
-    if (args.data_set == "NUCLEI") != (args.data_path is None):
-        raise UserError(f"--data-set {args.data_set}: COCO needs --data-path; NUCLEI is embedded and needs none")
+    if args.data_set != ("NUCLEI" if args.data_path is None else "COCO"):
+        raise UserError(f"--data-set {args.data_set}: use COCO with --data-path, or the embedded NUCLEI without it")
     return args.data_path or str(NUCLEI)
 
 

@@ -7,6 +7,7 @@ import time
 from detection.coco import open_split
 from detection.coco_metrics import evaluate_results, numbers, results_of
 from detection.data import build_eval_loader, data_path
+from detection.detectors import kinds_of
 from detection.loading import LoadedDetector
 from detection.report import write_report
 from detection.task import predict
@@ -20,10 +21,9 @@ from utils import UserError, atomic_write, say
 def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
     """Evaluate on all processes. The main process prints and writes the results, COCO's result files and the report."""
     data_set = args.data_set or ("COCO" if args.data_path else "NUCLEI")
-    if data_set not in ("COCO", "NUCLEI"):
-        raise UserError(f"--data-set {data_set}: a detector needs COCO (any data in its layout) or NUCLEI")
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
-    dataset = open_split(data_path(args), args.split, masks="mask" in loaded.kinds)
+    kinds = kinds_of(loaded.detector)
+    dataset = open_split(data_path(args), args.split, masks="mask" in kinds)
     if (dataset.category_ids, dataset.class_names) != (loaded.category_ids, loaded.class_names):
         theirs, ours = (", ".join(names[:5]) for names in (dataset.class_names, loaded.class_names))
         raise UserError(f"{dataset.file}: its categories ({theirs}) or their ids differ from {loaded.path}'s ({ours})")
@@ -37,7 +37,7 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
     if not dist.is_main:
         return
     truth = dataset.ground_truth()
-    evaluated = {kind: evaluate_results(truth, results, kind, model.detections) for kind in loaded.kinds}
+    evaluated = {kind: evaluate_results(truth, results, kind, model.detections) for kind in kinds}
     metrics = {kind: numbers(found) for kind, found in evaluated.items()}
     say(f"{loaded.detector} over {loaded.arch}{' (EMA)' if loaded.ema else ''} on {data_set}, {len(dataset)} images:")
     for kind, values in metrics.items():
@@ -47,7 +47,7 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
         counts = {"images": len(dataset), "detections": model.detections, "seconds": seconds}
         write_json(output, setting(args, dist, loaded) | {"detector": loaded.detector} | counts | metrics)
         say(f"results: {output}")
-        for kind in loaded.kinds:
+        for kind in kinds:
             path = output.with_name(f"{output.stem}_{kind}_results.json")
             atomic_write(path, json.dumps(results_of(results, kind)))
             say(f"{kind} results in COCO's format: {path}")

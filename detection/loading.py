@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.backbone import create_classifier
-from detection.detectors import Detector, kinds_of
+from detection.detectors import Detector
 from detection.task import detector_over
 from models import CheckpointError, WeightMismatch, load_weights, weights_of
 from models.checkpoints import EMA_KEYS, check_model_kwargs
@@ -17,7 +17,6 @@ class LoadedDetector:
     """A detector in evaluation mode on the CPU, and the metadata of its checkpoint.
 
     ema: whether the weights are the averaged (EMA) ones. class_names, category_ids: in the order of the labels, from 1.
-    kinds: the kinds of predictions, "box" and for Mask R-CNN "mask".
     """
 
     model: Detector
@@ -27,10 +26,6 @@ class LoadedDetector:
     ema: bool
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return kinds_of(self.detector)
 
 
 def load_detector(checkpoint: dict[str, Any], path: Path, ema: bool | None) -> LoadedDetector:

@@ -20,10 +20,9 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
     Classes are sorted by name, or by value if all of them are numbers.
     """
     rows, left_out = _read(options.root, options.csv_columns)
-    tables = {options.root: rows}
-    if options.val_path is not None:
-        tables[Path(options.val_path)], _ = _read(Path(options.val_path), options.csv_columns)
-    names = {label for table in tables.values() for _, label, _ in table}
+    val_path = None if options.val_path is None else Path(options.val_path)
+    val_rows, val_left_out = ([], []) if val_path is None else _read(val_path, options.csv_columns)
+    names = {label for _, label, _ in rows + val_rows}
     class_names = sorted(names, key=int if all(name.isdecimal() for name in names) else str)
     label_of = {name: number for number, name in enumerate(class_names)}
 
@@ -38,9 +37,9 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
         rows = [row for row in rows if row[2] == own]
     elif options.split == "test":
         raise options.missing("a split column in --csv-columns, for --split test")
-    elif options.val_path is not None and not options.train:
-        rows, folder = tables[Path(options.val_path)], Path(options.val_path).parent
-    elif options.train and options.val_path is None and options.val_split is None:
+    elif val_path is not None and not options.train:
+        rows, left_out, folder = val_rows, val_left_out, val_path.parent
+    elif options.train and val_path is None and options.val_split is None:
         raise UserError(
             "--data-set CSV needs --val-path, --val-split or a split column in --csv-columns, to validate on"
         )
@@ -50,7 +49,7 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> tuple[list[Row], list[str]]:
-    """The rows of a table, and the rows left out because they have no file or no label."""
+    """The rows of a table, and those left out because they have no file or no label."""
     rows, left_out = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

@@ -41,8 +41,8 @@ def read_image(
     Args:
         source: a path, an open binary file, or an image in memory.
         name: the name in error messages, by default the path.
-        upright: rotate the image according to its EXIF orientation. Data sets do not, because the published
-            accuracies and label maps were made without it. For a photograph to be classified, use True.
+        upright: rotate the image by its EXIF orientation, for a photograph to classify. Data sets do not rotate
+            images, because published accuracies and label maps were made without it.
         channels: 1 for grey, 3 for RGB, 4 for RGB and alpha.
         pixel_range: the values of black and white in images of more than 8 bits, by default 0 and 65,535.
 

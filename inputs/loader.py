@@ -65,7 +65,7 @@ class KeyedSamples(Dataset, ABC):
         """Read and augment a sample, using the global random generators; raises `BadImage` or UserError."""
 
     def collate(self, samples: Sequence[Batch]) -> Batch:
-        """Collate the samples of a batch, except for `skipped`. Runs in a worker process."""
+        """Collate the samples of a batch, except for `skipped`; runs in a worker process."""
         images, targets, indices, erased, _ = zip(*samples, strict=True)
         boxes = None if erased[0] is None else default_collate(erased)
         return Batch(default_collate(images), default_collate(targets), torch.tensor(indices), boxes)
@@ -83,10 +83,8 @@ class KeyedSamples(Dataset, ABC):
         For an unreadable image that is skipped without a replacement, the sample has no image.
         """
         skipped: dict[str, str] = {}
-        for attempt in range(-1, self._replacements):  # the sample itself, then others, each with its own label
-            index = key.index
-            if attempt >= 0:
-                index = key_seed(self._seed, "replacement", *key, attempt) % len(self.dataset)
+        index = key.index
+        for attempt in range(self._replacements + 1):
             try:
                 with seeded(self._seed, key.epoch, index, key.repeat):
                     return self.read(index)._replace(skipped=skipped)
@@ -94,6 +92,7 @@ class KeyedSamples(Dataset, ABC):
                 if not (self._skip_bad_images and isinstance(error, BadImage)):
                     return error
                 skipped[self.dataset.path(index)] = str(error)
+            index = key_seed(self._seed, "replacement", *key, attempt) % len(self.dataset)
         if not self._replacements:
             return Batch(None, None, key.index, skipped=skipped)
         reason = next(iter(skipped.values()))
@@ -119,13 +118,13 @@ def _move(value: Any, device: torch.device) -> Any:
 
 
 class KeyedImages(KeyedSamples):
-    """A classifier's images: decoded and transformed by a worker, normalised and erased on the device.
+    """A classifier's images, decoded and transformed by a worker, then normalised and erased on the device.
 
     Args:
-        transform: from a PIL image to uint8 (C, H, W); with label maps a `TokenLabelTransform`.
+        transform: from a PIL image to uint8 (C, H, W); with label maps, a `TokenLabelTransform`.
         mean, std: one value per channel, for pixels from 0 to 1.
         pixel_range: see `read_image`.
-        label_maps: the folder of token-label maps.
+        label_maps: the folder of token-label maps, if any.
         erasing: random erasing, if any.
     """
 
@@ -182,7 +181,7 @@ class _Batches:
 
 
 class Loader:
-    """This rank's batches, loaded by worker processes and moved to the device. Its length is batches per epoch."""
+    """This rank's batches, loaded by worker processes and moved to the device. Its length is their number per epoch."""
 
     def __init__(
         self,
@@ -207,7 +206,7 @@ class Loader:
             persistent_workers=num_workers > 0,
             worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if num_workers > 0 else None,  # shares memory and starts fast
-            generator=torch.Generator(),  # DataLoader draws a seed; keep the global generator unchanged
+            generator=torch.Generator(),  # DataLoader draws a seed; this leaves the global generator unchanged
         )
 
     def __len__(self) -> int:

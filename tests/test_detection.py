@@ -496,8 +496,8 @@ def test_the_embedded_cells_are_whole():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data-set", "COCO"], "COCO needs --data-path"),
-        (["--data-set", "NUCLEI", "--data-path", "/tmp"], "is embedded"),
+        (["--data-set", "COCO"], "use COCO with --data-path"),
+        (["--data-set", "NUCLEI", "--data-path", "/tmp"], "the embedded NUCLEI without it"),
         (["--compile"], "--compile: not supported for detectors"),
         (["--min-size", "800", "--max-size", "700"], "--max-size 700 is below"),
         (["--min-size", "800,600"], "not a list of ascending numbers"),
