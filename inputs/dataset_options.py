@@ -1,9 +1,7 @@
 """The options that every data set builder receives."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from utils import UserError
 
@@ -37,10 +35,3 @@ class DatasetOptions:
 
     def missing(self, expected: str) -> UserError:
         return UserError(f"--data-set {self.name} --data-path {self.root}: expected {expected}")
-
-    def read_json(self, file: str) -> Any:
-        """The content of a JSON file in the data set's folder; raises UserError."""
-        try:
-            return json.loads((self.root / file).read_bytes())
-        except (OSError, ValueError) as error:
-            raise self.missing(f"{file}, a JSON file ({error})") from error

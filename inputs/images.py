@@ -4,7 +4,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -203,10 +203,3 @@ def _class_number(class_names: Sequence[str], name: str) -> int:
         return described[0]
     shown = ", ".join(map(describe_class, class_names[:10])) + (", …" if len(class_names) > 10 else "")
     raise UserError(f"--classes {name}: no such class; there are {len(class_names)}: {shown}")
-
-
-def class_number(value: Any) -> int:
-    """Return `value` if it is a class number; raises ValueError otherwise."""
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.40} is not a class number")
-    return value

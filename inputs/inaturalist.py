@@ -1,6 +1,8 @@
 """The data sets iNaturalist 2018 and 2019."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from inputs.dataset_options import DatasetOptions
 from inputs.images import ImageDataset, ImageFiles
@@ -14,13 +16,10 @@ def inaturalist(options: DatasetOptions) -> ImageDataset:
     As in DeiT, labels are numbered in the order in which classes first appear in the training annotations.
     """
     year = {"INAT": 2018, "INAT19": 2019}[options.name]
+    categories, training = _read_json(options, "categories.json"), _read_json(options, f"train{year}.json")
+    wanted = training if options.train else _read_json(options, f"val{year}.json")
     try:
-        category_names = {
-            int(category["id"]): str(category[options.inat_category])
-            for category in options.read_json("categories.json")
-        }
-        training = options.read_json(f"train{year}.json")
-        wanted = training if options.train else options.read_json(f"val{year}.json")
+        category_names = {int(category["id"]): str(category[options.inat_category]) for category in categories}
         class_names = list(dict.fromkeys(category_names[entry["category_id"]] for entry in training["annotations"]))
         label_of = {name: label for label, name in enumerate(class_names)}
         category_of = {entry["image_id"]: entry["category_id"] for entry in wanted["annotations"]}
@@ -29,6 +28,13 @@ def inaturalist(options: DatasetOptions) -> ImageDataset:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise options.missing(f"iNaturalist's annotations, but an entry is incomplete ({error!r})") from error
     return ImageFiles(paths, labels, class_names)
+
+
+def _read_json(options: DatasetOptions, file: str) -> Any:
+    try:
+        return json.loads((options.root / file).read_bytes())
+    except (OSError, ValueError) as error:
+        raise options.missing(f"{file}, a JSON file ({error})") from error
 
 
 def _image_path(root: Path, file_name: str) -> str:

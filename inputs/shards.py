@@ -5,17 +5,17 @@ Here, images are read at their positions in the files, and are shuffled like tho
 """
 
 import io
-import json
 import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
-from inputs.images import BadImage, ImageDataset, class_number, is_image_name
+from inputs.images import BadImage, ImageDataset, is_image_name
 from utils import UserError, one_line
 
 
@@ -49,16 +49,13 @@ class TarImages(ImageDataset):
 
 
 def web_shards(options: DatasetOptions) -> ImageDataset:
-    """Open wds/NAME, shards with an image KEY.jpg and a label, KEY.cls or "label" in KEY.json, for each sample.
+    """Open wds/NAME: the shards NAME-train*.tar and NAME-val*.tar, or train*.tar and val*.tar for wds/.
 
-    The shards are the files that _info.json lists for the split, or NAME-train*.tar and NAME-val*.tar (train*.tar and
-    val*.tar without NAME).
+    A sample is an image KEY.jpg, or of another format, and its class number in KEY.cls.
     """
     own = _shards(options, options.split_names)
     if not own:
-        raise options.missing(
-            f"shards {_pattern(options.name, options.split)} on a local disk, or an _info.json that lists them"
-        )
+        raise options.missing(f"shards {_pattern(options.name, options.split)} on a local disk")
     members, labels, left_out = _index(own)
     _, other_labels, _ = _index(_shards(options, SPLIT_NAMES["val" if options.train else "train"]))
     class_count = max(labels + other_labels, default=-1) + 1
@@ -69,13 +66,6 @@ def web_shards(options: DatasetOptions) -> ImageDataset:
 
 def _shards(options: DatasetOptions, splits: Sequence[str]) -> list[Path]:
     """The shards of the first of the splits that exists."""
-    if (options.root / "_info.json").is_file():
-        listed = options.read_json("_info.json")
-        try:
-            files = {split: listed["splits"][split]["filenames"] for split in splits if split in listed["splits"]}
-        except (KeyError, TypeError) as error:
-            raise options.missing('{"splits": {SPLIT: {"filenames": [...]}}} in _info.json') from error
-        return [options.root / file for file in next(iter(files.values()), [])]
     found = (sorted(options.root.glob(_pattern(options.name, split))) for split in splits)
     return next(filter(None, found), [])
 
@@ -91,43 +81,34 @@ def _index(shards: Sequence[Path]) -> tuple[list[tuple[int, str, int, int]], lis
     for number, shard in enumerate(shards):
         try:
             with tarfile.open(shard, mode="r:") as tar:
-                samples, unused = _group_members(tar)
-                members += [(number, image.name, image.offset_data, image.size) for image, _ in samples]
-                labels += [_label(tar, label) for _, label in samples]
+                images, classes, unused = _group_members(tar)
+                for key in [key for key in images if key in classes]:
+                    image = images.pop(key)
+                    members.append((number, image.name, image.offset_data, image.size))
+                    labels.append(_class_number(tar, classes.pop(key)))
         except (OSError, tarfile.TarError, ValueError) as error:
             raise UserError(f"{shard}: not a readable shard: {one_line(error)}") from error
-        left_out += [f"{shard}/{reason}" for reason in unused]
+        left_out += [f"{shard}/{member.name} (a second file of its sample)" for member in unused]
+        left_out += [f"{shard}/{member.name} (there is no .cls file)" for member in images.values()]
+        left_out += [f"{shard}/{member.name} (there is no image)" for member in classes.values()]
     return members, labels, left_out
 
 
-def _group_members(tar: tarfile.TarFile) -> tuple[list[tuple[tarfile.TarInfo, tarfile.TarInfo]], list[str]]:
-    """The image and the label file of each complete sample, and the other files of samples, with reasons.
-
-    The files of a sample have the same path up to the last suffix.
-    """
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-    samples, left_out = [], []
+def _group_members(tar: tarfile.TarFile) -> tuple[dict[str, TarInfo], dict[str, TarInfo], list[TarInfo]]:
+    """The images and the .cls files by the sample's key, the path without its last suffix, and repeated files."""
+    images, classes, repeated = {}, {}, []
     for member in tar:
         key, suffix = os.path.splitext(member.name)
-        kind = "image" if is_image_name(member.name) else suffix.lower()
         hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
-        if kind not in ("image", ".cls", ".json") or hidden or not member.isfile():
-            continue
-        if groups.setdefault(key, {}).setdefault(kind, member) is not member:
-            left_out.append(f"{member.name} (a second one of sample {key})")
-    for files in groups.values():
-        label = files.get(".cls") or files.get(".json")
-        if "image" in files and label is not None:
-            samples.append((files["image"], label))
-        else:
-            left_out += [f"{member.name} (its image or label is missing)" for member in files.values()]
-    return samples, left_out
+        if member.isfile() and not hidden and (is_image_name(member.name) or suffix.lower() == ".cls"):
+            group = images if is_image_name(member.name) else classes
+            if group.setdefault(key, member) is not member:
+                repeated.append(member)
+    return images, classes, repeated
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    """The class number in a .cls or .json file; raises ValueError."""
-    try:
-        content = json.loads(tar.extractfile(member).read())
-        return class_number(content["label"] if member.name.lower().endswith(".json") else content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{member.name}: no label: {one_line(error)}") from error
+def _class_number(tar: tarfile.TarFile, member: TarInfo) -> int:
+    text = tar.extractfile(member).read()
+    if not text.strip().isdigit():
+        raise ValueError(f"{member.name}: {text[:40]!r} is not a class number")
+    return int(text)

@@ -7,7 +7,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet, S
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
 from inputs.folders import class_folders, split_folder
-from inputs.images import ImageArrays, ImageDataset, ImageFiles, class_number
+from inputs.images import ImageArrays, ImageDataset, ImageFiles
 from utils import UserError, one_line
 
 # The folder that torchvision reads in --data-path, and its required content.
@@ -65,7 +65,9 @@ def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
             content = _PlainUnpickler(file).load()
         if isinstance(content, dict):
             content = [(*entry[:2], split == "test") for split in ("train", "test") for entry in content[split]]
-        labels = [class_number(entry[1]) for entry in content]
+        labels = [entry[1] for entry in content]
+        if not all(type(label) is int for label in labels):
+            raise ValueError("a label is not a class number")
         first, last = min(labels), max(labels)
         chosen = [(str(entry[0]), entry[1] - first) for entry in content if bool(entry[-1]) != options.train]
     except Exception as error:  # pickle raises many types of errors for a damaged file

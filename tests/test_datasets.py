@@ -417,39 +417,32 @@ def test_mistakes_with_inaturalist_are_named(tmp_path):
 
 
 def write_shard(path, entries) -> None:
-    """entries: (key, number of the image, label, whether the label is in a JSON file)."""
+    """entries: (key, number of the image, label)."""
     with tarfile.open(path, "w") as tar:
-        for key, number, label, in_json in entries:
+        for key, number, label in entries:
             image = io.BytesIO()
             Image.new("RGB", (12, 10), colour(number)).save(image, "png")
-            text = f'{{"label": {label}}}' if in_json else str(label)
-            for suffix, content in (("png", image.getvalue()), ("json" if in_json else "cls", text.encode())):
+            for suffix, content in (("png", image.getvalue()), ("json", b"{}"), ("cls", f"{label}\n".encode())):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_tar_shards_are_read_by_position(tmp_path, listed):
-    write_shard(tmp_path / "birds-train-0000.tar", [("a/1", 1, 0, False), ("a/2", 2, 2, True)])
-    write_shard(tmp_path / "birds-train-0001.tar", [("b/1", 3, 1, False)])
-    write_shard(tmp_path / "birds-validation-0000.tar", [("c/1", 4, 3, False)])
-    if listed:
-        splits = {
-            "train": {"filenames": ["birds-train-0000.tar", "birds-train-0001.tar"]},
-            "validation": {"filenames": ["birds-validation-0000.tar"]},
-        }
-        (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+def test_tar_shards_are_read_by_position(tmp_path):
+    write_shard(tmp_path / "birds-train-0000.tar", [("a/1", 1, 0), ("a/2", 2, 2)])
+    write_shard(tmp_path / "birds-train-0001.tar", [("b/1", 3, 1)])
+    write_shard(tmp_path / "birds-validation-0000.tar", [("c/1", 4, 3)])
     train, val = build_dataset("wds/birds", tmp_path, "train"), build_dataset("wds/birds", tmp_path, "val")
     assert samples(train) == [(1, 0), (2, 2), (3, 1)] and samples(val) == [(4, 3)]
     assert train.class_names == val.class_names == ("0", "1", "2", "3")
     assert train.path(1) == f"{tmp_path}/birds-train-0000.tar/a/2.png"
 
 
-@pytest.mark.parametrize(("label", "in_json"), [("1.7", True), ("-1", False), ("", False), ("one", False)])
-def test_a_shards_label_that_is_no_class_number_is_named(tmp_path, label, in_json):
-    write_shard(tmp_path / "train-0.tar", [("a/1", 1, 0, in_json), ("a/2", 2, label, in_json)])
-    with pytest.raises(UserError, match=f"{tmp_path}/train-0.tar: not a readable shard: a/2.*: no label: ") as caught:
+@pytest.mark.parametrize("label", ["1.7", "-1", "", "one"])
+def test_a_shards_label_that_is_no_class_number_is_named(tmp_path, label):
+    write_shard(tmp_path / "train-0.tar", [("a/1", 1, 0), ("a/2", 2, label)])
+    message = f"{tmp_path}/train-0.tar: not a readable shard: a/2.cls: .* is not a class number"
+    with pytest.raises(UserError, match=message) as caught:
         build_dataset("wds/", tmp_path, "train")
     assert "\n" not in str(caught.value)
 
@@ -469,16 +462,15 @@ def test_shards_lose_no_sample_without_a_word(tmp_path):
             add(f"{key}.{suffix}", image.getvalue())
             add(f"._{key}.{suffix}", b"not an image")
             add(f"{key}.cls", str(number).encode())
-        add("b/3.json", b"{}")  # beside a .cls, which is preferred
         add("b/3.png", image.getvalue())
         add("lonely.cls", b"1")
         add("unlabelled.jpg", image.getvalue())
     found = build_dataset("wds/", tmp_path, "train")
     assert samples(found) == [(0, 0), (1, 1), (2, 2)]
     assert [reason.partition(" (")[2] for reason in found.left_out] == [
-        "a second one of sample b/3)",
-        "its image or label is missing)",
-        "its image or label is missing)",
+        "a second file of its sample)",
+        "there is no .cls file)",
+        "there is no image)",
     ]
 
 
