@@ -49,9 +49,9 @@ class CocoImages:
             raise UserError(f"{annotations}: not a complete file in COCO's format: {error!r}") from error
 
     def _index(self, images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
-        categories = sorted(categories, key=lambda category: category["id"])
-        self.category_ids = tuple(category["id"] for category in categories)
-        self.class_names = tuple(str(category["name"]) for category in categories)
+        self._categories = sorted(categories, key=lambda category: category["id"])
+        self.category_ids = tuple(category["id"] for category in self._categories)
+        self.class_names = tuple(str(category["name"]) for category in self._categories)
         self._label_of = {category: label for label, category in enumerate(self.category_ids, 1)}
         by_image: dict[int, list[dict]] = {image["id"]: [] for image in images}
         if not images or not categories:
@@ -149,9 +149,7 @@ class CocoImages:
         return {
             "images": [json.loads(image) for image in self._images],
             "annotations": [entry for own in self._annotations for entry in json.loads(own)],
-            "categories": [
-                {"id": number, "name": name} for number, name in zip(self.category_ids, self.class_names, strict=True)
-            ],
+            "categories": self._categories,
         }
 
 

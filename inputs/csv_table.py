@@ -43,8 +43,8 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
         raise UserError(
             "--data-set CSV needs --val-path, --val-split or a split column in --csv-columns, to validate on"
         )
-    dataset = ImageFiles([str(folder / file) for file, _, _ in rows], [label_of[row[1]] for row in rows], class_names)
-    dataset.left_out = left_out
+    paths, labels = [str(folder / file) for file, _, _ in rows], [label_of[label] for _, label, _ in rows]
+    dataset = ImageFiles(paths, labels, class_names, left_out)
     return dataset if options.val_split is None else validation_part(dataset, options)
 
 

@@ -118,10 +118,8 @@ def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]
     """Mean and standard deviation of each channel: as given, else ImageNet's (averaged if not RGB)."""
     statistics = {}
     for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        values = getattr(args, name)
-        if values is None:
-            values = default if args.in_chans == 3 else [round(sum(default) / 3, 4)]
-        statistics[name] = tuple(values) * (args.in_chans if len(values) == 1 else 1)
+        values = getattr(args, name) or (default if args.in_chans == 3 else [round(sum(default) / 3, 4)])
+        statistics[name] = tuple(values) * (args.in_chans // len(values))
     return statistics
 
 

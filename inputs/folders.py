@@ -58,9 +58,7 @@ def _image_folder(folder: Path) -> ImageDataset:
         paths += images
         labels += [label] * len(images)
         left_out += [f"{path} (not an image file name)" for path in files if not is_image_name(path)]
-    dataset = ImageFiles(paths, labels, classes)
-    dataset.left_out = left_out
-    return dataset
+    return ImageFiles(paths, labels, classes, left_out)
 
 
 def walk_files(folder: str | os.PathLike) -> Iterator[str]:

@@ -90,11 +90,10 @@ class ImageDataset(ABC):
         left_out: files that are not used, each with the reason.
     """
 
-    left_out: Sequence[str] = ()
-
-    def __init__(self, labels: Sequence[int], class_names: Sequence[str]):
+    def __init__(self, labels: Sequence[int], class_names: Sequence[str], left_out: Sequence[str] = ()):
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = tuple(class_names)
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,8 +117,10 @@ class ImageDataset(ABC):
 class ImageFiles(ImageDataset):
     """Images in files."""
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int], class_names: Sequence[str]):
-        super().__init__(labels, class_names)
+    def __init__(
+        self, paths: Sequence[str], labels: Sequence[int], class_names: Sequence[str], left_out: Sequence[str] = ()
+    ):
+        super().__init__(labels, class_names, left_out)
         # An array instead of a million strings, so that forked workers share its memory.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
@@ -148,8 +149,7 @@ class Subset(ImageDataset):
     """The images of a data set at the given indices."""
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray):
-        super().__init__(dataset.labels[indices], dataset.class_names)
-        self.left_out = dataset.left_out
+        super().__init__(dataset.labels[indices], dataset.class_names, dataset.left_out)
         self._dataset = dataset
         self._indices = indices
 
@@ -178,7 +178,7 @@ def choose_classes(dataset: ImageDataset, classes: Sequence[str]) -> Subset:
 
 
 def divide_classes(dataset: ImageDataset, share: float, *key: int | str, left: int = 0) -> tuple[Subset, Subset]:
-    """Split off a share of each class, at least one image, and leave a rest of at least `left` images per class.
+    """Split off a share of each class, at least one image, and leave at least `left` images of each class.
 
     The choice depends only on `key` and the name of the class.
     """

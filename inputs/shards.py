@@ -15,31 +15,21 @@ from typing import BinaryIO
 import numpy as np
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
-from inputs.images import BadImage, ImageDataset, is_image_name
+from inputs.images import BadImage, ImageDataset, ImageFiles, is_image_name
 from utils import UserError, one_line
 
 
-class TarImages(ImageDataset):
+class TarImages(ImageFiles):
     """Images in uncompressed tar files."""
 
-    def __init__(
-        self,
-        shards: Sequence[Path],
-        members: Sequence[tuple[int, str, int, int]],
-        labels: Sequence[int],
-        class_names: Sequence[str],
-    ):
-        """members: (shard number, name, offset in bytes, size in bytes) of each image."""
-        super().__init__(labels, class_names)
-        self._shards = [str(shard) for shard in shards]
-        self._names = np.array([os.fsencode(name) for _, name, _, _ in members])
-        self._extents = np.array([(shard, offset, size) for shard, _, offset, size in members], dtype=np.int64)
-
-    def path(self, index: int) -> str:
-        return f"{self._shards[self._extents[index, 0]]}/{os.fsdecode(self._names[index])}"
+    def __init__(self, shards: Sequence[Path], positions: Sequence[tuple[int, int, int]], *files: Sequence):
+        """positions: (shard number, offset, size in bytes) of each image. files: the arguments of `ImageFiles`."""
+        super().__init__(*files)
+        self._shards = shards
+        self._positions = np.array(positions, dtype=np.int64)
 
     def source(self, index: int) -> BinaryIO:
-        shard, offset, size = self._extents[index]
+        shard, offset, size = self._positions[index]
         try:
             with open(self._shards[shard], "rb") as file:
                 file.seek(offset)
@@ -56,12 +46,10 @@ def web_shards(options: DatasetOptions) -> ImageDataset:
     own = _shards(options, options.split_names)
     if not own:
         raise options.missing(f"shards {_pattern(options.name, options.split)} on a local disk")
-    members, labels, left_out = _index(own)
-    _, other_labels, _ = _index(_shards(options, SPLIT_NAMES["val" if options.train else "train"]))
+    paths, positions, labels, left_out = _index(own)
+    _, _, other_labels, _ = _index(_shards(options, SPLIT_NAMES["val" if options.train else "train"]))
     class_count = max(labels + other_labels, default=-1) + 1
-    dataset = TarImages(own, members, labels, [str(i) for i in range(class_count)])
-    dataset.left_out = left_out
-    return dataset
+    return TarImages(own, positions, paths, labels, [str(i) for i in range(class_count)], left_out)
 
 
 def _shards(options: DatasetOptions, splits: Sequence[str]) -> list[Path]:
@@ -75,23 +63,24 @@ def _pattern(name: str, split: str) -> str:
     return f"{prefix}-{split}*.tar" if prefix else f"{split}*.tar"
 
 
-def _index(shards: Sequence[Path]) -> tuple[list[tuple[int, str, int, int]], list[int], list[str]]:
-    """The images of the shards as in `TarImages`, their labels, and the files that are left out, with reasons."""
-    members, labels, left_out = [], [], []
+def _index(shards: Sequence[Path]) -> tuple[list[str], list[tuple[int, int, int]], list[int], list[str]]:
+    """The paths, positions and labels of the images as in `TarImages`, and the files that are left out."""
+    paths, positions, labels, left_out = [], [], [], []
     for number, shard in enumerate(shards):
         try:
             with tarfile.open(shard, mode="r:") as tar:
                 images, classes, unused = _group_members(tar)
                 for key in [key for key in images if key in classes]:
                     image = images.pop(key)
-                    members.append((number, image.name, image.offset_data, image.size))
+                    paths.append(f"{shard}/{image.name}")
+                    positions.append((number, image.offset_data, image.size))
                     labels.append(_class_number(tar, classes.pop(key)))
         except (OSError, tarfile.TarError, ValueError) as error:
             raise UserError(f"{shard}: not a readable shard: {one_line(error)}") from error
         left_out += [f"{shard}/{member.name} (a second file of its sample)" for member in unused]
         left_out += [f"{shard}/{member.name} (there is no .cls file)" for member in images.values()]
         left_out += [f"{shard}/{member.name} (there is no image)" for member in classes.values()]
-    return members, labels, left_out
+    return paths, positions, labels, left_out
 
 
 def _group_members(tar: tarfile.TarFile) -> tuple[dict[str, TarInfo], dict[str, TarInfo], list[TarInfo]]:

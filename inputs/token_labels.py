@@ -99,7 +99,7 @@ class TokenLabelTransform:
             for part in step.transforms:
                 self._observe(part)
         elif isinstance(step, RandomResizedCropAndInterpolation | transforms.RandomCrop):
-            step.get_params = partial(self._cropped, step.get_params, getattr(step, "padding", 0))
+            step.get_params = partial(self._cropped, step.get_params, getattr(step, "padding", None) or 0)
         elif type(step) in FLIPS:
             self._most_frames += 1
             step.forward = partial(self._moved, step.forward, FLIPS[type(step)])
