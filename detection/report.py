@@ -16,7 +16,6 @@ from inference.output_files import save_figure, write_csv
 
 WORST = 8  # number of images to draw
 MATCH = 0.5  # minimum IoU for a prediction to match an object
-NAMED = 10  # maximum number of categories with their own precision-recall curve
 RECALLS = np.linspace(0, 1, 101)
 
 
@@ -37,7 +36,7 @@ def write_report(
         precision = np.asarray(found.eval["precision"])[..., -1]  # (IoU thresholds, recalls, categories, areas)
         rows = category_rows(precision, names)
         write_csv(folder / f"{kind}_by_category.csv", ["category", "AP", "AP50", "AP75", *AREAS[1:]], rows)
-        save_figure(folder / f"{kind}_precision_recall.png", draw_precision_recall(precision[..., 0], names, kind))
+        save_figure(folder / f"{kind}_precision_recall.png", draw_precision_recall(precision[..., 0], kind))
     by_image: dict[int, list[Result]] = {}
     for result in results:
         if result["score"] >= min_score:
@@ -61,24 +60,21 @@ def category_rows(precision: np.ndarray, names: Sequence[str]) -> list[list[Any]
     return sorted(rows, key=lambda row: (row[1] == "", float(row[1] or 0)))
 
 
-def draw_precision_recall(precision: np.ndarray, names: Sequence[str], kind: str) -> Figure:
-    """Draw precision over recall at IoU 0.5, 0.75 and averaged over COCO's thresholds, and for the worst categories."""
-    shown = [i for i in range(len(names)) if (precision[:, :, i] > NOTHING).any()]
+def draw_precision_recall(precision: np.ndarray, kind: str) -> Figure:
+    """Draw the mean precision of all categories over recall, at IoU 0.5 and 0.75 and averaged over COCO's thresholds."""
+    precision = precision[:, :, (precision > NOTHING).any(axis=(0, 1))]  # only categories with objects
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1.02), title=f"{kind.capitalize()}, all sizes"
     )
-    if shown:
+    if precision.size:
         curves = {
-            "IoU 0.5": precision[0][:, shown].mean(1),
-            "IoU 0.75": precision[5][:, shown].mean(1),
-            "mean of IoU 0.5 to 0.95": precision[:, :, shown].mean((0, 2)),
+            "IoU 0.5": precision[0].mean(1),
+            "IoU 0.75": precision[5].mean(1),
+            "mean of IoU 0.5 to 0.95": precision.mean((0, 2)),
         }
         for name, curve in curves.items():
             axes.plot(RECALLS, curve, label=f"{name}: AP {100 * curve.mean():.1f}", linewidth=1.8)
-        worst = sorted(shown, key=lambda i: precision[0, :, i].mean())[: NAMED if len(shown) > 1 else 0]
-        for i in worst:
-            axes.plot(RECALLS, precision[0, :, i], linewidth=0.7, alpha=0.7, label=f"{names[i]}, IoU 0.5")
         axes.legend(frameon=False, fontsize=7)
     axes.grid(alpha=0.3)
     return figure

@@ -18,7 +18,7 @@ from inputs.label_maps import check_label_maps
 from inputs.loader import EvalLoader, KeyedImages, Loader
 from inputs.sampler import KeyedSampler
 from inputs.token_labels import TokenLabelTransform
-from inputs.transforms import RandomErasing, eval_transform, image_size, train_transform
+from inputs.transforms import RandomErasing, eval_transform, train_transform
 from runtime.processes import Distributed
 from utils import UserError, tell
 
@@ -105,8 +105,7 @@ def build_eval(
     """
     dataset = _open(args, split)
     report_left_out(dataset, dist)
-    size = image_size(args.input_size)
-    transform = eval_transform(size, crop_pct=args.eval_crop_pct, interpolation=interpolation)
+    transform = eval_transform(args.input_size, crop_pct=args.eval_crop_pct, interpolation=interpolation)
     samples = KeyedImages(
         dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std, pixel_range=args.pixel_range
     )

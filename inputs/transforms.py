@@ -12,25 +12,9 @@ from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torchvision import transforms
 
-from utils import UserError
+from models.resampling import to_grid
 
 SMALL_INPUT = 32  # up to this size, DeiT uses a padded crop instead of a resized crop
-MAX_SIDE = 9999
-
-
-def image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
-    """(height, width) in pixels from one number, two, or text: 224, (192, 256), "224", "192x256".
-
-    Raises:
-        UserError: the size has another form, or a side is not in 1..9999.
-    """
-    if isinstance(size, str):
-        sides = [int(side) if side.isascii() and side.isdigit() else side for side in size.lower().split("x")]
-    else:
-        sides = list(size) if isinstance(size, (list, tuple)) else [size]
-    if len(sides) not in (1, 2) or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
-        raise UserError(f"{size!r:.60} is no image size: pixels (224) or HEIGHTxWIDTH (192x256)")
-    return sides[0], sides[-1]
 
 
 def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
@@ -64,7 +48,7 @@ def train_transform(
         hflip: the probability of a horizontal flip; None for 0.5, or 0 for glyphs.
         options: mean, scale, ratio, vflip and color_jitter of `timm.data.create_transform`.
     """
-    size = image_size(input_size)
+    size = to_grid(input_size)
     hflip = (0.0 if glyphs else 0.5) if hflip is None else hflip
     options |= {"auto_augment": aa or None, "hflip": hflip, "interpolation": interpolation, "normalize": False}
     transform = create_transform(size, is_training=True, no_aug=no_aug, **options)
@@ -82,7 +66,7 @@ def eval_transform(
 
     The shorter side is resized to size / crop_pct, then the centre is cropped.
     """
-    return create_transform(image_size(input_size), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
+    return create_transform(to_grid(input_size), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 
 from inputs.catalogue import build_dataset
 from inputs.data import build_data, build_eval
-from inputs.transforms import RandomErasing, eval_transform, image_size, train_transform
+from inputs.transforms import RandomErasing, eval_transform, train_transform
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS
 from training.options import parse_args
@@ -494,15 +494,6 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre():
         resize = transforms.Resize(resized, transforms.InterpolationMode.BICUBIC)
         expected = transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
         assert torch.equal(eval_transform(size, crop_pct=crop_pct)(photo()), expected(photo()))
-
-
-def test_an_image_size_is_one_number_or_two_or_text():
-    for size in (224, (224,), [224, 224], "224", "224X224"):
-        assert image_size(size) == (224, 224)
-    assert image_size((192, 256)) == image_size("192x256") == (192, 256)
-    for wrong in (0, 10_000, (1, 2, 3), (1.5, 2), "", "x", "4.0", None):
-        with pytest.raises(UserError, match="no image size: pixels .224. or HEIGHTxWIDTH"):
-            image_size(wrong)
 
 
 def test_small_images_are_cropped_with_padding_and_not_rescaled():

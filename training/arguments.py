@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from timm.utils import ParseKwargs
 
-from inputs.transforms import image_size, train_transform
+from inputs.transforms import train_transform
 from runtime.provenance import last_arguments, read_yaml
 from utils import UserError, one_line, quote
 
@@ -153,6 +153,14 @@ def text(word: str) -> str:
     if not word:
         raise argparse.ArgumentTypeError("it is empty")
     return word
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """``"224"`` -> (224, 224), ``"192x256"`` -> (192, 256): height and width in pixels."""
+    sides = [number(int, 1, 9999)(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an image size such as 224 or 192x256")
+    return sides[0], sides[-1]
 
 
 @functools.cache
