@@ -61,7 +61,7 @@ def category_rows(precision: np.ndarray, names: Sequence[str]) -> list[list[Any]
 
 
 def draw_precision_recall(precision: np.ndarray, kind: str) -> Figure:
-    """Draw the mean precision of all categories over recall, at IoU 0.5 and 0.75 and averaged over COCO's thresholds."""
+    """Draw the categories' mean precision over recall, at IoU 0.5 and 0.75 and averaged over COCO's thresholds."""
     precision = precision[:, :, (precision > NOTHING).any(axis=(0, 1))]  # only categories with objects
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(
