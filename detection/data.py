@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torchvision.transforms import v2
@@ -16,16 +15,12 @@ from utils import UserError
 
 
 class DetectionSamples(KeyedSamples):
-    """Transformed images with their objects, or, without a transform, images only."""
-
-    def __init__(self, dataset: CocoImages, transform: TrainTransform | None = None, **settings: Any):
-        super().__init__(dataset, **settings)
-        self._transform = transform
+    """Images with their objects after a `TrainTransform`, or, without a transform, images only."""
 
     def read(self, index: int) -> Batch:
-        if self._transform is None:
+        if self.transform is None:
             return Batch(v2.functional.pil_to_tensor(self.dataset.image(index)), {}, index)
-        return Batch(*self._transform(*self.dataset.load(index)), index)
+        return Batch(*self.transform(*self.dataset.load(index)), index)
 
     def collate(self, samples: Sequence[Batch]) -> Batch:
         images, targets, indices, *_ = zip(*samples, strict=True)

@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from inputs.images import BadImage, ImageDataset
+from inputs.images import BadImage
 from inputs.label_maps import image_map_path, read_label_map
 from inputs.sampler import EvaluationSampler, KeyedSampler, SampleKey
 from inputs.transforms import RandomErasing
@@ -43,22 +44,22 @@ class Batch(NamedTuple):
     skipped: dict[str, str] = {}
 
 
+@dataclass(eq=False)
 class KeyedSamples(Dataset, ABC):
-    """The samples of a data set by key; a key always gives the same sample."""
+    """The samples of a data set by key; a key always gives the same sample.
 
-    def __init__(
-        self, dataset: Any, seed: int = 0, skip_bad_images: bool = False, replacements: int = REPLACEMENT_TRIES
-    ):
-        """dataset: has a length and a name for each image, ``path(index)``.
-
+    Args:
+        dataset: has a length and a name for each image, ``path(index)``.
+        transform: applied to each image, see the subclasses.
         skip_bad_images: leave out unreadable images; otherwise, the first one ends the run.
-
         replacements: number of other images to try instead of an unreadable one; 0 in evaluation.
-        """
-        self.dataset = dataset
-        self._seed = seed
-        self._skip_bad_images = skip_bad_images
-        self._replacements = replacements
+    """
+
+    dataset: Any
+    transform: Callable | None = None
+    seed: int = 0
+    skip_bad_images: bool = False
+    replacements: int = REPLACEMENT_TRIES
 
     @abstractmethod
     def read(self, index: int) -> Batch:
@@ -84,19 +85,19 @@ class KeyedSamples(Dataset, ABC):
         """
         skipped: dict[str, str] = {}
         index = key.index
-        for attempt in range(self._replacements + 1):
+        for attempt in range(self.replacements + 1):
             try:
-                with seeded(self._seed, key.epoch, index, key.repeat):
+                with seeded(self.seed, key.epoch, index, key.repeat):
                     return self.read(index)._replace(skipped=skipped)
             except UserError as error:
-                if not (self._skip_bad_images and isinstance(error, BadImage)):
+                if not (self.skip_bad_images and isinstance(error, BadImage)):
                     return error
                 skipped[self.dataset.path(index)] = str(error)
-            index = key_seed(self._seed, "replacement", *key, attempt) % len(self.dataset)
-        if not self._replacements:
+            index = key_seed(self.seed, "replacement", *key, attempt) % len(self.dataset)
+        if not self.replacements:
             return Batch(None, None, key.index, skipped=skipped)
         reason = next(iter(skipped.values()))
-        return UserError(f"{reason}; none of {self._replacements} others tried instead could be read either")
+        return UserError(f"{reason}; none of {self.replacements} others tried instead could be read either")
 
     def join(self, samples: Sequence[Batch | UserError]) -> Batch | UserError:
         """Collate the samples of a batch, or return the first error among them."""
@@ -117,6 +118,7 @@ def _move(value: Any, device: torch.device) -> Any:
     return [_move(item, device) for item in value] if isinstance(value, list) else value
 
 
+@dataclass(eq=False)
 class KeyedImages(KeyedSamples):
     """A classifier's images, decoded and transformed by a worker, then normalised and erased on the device.
 
@@ -128,36 +130,24 @@ class KeyedImages(KeyedSamples):
         erasing: random erasing, if any.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        transform: Callable,
-        seed: int = 0,
-        skip_bad_images: bool = False,
-        replacements: int = REPLACEMENT_TRIES,
-        *,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        pixel_range: Sequence[float] | None = None,
-        label_maps: str | None = None,
-        erasing: RandomErasing | None = None,
-    ):
-        super().__init__(dataset, seed, skip_bad_images, replacements)
-        self._transform = transform
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
+    pixel_range: Sequence[float] | None = None
+    label_maps: str | None = None
+    erasing: RandomErasing | None = None
+
+    def __post_init__(self) -> None:
         # In units of uint8, so that images need not be divided by 255.
-        self._mean, self._std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        self._decoding = (len(mean), pixel_range)
-        self._label_maps = label_maps
-        self._erasing = erasing
+        self._mean, self._std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
 
     def read(self, index: int) -> Batch:
-        image, target = self.dataset.load(index, *self._decoding)
-        if self._label_maps is None:
-            image = self._transform(image)
+        image, target = self.dataset.load(index, len(self.mean), self.pixel_range)
+        if self.label_maps is None:
+            image = self.transform(image)
         else:
-            path = image_map_path(self._label_maps, self.dataset.path(index))
-            image, target = self._transform(image, read_label_map(path, len(self.dataset.class_names)), target)
-        erased = None if self._erasing is None else self._erasing.draw(*image.shape[-2:])
+            path = image_map_path(self.label_maps, self.dataset.path(index))
+            image, target = self.transform(image, read_label_map(path, len(self.dataset.class_names)), target)
+        erased = None if self.erasing is None else self.erasing.draw(*image.shape[-2:])
         return Batch(image, target, index, erased)
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
@@ -166,7 +156,7 @@ class KeyedImages(KeyedSamples):
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         images = batch.images.float().sub_(self._mean).div_(self._std)
         if batch.erased is not None:
-            images = self._erasing.erase(images, batch.erased)
+            images = self.erasing.erase(images, batch.erased)
         return batch._replace(images=images, erased=None)
 
 
