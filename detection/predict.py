@@ -1,6 +1,7 @@
 """Detect objects in images and draw them."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedD
     if args.output is not None:
         check_output(args.output)
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
+    names = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
     records, bad = [], []
     for file, drawing in zip(files, drawings, strict=True):
         try:
@@ -42,18 +44,16 @@ def draw_objects_in(args: argparse.Namespace, dist: Distributed, loaded: LoadedD
         with precision.autocast():
             prediction = model(as_inputs([pixels], precision))[0]
         kept = prediction["scores"] >= args.min_score
-        prediction = {name: value[kept].float().cpu() for name, value in prediction.items()}
-        prediction["labels"] = prediction["labels"].long()
-        names = [loaded.class_names[label - 1] for label in prediction["labels"].tolist()]
-        masks = (prediction["masks"][:, 0] > 0.5).numpy() if "masks" in prediction else None
-        picture = draw_objects(image, prediction["boxes"].numpy(), names, prediction["scores"].tolist(), masks)
+        objects = to_results({name: value[kept] for name, value in prediction.items()}, 0, loaded.category_ids)
+        picture = draw_objects(image, objects, names)
         atomic_write(drawing, lambda file, picture=picture: picture.save(file, "png"))
         if not args.quiet:
-            counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "nothing"
-            say(f"{file}: {counts} with a score of {args.min_score:g} or more; {drawing}")
-        objects = [{"category": name} for name in names]
-        for record, result in zip(objects, to_results(prediction, 0, loaded.category_ids), strict=True):
-            record |= {key: value for key, value in result.items() if key != "image_id"}
+            counts = Counter(names[entry["category_id"]] for entry in objects)
+            listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+            say(f"{file}: {listed} with a score of {args.min_score:g} or more; {drawing}")
+        for entry in objects:
+            del entry["image_id"]
+        objects = [{"category": names[entry["category_id"]]} | entry for entry in objects]
         records.append({"image": str(file), "objects": objects})
     if args.output is not None:
         write_json(args.output, {"model_path": str(loaded.path), "arch": loaded.arch, "predictions": records})

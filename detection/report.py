@@ -9,7 +9,7 @@ from faster_coco_eval import COCOeval_faster
 from faster_coco_eval.core import mask as coco_masks
 from matplotlib.figure import Figure
 
-from detection.coco import CocoImages, decode_mask
+from detection.coco import CocoImages
 from detection.coco_metrics import AREAS, NOTHING, Result
 from detection.drawing import draw_objects
 from inference.output_files import save_figure, write_csv
@@ -107,13 +107,7 @@ def draw_image(dataset: CocoImages, index: int, results: Sequence[Result], misse
     figure = Figure(figsize=(2 * image.width * scale, image.height * scale + 0.6), layout="constrained")
     figure.suptitle(f"{Path(dataset.path(index)).name}: {missed} missed, {wrong} wrong", fontsize=10)
     for axes, title, entries in zip(figure.subplots(1, 2), ("truth", "prediction"), (objects, results), strict=True):
-        boxes = np.array([entry["bbox"] for entry in entries], dtype=float).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        scores = [entry["score"] for entry in entries] if title == "prediction" else None
-        masks = None
-        if entries and "segmentation" in entries[0]:
-            masks = np.stack([decode_mask(entry["segmentation"], image.height, image.width) for entry in entries])
-        axes.imshow(draw_objects(image, boxes, [names[entry["category_id"]] for entry in entries], scores, masks))
+        axes.imshow(draw_objects(image, entries, names))
         axes.set_title(f"{title}, {len(entries)} objects", fontsize=9)
         axes.set_axis_off()
     return figure
