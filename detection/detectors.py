@@ -62,7 +62,7 @@ class Detector(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, tuple[str, ...]]:
-        """The names of the layers to replace for other classes, under the key of timm's models."""
+        """The names of the layers that depend on the classes, under the key that timm's models use."""
         names = ("roi_heads.box_predictor", "roi_heads.mask_predictor", "head.classification_head.cls_logits")
         owned = dict(self.named_modules())
         return {"classifier": tuple(name for name in (f"network.{name}" for name in names) if name in owned)}
@@ -83,7 +83,7 @@ class Detector(nn.Module):
         return {f"network.backbone.body.model.{name}" for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """Return a function from a parameter's name to its layer: the body's layers, then FPN and heads as one."""
+        """Return a function that maps a parameter's name to its layer; FPN and heads form the last layer."""
         body = self.body.model
         if not hasattr(body, "group_matcher"):
             raise UserError("--freeze-at and --layer-decay: this model does not support them (it has no group_matcher)")

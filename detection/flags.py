@@ -16,7 +16,7 @@ TABLE: FlagTable = {
     "data": [
         ("--data-set", ["COCO", "NUCLEI"], None, None, "default: COCO with --data-path, else the embedded NUCLEI"),
         ("--data-path", text, None, "DIR", "folder with annotations/instances_train*.json and train*/, same for val"),
-        ("--min-size", integers, (800,), "PIXELS,...", "short side: training any, evaluation the last (default: 800)"),
+        ("--min-size", integers, (800,), "PIXELS,...", "short sides; evaluation uses the last one (default: 800)"),
         ("--max-size", POSITIVE, 1333, "PIXELS", "upper limit of the long side"),
         ("--hflip", FRACTION, 0.5, "P", "probability of a horizontal flip"),
         ("--vflip", FRACTION, 0.0, "P", "probability of a vertical flip"),
