@@ -9,7 +9,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from runtime.processes import init_distributed
+from runtime.provenance import describe_run
 from runtime.run_directory import RunDirectory
-from training.log import describe, log_row, print_summary, profiler, progress_bar, report, report_dry_run, show_progress
+from training.log import describe, log_row, peak_memory, profiler, progress_bar, report, show_progress
+from training.optimizer import images_per_update
 from training.precision import choose_precision, set_up_device
 from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
 from training.task import Task
-from training.trainer import Progress, Run, Trainer, set_mode
+from training.trainer import Run, Trainer, set_mode
 from utils import Interrupted, NonFiniteError, StopSignals, UserError, seed_step, seeded
 
 SMALLEST_SCALE = 2.0**-14  # smallest scale of the fp16 loss; an overflow at this scale is an error
@@ -68,12 +70,13 @@ def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
     if args.sync_bn and dist.device.type != "cuda":
         raise UserError("--sync-bn needs CUDA; on a CPU, use --freeze-bn to be independent of the number of processes")
     set_up_device(dist.device, kind.fixed_sizes)
-    writes = not (args.eval or args.dry_run)
-    opened = RunDirectory(args.output_dir, dist, kind.ranked_by, kind.plots, args.wandb) if writes else nullcontext()
+    opened = nullcontext()
+    if dist.is_main and not (args.eval or args.dry_run):
+        opened = RunDirectory(args.output_dir, kind.ranked_by, kind.plots, args.wandb)
     with opened as directory:
         checkpoint = find_checkpoint(args, dist)
         if checkpoint is not None and not args.eval:
-            args = with_global_batch(args, checkpoint, dist, kind.batch_multiple(args))
+            args = with_global_batch(args, checkpoint, dist, kind.flags.checks)
         yield Run(args, dist, choose_precision(args, dist.device), directory, checkpoint)
 
 
@@ -82,8 +85,10 @@ def train(trainer: Trainer, run: Run) -> None:
     args, progress = trainer.args, trainer.progress
     if run.checkpoint is not None:
         restore(trainer, run.checkpoint)
-    run.directory.truncate_log(progress.epoch)
-    run.directory.write_args(args, sys.argv, resuming=run.checkpoint is not None)
+    if run.directory is not None:
+        run.directory.truncate_log(progress.epoch)
+        record = describe_run(vars(args), sys.argv, trainer.dist.world_size)
+        run.directory.write_args(record, resuming=run.checkpoint is not None)
     describe(trainer)
     if progress.epoch >= trainer.epochs:
         report(trainer.dist, f"nothing left to train: {progress.epoch} epochs are done; a larger --epochs continues")
@@ -99,7 +104,7 @@ def train(trainer: Trainer, run: Run) -> None:
                 train_one_epoch(trainer, run.directory, profile)
                 results = evaluate(trainer)
             except Interrupted:
-                run.directory.save_checkpoints([LAST], checkpoint_state(trainer))
+                save_last(trainer, run.directory)
                 command = shlex.join(["python", sys.argv[0], "--resume", args.output_dir])
                 report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
                 raise
@@ -108,9 +113,11 @@ def train(trainer: Trainer, run: Run) -> None:
             progress.end_epoch(*max((results[score], False), (results.get(f"{score}_ema", -math.inf), True)))
             trainer.scheduler.step(progress.epoch - 1, progress.score)  # the plateau schedule uses the score
             # After a crash between these two, the epoch is repeated and writes the same files again.
-            run.directory.log_row(row, progress.best_epoch)
+            if run.directory is not None:
+                run.directory.log_row(row, progress.best_epoch)
             save_epoch(trainer, run.directory, checkpoint_state(trainer))
-    print_summary(trainer)
+    best = trainer.task.score_format.format(progress.best_score)
+    report(trainer.dist, f"best {best} in epoch {progress.best_epoch}; see {args.output_dir}")
 
 
 def stops_early(trainer: Trainer) -> bool:
@@ -119,25 +126,34 @@ def stops_early(trainer: Trainer) -> bool:
     return 0 < patience < progress.epoch - progress.best_epoch
 
 
-def save_epoch(trainer: Trainer, directory: RunDirectory, state: Mapping[str, Any]) -> None:
+def save_last(trainer: Trainer, directory: RunDirectory | None) -> None:
+    """Write the checkpoint to resume from."""
+    if directory is not None:
+        directory.save_checkpoints([LAST], checkpoint_state(trainer))
+
+
+def save_epoch(trainer: Trainer, directory: RunDirectory | None, state: Mapping[str, Any]) -> None:
     """Write the checkpoints of a finished epoch from `state`; calling this twice changes nothing."""
     args, epoch = trainer.args, trainer.progress.epoch
     kept = args.checkpoint_epochs and epoch % args.checkpoint_epochs == 0
-    directory.save_epoch([f"checkpoint_{epoch:04d}.pth", LAST] if kept else [LAST], state, args.keep_best)
+    if directory is not None:
+        directory.save_epoch([f"checkpoint_{epoch:04d}.pth", LAST] if kept else [LAST], state, args.keep_best)
     trainer.dist.barrier()  # other ranks wait here, since the timeout of the next collective is shorter
 
 
-def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: torch.profiler.profile | None) -> None:
+def train_one_epoch(trainer: Trainer, directory: RunDirectory | None, profile: torch.profiler.profile | None) -> None:
     """Train from `progress.step` to the end of `progress.epoch`; may raise Interrupted between two updates."""
     args, progress, dist, task = trainer.args, trainer.progress, trainer.dist, trainer.task
     set_mode(task, trainer.model, args)
     loss, batches, began = 0.0, [], time.perf_counter()
-    micro_batches = timed(task.train.epoch(progress.epoch, progress.step), progress)
+    loaded = iter(task.train.epoch(progress.epoch, progress.step))
 
     with progress_bar(trainer) as bar:
-        for step, batch in enumerate(micro_batches, progress.step):
-            loss = loss + add_gradient(trainer, batch, step)
-            batches.append(batch)
+        for step in range(progress.step, len(task.train)):
+            asked = time.perf_counter()
+            batches.append(next(loaded))
+            progress.add(wait_seconds=time.perf_counter() - asked)
+            loss = loss + add_gradient(trainer, batches[-1], step)
             if not ends_update(trainer, step):
                 continue
 
@@ -154,26 +170,14 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory, profile: torch.pr
             if profile is not None:
                 profile.step()
             if stopping:
-                raise Interrupted(dist.max(trainer.stop.signum or 0))
+                raise Interrupted(max(dist.gather_objects(trainer.stop.signum or 0)))
             if args.checkpoint_steps and progress.step // args.accum_iter % args.checkpoint_steps == 0:
-                directory.save_checkpoints([LAST], checkpoint_state(trainer))
-
-
-def timed(batches: Iterable[Any], progress: Progress) -> Iterator[Any]:
-    """Yield the batches, and add the time spent waiting for them to the meters."""
-    batches, done = iter(batches), object()
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, done)
-        progress.add(wait_seconds=time.perf_counter() - began)
-        if batch is done:
-            return
-        yield batch
+                save_last(trainer, directory)
 
 
 def dry_run(trainer: Trainer, run: Run) -> None:
     """Run one update and one evaluation batch twice; print the speed of the second time and the memory used."""
-    args, task, progress = trainer.args, trainer.task, trainer.progress
+    args, dist, task, progress = trainer.args, trainer.dist, trainer.task, trainer.progress
     if run.checkpoint is not None:
         restore(trainer, run.checkpoint)
     describe(trainer)
@@ -186,7 +190,13 @@ def dry_run(trainer: Trainer, run: Run) -> None:
         update(trainer, loss, batches, progress.step)
         trained = time.perf_counter()
         evaluate(trainer)
-    report_dry_run(trainer, trained - began, time.perf_counter() - trained)
+    evaluated = min(args.batch_size * dist.world_size, len(task.val.dataset)) * (1 if trainer.ema is None else 2)
+    report(
+        dist,
+        f"dry run: {images_per_update(args, dist) / (trained - began):.1f} images/s in training, "
+        f"{evaluated / (time.perf_counter() - trained):.1f} in evaluation, {peak_memory(dist):.2f} GiB of "
+        f"{'GPU ' if dist.device.type == 'cuda' else ''}memory; nothing was written",
+    )
 
 
 def ends_update(trainer: Trainer, step: int) -> bool:

@@ -1,6 +1,6 @@
 """Shared utilities: errors, messages, keyed randomness, atomic writes, stop signals.
 
-This module imports no other module of the project. `atomic_write` writes every file.
+This module imports no other module of the project.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import random
 import secrets
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -56,26 +57,11 @@ class Interrupted(JobError):
 
 # -------------------------------------------------------------------------------------------------- messages
 LONGEST_LINE = 5000  # characters
-QUOTED = 80
 
 
 def one_line(error: BaseException | str) -> str:
     """The message of `error` on one line, truncated if it is very long."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
-
-
-def quote(value: object) -> str:
-    """`repr(value)` for a message, truncated if it is long."""
-    text = repr(value)
-    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
-
-
-def printable(text: str) -> str:
-    r"""`text` with each control or unprintable character escaped (`\x1b`)."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return textwrap.shorten(str(error), LONGEST_LINE, placeholder=" ...") or type(error).__name__
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -84,27 +70,23 @@ def say(text: str, stream: TextIO | None = None) -> None:
     A full disk or a closed pipe never ends a run: the rest of the output is dropped.
 
     Args:
-        text: without the final newline; control characters are escaped, see `printable`.
+        text: without the final newline; characters that the stream cannot encode are escaped.
         stream: None for stdout.
     """
-    stream = sys.stdout if stream is None else stream
-    if stream is None:  # closed before the interpreter started
-        return
-    lines = "\n".join(printable(line.expandtabs()) for line in text.split("\n"))
+    stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-        stream.write(lines.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     flush(stream)
 
 
-def flush(stream: TextIO | None) -> None:
+def flush(stream: TextIO) -> None:
     """Flush a standard stream; if it is broken, redirect it to /dev/null.
 
     Otherwise the interpreter would fail to flush it at exit, and change the exit code.
     """
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except OSError:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())

@@ -167,4 +167,4 @@ def evaluate(
             found = numbers(evaluate_results(truth, results, kind, detections))
             metrics |= {f"{kind}_{name}": value for name, value in found.items()}
             metrics |= {name: found.get(name, 0.0) for name in ("AP", "AP50")}
-    return dist.broadcast_object(metrics)
+    return dist.gather_objects(metrics)[0]

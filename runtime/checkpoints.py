@@ -63,15 +63,16 @@ def newest_first(directory: str | os.PathLike) -> list[tuple[tuple[int, int], fl
     return sorted(found, reverse=True)
 
 
-def newest_intact(directory: str | os.PathLike) -> tuple[Path, dict[str, Any]] | None:
-    """The path and content of a directory's newest intact checkpoint by (epoch, step); None without checkpoints.
+def newest_intact(directory: str | os.PathLike) -> Path | None:
+    """A directory's newest intact checkpoint by (epoch, step); None without checkpoints.
 
     Raises:
         UserError: there are checkpoints, but none is intact; a new run would overwrite them.
     """
     for *_, path in newest_first(directory):
         try:
-            return path, read_checkpoint(path)
+            read_checkpoint(path)
+            return path
         except CheckpointError as error:
             tell(f"passing over {error}")
     if number := len(list(Path(directory).glob(CHECKPOINTS))):

@@ -52,10 +52,8 @@ def _outcome(main: Callable[[Sequence[str] | None], None]) -> tuple[int, str]:
     """Run `main`; returns the exit code and the message for the user."""
     try:
         main(None)
-    except JobError as error:
-        return error.exit_code, f"error: {one_line(error)}"
-    except (CheckpointError, ModelError, WeightMismatch) as error:
-        return UserError.exit_code, f"error: {one_line(error)}"
+    except (JobError, CheckpointError, ModelError, WeightMismatch) as error:
+        return getattr(error, "exit_code", UserError.exit_code), f"error: {one_line(error)}"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "stopped by SIGINT"
     except SystemExit as leave:

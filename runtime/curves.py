@@ -1,18 +1,14 @@
-"""Plots of a run: columns of its log over the epochs. Only drawing needs matplotlib."""
-
-from __future__ import annotations
+"""Plots of a run: columns of its log over the epochs."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 EMA = "_ema"  # suffix of the columns of the averaged weights
-
-
 # Stacked axes, with a curve for each column of the log that has values, and a dashed curve for its EMA column.
 # Label of a vertical axis, with the unit -> column -> name in the legend.
 Plot = Mapping[str, Mapping[str, str]]
@@ -22,21 +18,14 @@ def draw_curves(
     rows: Sequence[Mapping[str, Any]], plot: Plot, best_epoch: int | None = None, title: str = ""
 ) -> Figure:
     """Draw `plot` from the rows of a log, with a title and the best epoch marked."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot)), dpi=120, layout="constrained")
-    for axes, (label, columns) in zip(
-        figure.subplots(len(plot), sharex=True, squeeze=False)[:, 0], plot.items(), strict=True
-    ):
+    panels = figure.subplots(len(plot), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, columns) in zip(panels, plot.items(), strict=True):
         _draw_panel(axes, columns, rows, best_epoch)
         axes.set_ylabel(label)
     axes.set_xlabel("Epoch")
     figure.align_ylabels()
-    if len(rows) == 1:
-        axes.set_xticks([rows[0]["epoch"]])
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
@@ -47,7 +36,7 @@ def _draw_panel(
     marker = "o" if len(rows) <= 30 else None
     for number, (column, name) in enumerate(columns.items()):
         for key, legend, style in ((column, name, "-"), (column + EMA, f"{name}, EMA", "--")):
-            points = [(row["epoch"], row[key]) for row in rows if _is_drawable(row.get(key))]
+            points = [(row["epoch"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
             if points:
                 fill = "white" if style == "--" else None  # a single epoch has no line that could be dashed
                 look = {"color": f"C{number}", "marker": marker, "markersize": 3.5, "markerfacecolor": fill}
@@ -57,7 +46,3 @@ def _draw_panel(
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
-
-
-def _is_drawable(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

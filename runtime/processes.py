@@ -28,8 +28,8 @@ _control: torch_dist.ProcessGroup | None = None  # gloo, for control messages; N
 class Distributed:
     """This process's rank in the job. The default is a job of one process.
 
-    All ranks must call every method. Control messages (`barrier`, `max`, the objects) use a separate gloo group, so
-    that they never wait for the GPU.
+    All ranks must call every method. `barrier` and `gather_objects` use a separate gloo group, so that they never wait
+    for the GPU.
     """
 
     rank: int = 0
@@ -44,14 +44,6 @@ class Distributed:
         if _control is not None:
             torch_dist.barrier(group=_control)
 
-    def max(self, value: int) -> int:
-        """The largest `value` of all ranks, such as the number of a received signal."""
-        if _control is None:
-            return value
-        message = torch.tensor([value], dtype=torch.int64)
-        torch_dist.all_reduce(message, torch_dist.ReduceOp.MAX, group=_control)
-        return int(message)
-
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over the ranks, as a new tensor."""
         total = tensor.detach().clone()
@@ -59,21 +51,12 @@ class Distributed:
             torch_dist.all_reduce(total, group=_control if total.device.type == "cpu" else None)
         return total
 
-    def broadcast_object(self, obj: Any) -> Any:
-        """The main rank's `obj`, on every rank."""
-        if _control is None:
-            return obj
-        box = [obj]
-        torch_dist.broadcast_object_list(box, src=0, group=_control)
-        return box[0]
-
     def gather_objects(self, obj: Any) -> list[Any]:
         """Every rank's `obj`, in the order of the ranks, on every rank."""
-        if _control is None:
-            return [obj]
-        box = [None] * self.world_size
-        torch_dist.all_gather_object(box, obj, group=_control)
-        return box
+        objects = [obj] * self.world_size
+        if _control is not None:
+            torch_dist.all_gather_object(objects, obj, group=_control)
+        return objects
 
     def wrap(self, model: nn.Module, sync_bn: bool = False, find_unused: bool = False) -> nn.Module:
         """Wrap `model` for data-parallel training; returns it unchanged in a job of one process.
@@ -104,15 +87,11 @@ def rank_in_job() -> tuple[int, int, int]:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in os.environ and {"SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
-        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
-        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
+    elif "SLURM_STEP_NUM_TASKS" in os.environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         return 0, 1, 0
-    try:
-        return tuple(int(os.environ.get(name, "0")) for name in names)
-    except ValueError as error:
-        raise UserError(f"environment: {', '.join(names)} must be integers: {error}") from error
+    return tuple(int(os.environ.get(name, "0")) for name in names)
 
 
 def local_world_size() -> int:
@@ -141,8 +120,7 @@ def init_distributed(device: str = "auto") -> Distributed:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1 and _control is None:
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-        os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "")))
         # The port depends on job and step, so that two jobs on one machine do not collide.
         step = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(os.environ.get("SLURM_STEP_ID", "0"))
         os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))

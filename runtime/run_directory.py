@@ -1,45 +1,37 @@
 """The directory of a run: its log, curves, TensorBoard events, arguments and checkpoints."""
 
-import argparse
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import filelock
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from models.checkpoints import CheckpointError, peek
+from models.pretrained import BEST
 from runtime import checkpoints
 from runtime.curves import Plot, draw_curves
-from runtime.processes import Distributed
-from runtime.provenance import describe_run, last_arguments, read_yaml
+from runtime.provenance import last_arguments, read_yaml
 from runtime.weights_and_biases import WeightsAndBiases
-from utils import TEMPORARY_SUFFIX, UserError, atomic_write, cannot_write, make_directory, one_line, printable
-
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # the package is optional, like matplotlib for the plots
-    SummaryWriter = None
+from utils import TEMPORARY_SUFFIX, UserError, atomic_write, cannot_write, make_directory, one_line
 
 ARGS = "args.yaml"
 LOG = "log.txt"
 LOCK = ".lock"
-BEST, NUMBERED = "checkpoint_best.pth", "checkpoint_best_*.pth"
+NUMBERED = "checkpoint_best_*.pth"
 # Seconds to wait for the lock: loader workers of a killed run hold it until they notice, after 5 s.
 LOCK_PATIENCE = 10.0
 
 
 class RunDirectory:
-    """A run's directory, locked against other runs. Except on the main rank, all methods do nothing.
+    """A run's directory, locked against other runs. Only the main process of a job opens it.
 
     Args:
         path: the directory; created if missing.
-        dist: this process's rank and the world size.
         score: the key of the score in checkpoints that ranks them ("acc1").
         plots: the plots of the log, by file name.
         wandb: a Weights & Biases project to log to as well.
@@ -49,43 +41,29 @@ class RunDirectory:
         MachineError: it cannot be created or written.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        dist: Distributed,
-        score: str,
-        plots: Mapping[str, Plot],
-        wandb: str | None = None,
-    ):
+    def __init__(self, path: str | os.PathLike, score: str, plots: Mapping[str, Plot], wandb: str | None = None):
         self.path = Path(path)
-        self._processes = dist.world_size
-        self._active = dist.is_main
         self._score = score
         self._plots = plots
         self._project = wandb
         self._wandb: WeightsAndBiases | None = None
-        self._rows: list[dict[str, Any]] = []
-        self._events: Any = None
+        self._events: SummaryWriter | None = None
         with contextlib.ExitStack() as opened:
-            if self._active:
-                make_directory(self.path)
-                opened.callback(lock_directory(self.path).release)
-                opened.callback(self._remove_if_empty)
-                # Remove files that a run killed while writing has left; only the owner of the lock writes here.
-                for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
-                    left.unlink(missing_ok=True)
-                self._rows = read_log(self.path / LOG)
+            make_directory(self.path)
+            opened.callback(lock_directory(self.path).release)
+            opened.callback(self._remove_if_empty)
+            # Remove files that a run killed while writing has left; only the owner of the lock writes here.
+            for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
+                left.unlink(missing_ok=True)
+            self._rows = read_log(self.path / LOG)
             self._opened = opened.pop_all()
-
-    def close(self) -> None:
-        """Close the event files and unlock the directory; remove it if it is empty."""
-        self._opened.close()
 
     def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        """Close the event files and unlock the directory; remove it if it is empty."""
+        self._opened.close()
 
     def _remove_if_empty(self) -> None:
         if os.listdir(self.path) == [LOCK]:
@@ -94,48 +72,38 @@ class RunDirectory:
                 self.path.rmdir()
 
     # --------------------------------------------------------------------------------------------- arguments
-    def write_args(
-        self, args: argparse.Namespace | Mapping[str, Any], argv: Sequence[str], resuming: bool = False
-    ) -> None:
-        """Write args.yaml: the command (`argv`, like sys.argv), versions, the code's state, all arguments.
+    def write_args(self, record: Mapping[str, Any], resuming: bool = False) -> None:
+        """Write the result of `describe_run` to args.yaml.
 
         A run that resumes keeps the existing content, and adds its own command with the changed arguments.
         """
-        if not self._active:
-            return
-        values = args if isinstance(args, Mapping) else vars(args)
-        record = describe_run(values, argv, self._processes)
-        if self._project is not None and self._wandb is None:
+        if self._project is not None:
             self._wandb = WeightsAndBiases(self._project, self.path, record["args"])
             self._opened.callback(self._wandb.close)
         if resuming and (self.path / ARGS).exists():
             first = read_yaml(self.path / ARGS, f"{self.path / ARGS}")
             before = last_arguments(first)
-            changed = {name: value for name, value in record.pop("args").items() if before.get(name) != value}
-            record = first | {"resumed": [*first.get("resumed", []), record | {"changed": changed}]}
+            now = {name: value for name, value in record.items() if name != "args"}
+            now["changed"] = {name: value for name, value in record["args"].items() if before.get(name) != value}
+            record = first | {"resumed": [*first.get("resumed", []), now]}
         atomic_write(self.path / ARGS, yaml.safe_dump(record, sort_keys=False, width=100, allow_unicode=True))
 
     # --------------------------------------------------------------------------------------------------- log
     def truncate_log(self, epoch: int) -> None:
         """Drop the rows of `epoch` and later epochs, which are about to be trained again."""
-        if not self._active:
-            return
         kept = [row for row in self._rows if row["epoch"] < epoch]
         if kept != self._rows:
             self._rows = kept
             self._write_log()
 
     def log_row(self, row: Mapping[str, Any], best_epoch: int | None = None) -> None:
-        """Log the results of epoch `row["epoch"]`, replacing an earlier row of it, and redraw the plots.
+        """Log the results of an epoch, and redraw the plots.
 
         Args:
             row: numbers by column; a column ending in `EMA` is drawn dashed, with the column without it.
             best_epoch: the epoch to mark.
         """
-        if not self._active:
-            return
-        self._rows = [old for old in self._rows if old["epoch"] != row["epoch"]] + [dict(row)]
-        self._rows.sort(key=lambda row: row["epoch"])
+        self._rows.append(dict(row))
         self._write_log()
         self._write_events(row)
         for file, plot in self._plots.items():
@@ -147,10 +115,7 @@ class RunDirectory:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
-        if SummaryWriter is None:
-            return
-        # Only TensorBoard's file is appended to. purge_step hides what a killed run wrote at or after this
-        # epoch.
+        # Only TensorBoard's file is appended to. purge_step hides what a killed run wrote at or after this epoch.
         try:
             if self._events is None:
                 self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=row["epoch"])
@@ -163,21 +128,14 @@ class RunDirectory:
             raise cannot_write(self.path / "tensorboard", error) from error
 
     def _draw(self, file: str, plot: Plot, best_epoch: int | None) -> None:
-        if find_spec("matplotlib") is None:
-            return
-        figure = draw_curves(self._rows, plot, best_epoch, printable(self.path.resolve().name))
+        figure = draw_curves(self._rows, plot, best_epoch, self.path.resolve().name)
         atomic_write(self.path / file, lambda opened: figure.savefig(opened, format="png"))
 
     # ------------------------------------------------------------------------------------------- checkpoints
     def save_checkpoints(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
-        """Write `state` to the first of `names` in this directory, and copy that file to the others, in order."""
-        if not self._active:
-            return
-        first, *others = (self.path / name for name in names)
-        checkpoints.save(first, state)
-        for path in others:
-            with open(first, "rb") as file:
-                atomic_write(path, lambda copy, file=file: shutil.copyfileobj(file, copy))
+        """Write `state` to each of `names` in this directory, in order."""
+        for name in names:
+            checkpoints.save(self.path / name, state)
 
     def save_epoch(self, names: Sequence[str], state: Mapping[str, Any], keep_best: int = 1) -> None:
         """Write `state` at the end of an epoch to `names`, and to the best checkpoints if it is one of them.
@@ -188,8 +146,6 @@ class RunDirectory:
         Args:
             state: a checkpoint that contains the score by which this directory ranks.
         """
-        if not self._active:
-            return
         best = []
         if all(state[self._score] > score for score, _ in self._ranked(BEST)):
             best.append(BEST)

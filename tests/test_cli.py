@@ -166,7 +166,7 @@ def test_without_data_path_the_digits_are_trained():
         (["--model-kwargs", "checkpoint_path='/etc/passwd'"], "--model-kwargs: .*checkpoint_path.* make timm read"),
         (
             ["--model-kwargs", "pretrained=True", "--arch", "resnet18"],
-            "pretrained, .*make timm read",
+            "pretrained would make timm read",
         ),
         (["--model-kwargs", "in_chans=1"], "use --in-chans"),
         (["--token-label"], "--token-label-data"),
@@ -186,7 +186,7 @@ def test_without_data_path_the_digits_are_trained():
     ],
 )
 def test_a_mistake_on_the_command_line_is_a_one_line_error(words, expected):
-    with pytest.raises(UserError, match=expected) as caught:
+    with pytest.raises((UserError, CheckpointError), match=expected) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
 
@@ -285,12 +285,6 @@ def test_the_model_is_that_of_the_weights_to_begin_with_unless_another_is_named(
     assert (args.finetune, args.arch) == (gone, "spectformer_xs")
     with pytest.raises(CheckpointError, match=gone):
         parse("--finetune", gone)
-    checkpoints.save(
-        tmp_path / "checkpoint_last.pth", {"arch": "svt_h_s", "model_kwargs": {"stem_width": 8}, "model": {}}
-    )
-    for resume in ("auto", str(tmp_path / "checkpoint_last.pth")):
-        args = parse("--finetune", gone, "--resume", resume, "--output-dir", str(tmp_path))
-        assert (args.finetune, args.arch, args.model_kwargs) == (gone, "svt_h_s", {"stem_width": 8})
     recorded = {"arch": "spectformer_ti", "model_kwargs": {"depth": 2, "alpha": 1, "token_label": True}}
     checkpoints.save(gone, recorded | {"model": {}})
     args = parse("--finetune", gone, "--model-kwargs", "depth=3")

@@ -25,9 +25,7 @@ def test_curves_have_integer_epochs_labels_and_every_column(epochs):
 
 
 def test_a_column_without_values_is_left_out():
-    figure = draw_curves(
-        [{"epoch": 0, "test_acc1": 50.0, "test_acc5": None}, {"epoch": 1, "test_acc1": float("inf")}], TWO
-    )
+    figure = draw_curves([{"epoch": 0, "test_acc1": 50.0}, {"epoch": 1, "test_acc1": float("inf")}], TWO)
     assert [len(axes.lines) for axes in figure.axes] == [1, 0]
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0] and figure.axes[1].get_legend() is None
 

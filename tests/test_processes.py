@@ -68,13 +68,12 @@ def test_ranks_find_one_another_and_exchange_messages(tmp_path, slurm):
         dist = init_distributed("cpu")
         rank = dist.rank
         total = dist.sum(torch.tensor([1.5, rank])).tolist()
-        print(json.dumps([rank, dist.is_main, dist.max(10 * rank), total]))
-        print(json.dumps([dist.broadcast_object({"from": rank}), dist.gather_objects(rank)]))
+        print(json.dumps([rank, dist.is_main, total, dist.gather_objects({"from": rank})]))
 
     ended = launch(tmp_path, 2, main, slurm)
     assert [code for code, _, _ in ended] == [0, 0], ended
     for rank, (_, out, _) in enumerate(ended):
-        assert list(map(json.loads, out.splitlines())) == [[rank, rank == 0, 10, [3.0, 1.0]], [{"from": 0}, [0, 1]]]
+        assert json.loads(out) == [rank, rank == 0, [3.0, 1.0], [{"from": 0}, {"from": 1}]]
 
 
 @pytest.mark.slow
@@ -113,14 +112,14 @@ def test_one_process_needs_no_group(environment):
     assert dist == Distributed() and dist.is_main
     model, tensor = torch.nn.Linear(2, 2), torch.ones(2)
     assert dist.wrap(model, sync_bn=True) is model
-    assert dist.sum(tensor) is not tensor and dist.max(3) == 3
+    assert dist.sum(tensor) is not tensor
     assert dist.gather_objects("a") == ["a"]
 
 
 def test_a_process_in_a_batch_script_without_srun_waits_for_no_others(environment):
     environment(SLURM_JOB_ID=7, SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_NTASKS=8)
     assert rank_in_job() == (0, 1, 0)
-    environment(SLURM_STEP_ID=0, SLURM_PROCID=3, SLURM_LOCALID=1)
+    environment(SLURM_STEP_NUM_TASKS=8, SLURM_PROCID=3, SLURM_LOCALID=1)
     assert rank_in_job() == (3, 8, 1)
     environment(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2)  # torchrun within srun
     assert rank_in_job() == (1, 2, 1) and local_world_size() == 2

@@ -1,6 +1,5 @@
-"""A run's directory: one holder, a row an epoch, readable curves, the best checkpoints, one writing rank."""
+"""A run's directory: one holder, a row an epoch, readable curves, the best checkpoints."""
 
-import argparse
 import json
 import math
 import pathlib
@@ -14,12 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.checkpoints import peek, read_checkpoint
 from runtime import checkpoints
-from runtime.processes import Distributed
+from runtime.provenance import describe_run
 from runtime.run_directory import RunDirectory
 from utils import MachineError, UserError
-
-MAIN = Distributed()
-
 
 PLOTS = {
     "loss_plot.png": {"Loss (nats)": {"train_loss": "training", "test_loss": "test"}},
@@ -27,8 +23,8 @@ PLOTS = {
 }
 
 
-def opened(path, dist=MAIN):
-    return RunDirectory(path, dist, "acc1", PLOTS)
+def opened(path):
+    return RunDirectory(path, "acc1", PLOTS)
 
 
 def row(epoch, **more):
@@ -85,7 +81,6 @@ def test_a_row_of_an_epoch_appears_once_whatever_was_logged_before(tmp_path):
     with opened(tmp_path) as run:  # goes on from a checkpoint of epoch 2
         run.truncate_log(2)
         assert [r["epoch"] for r in logged(tmp_path)] == [0, 1]
-        run.log_row(row(2, train_loss=7.0))
         run.log_row(row(2, train_loss=8.0))
         run.log_row(row(3))
     assert [r["epoch"] for r in logged(tmp_path)] == [0, 1, 2, 3]
@@ -106,7 +101,8 @@ def test_a_file_that_is_not_a_log_is_named(tmp_path, line):
     with pytest.raises(UserError, match=f"^{log}: not a run's log .* move"):
         opened(tmp_path)
     log.rename(tmp_path / "moved")
-    opened(tmp_path).close()  # the refusal has unlocked the directory
+    with opened(tmp_path):  # the refusal has unlocked the directory
+        pass
 
 
 @pytest.mark.slow
@@ -181,29 +177,18 @@ def test_no_best_is_lost_when_the_new_one_cannot_be_written(tmp_path, monkeypatc
     }
 
 
-# ------------------------------------------------------------------------------------ arguments, other ranks
+# ------------------------------------------------------------------------------------ arguments
 @pytest.mark.slow
 def test_args_yaml_tells_how_to_run_it_again(tmp_path):
-    args = argparse.Namespace(lr=1e-3, path=pathlib.Path("a b"), aa=None, betas=(0.9, 0.99), kw={"d": 4})
+    args = {"lr": 1e-3, "path": pathlib.Path("a b"), "aa": None, "betas": (0.9, 0.99), "kw": {"d": 4}}
     with opened(tmp_path) as run:
-        run.write_args(args, ["main.py", "--data-path", "a b"])
+        run.write_args(describe_run(args, ["main.py", "--data-path", "a b"], processes=1))
     record = yaml.safe_load((tmp_path / "args.yaml").read_text())
     assert record["command"] == "python main.py --data-path 'a b'"
     assert record["args"] == {"lr": 1e-3, "path": "a b", "aa": None, "betas": [0.9, 0.99], "kw": {"d": 4}}
     assert set(record["versions"]) == {"python", "torch", "torchvision", "timm", "numpy"}
     assert all(record["versions"].values()) and record["processes"] == 1
     assert record["git"] is None or record["git"].keys() == {"commit", "dirty"}
-
-
-def test_only_the_main_rank_writes(tmp_path):
-    with opened(tmp_path / "run", Distributed(rank=1, world_size=2)) as run:
-        run.write_args({}, [])
-        run.log_row(row(0))
-        run.save_epoch(["checkpoint_last.pth"], state(0))
-    assert names(tmp_path) == set()
-    with opened(tmp_path / "run") as run:
-        run.save_checkpoints(["checkpoint_last.pth"], state(0))
-    assert read_checkpoint(tmp_path / "run" / "checkpoint_last.pth")["epoch"] == 0
 
 
 class FakeWandb:
@@ -238,9 +223,9 @@ def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_th
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for epoch in (0, 1):
-        with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory:
+        with RunDirectory(tmp_path, "acc1", PLOTS, wandb="mine") as directory:
             directory.truncate_log(epoch)
-            directory.write_args({"lr": 1e-3}, ["main.py"])
+            directory.write_args(describe_run({"lr": 1e-3}, ["main.py"], processes=1))
             directory.log_row(row(epoch))
     assert [(asked["project"], asked["id"]) for asked in fake.asked] == [("mine", None), ("mine", "abc")]
     assert fake.asked[0]["config"] == {"lr": 1e-3} and fake.ended == 2
@@ -251,6 +236,6 @@ def test_weights_and_biases_gets_the_rows_and_plots_and_a_run_that_goes_on_is_th
 @pytest.mark.slow
 def test_without_weights_and_biases_the_flag_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with RunDirectory(tmp_path, MAIN, "acc1", PLOTS, wandb="mine") as directory, pytest.raises(UserError) as caught:
-        directory.write_args({"lr": 1e-3}, ["main.py"])
+    with RunDirectory(tmp_path, "acc1", PLOTS, wandb="mine") as directory, pytest.raises(UserError) as caught:
+        directory.write_args(describe_run({"lr": 1e-3}, ["main.py"], processes=1))
     assert "--wandb mine needs pip install wandb" in str(caught.value)

@@ -11,7 +11,7 @@ import torch
 import models  # noqa: F401 (registers them)
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS
-from training.optimizer import build_optimizer, build_scheduler, highest_and_last_rate
+from training.optimizer import build_optimizer, build_scheduler
 from training.options import parse_args
 from utils import UserError
 
@@ -64,25 +64,6 @@ def test_cooldown_runs_at_the_smallest_rate():
         scheduler.step(epoch)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[3:] == [1e-5] * 2 and rates[2] > 1e-5
-
-
-@pytest.mark.parametrize(("warmup", "expected"), [(5, 1.0), (40, 0.5)], ids=["ends", "never ends"])
-def test_the_highest_rate_of_a_schedule_of_any_length_is_found_at_once(warmup, expected):
-    args = parse("--epochs", "20", "--warmup-epochs", str(warmup), "--warmup-lr", "0", "--sched-on-updates")
-    assert highest_and_last_rate(args, 1.0, updates_per_epoch=10**8)[0] == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize("stepped", ["--sched-on-updates", "--no-sched-on-updates"])
-@pytest.mark.parametrize("warmup", ["0", "2", "9"])
-def test_the_announced_rates_are_the_highest_and_the_last_of_the_run(warmup, stepped):
-    args = parse("--epochs", "4", "--warmup-epochs", warmup, stepped)
-    optimizer = torch.optim.SGD(tiny().parameters(), lr=1.0)
-    scheduler = build_scheduler(args, optimizer, updates_per_epoch=3)
-    rates = [optimizer.param_groups[0]["lr"]]
-    for number in range(11 if args.sched_on_updates else 3):
-        (scheduler.step_update if args.sched_on_updates else scheduler.step)(number)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert highest_and_last_rate(args, 1.0, updates_per_epoch=3) == (max(rates), rates[-1])
 
 
 @pytest.mark.parametrize("given", [(), ("--min-lr", "1e-5", "--warmup-lr", "1e-6")], ids=["not given", "given"])

@@ -332,9 +332,9 @@ def test_another_number_of_processes_keeps_the_images_of_an_update(processes, ex
     dist = Distributed(world_size=processes)
     if expected is None:
         with pytest.raises(UserError, match="updates have 32 images, .*; 3 processes with --batch-size 8 or less"):
-            with_global_batch(args, state, dist, multiple=2)
+            with_global_batch(args, state, dist, FLAGS.checks)
     else:
-        args = with_global_batch(args, state, dist, multiple=2)
+        args = with_global_batch(args, state, dist, FLAGS.checks)
         assert (args.batch_size, args.accum_iter) == expected
 
 

@@ -86,8 +86,8 @@ class Study:
         parser = build_parser(Classification.flags)
         for cell in self.cells:
             where = f"{path}: cells: {cell}"
-            self.words[cell] = words = [*words_of(self._flags(cell, where), parser, where), *flags]
             try:
+                self.words[cell] = words = [*words_of(self._flags(cell), parser), *flags]
                 self.args[cell] = args = parse_args(Classification.flags, words)
                 with torch.device("meta"):
                     create_model(args.arch, 10, args.input_size, args.model_kwargs)
@@ -96,10 +96,10 @@ class Study:
             given = sorted(parser.given(words).items())
             self.recipes[cell] = {name: plain(value) for name, value in given if name not in MACHINE}
 
-    def _flags(self, cell: str, where: str) -> dict[str, Any]:
+    def _flags(self, cell: str) -> dict[str, Any]:
         """The recipe with a cell's arguments; one with an `arch` of its own has none of the recipe's arguments."""
         if not isinstance(self.cells[cell], dict):
-            raise UserError(f"{where} has to be a mapping of model arguments")
+            raise UserError("a cell has to be a mapping of model arguments")
         recipe = {key.replace("-", "_"): value for key, value in self.content["recipe"].items()}
         own = dict(self.cells[cell])
         if "arch" in own:

@@ -15,7 +15,7 @@ from timm.utils import ParseKwargs
 
 from inputs.transforms import train_transform
 from runtime.provenance import last_arguments, read_yaml
-from utils import UserError, one_line, quote
+from utils import UserError, one_line
 
 UNSET = object()
 LARGEST = 2**63 - 1  # the largest integer that every library accepts
@@ -57,17 +57,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse `args`, by default `sys.argv[1:]`."""
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([dashed(word) for word in words], namespace)
-
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(args, namespace)
+        """Parse `args`, by default `sys.argv[1:]`."""
+        words = sys.argv[1:] if args is None else args
+        known, unknown = self.parse_known_args([dashed(word) for word in words], namespace)
         if unknown:
             raise UserError(f"unknown argument {unknown[0]}{suggestion(unknown[0], self._option_string_actions)}")
         return known
@@ -230,25 +225,24 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
         ignored = ("config", "output_dir", "resume", "eval")
         content = {key: value for key, value in last_arguments(content).items() if key not in ignored}
         content = {key: value for key, value in content.items() if value is not None}
-    return parser.given(words_of(content, parser, where))
-
-
-def words_of(content: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
-    """Convert a mapping of flags to values into command-line words, and check them with the parser.
-
-    Raises:
-        UserError: a key is unknown or has a wrong value; the message begins with `where` and names the key.
-    """
-    settings, words = parser.settings(), []
     try:
-        for key, value in content.items():
-            name = str(key).replace("-", "_")
-            if name not in settings:
-                raise UserError(f"unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
-            words += _words(settings[name], value)
-        parser.given(words)
+        return parser.given(words_of(content, parser))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def words_of(content: Mapping[str, Any], parser: Parser) -> list[str]:
+    """Convert a mapping of flags to values into words for the parser, which checks them.
+
+    Raises:
+        UserError: a key is unknown, or its value does not have the flag's type; the message names the key.
+    """
+    settings, words = parser.settings(), []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in settings:
+            raise UserError(f"unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
+        words += _words(settings[name], value)
     return words
 
 
@@ -257,11 +251,11 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
     flag = action.option_strings[0]
     if action.nargs == 0:  # a switch, with its --no- twin if it has one
         if not isinstance(value, bool):
-            raise UserError(f"{action.dest}: {quote(value)} is not true or false")
+            raise UserError(f"{action.dest}: {value!r:.80} is not true or false")
         return [flag] if value else action.option_strings[1:]
     if isinstance(action, KeyValues):
         if not isinstance(value, dict):
-            raise UserError(f"{action.dest}: {quote(value)} is not a mapping of names to values")
+            raise UserError(f"{action.dest}: {value!r:.80} is not a mapping of names to values")
         return [flag, *(f"{key}={item!r}" for key, item in value.items())]
     if value is None and action.default is None:
         return []

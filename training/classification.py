@@ -52,11 +52,6 @@ class Classification(Task):
         self._mixup = build_mixup(self.args, self.data)
         self._criterion = build_criterion(run, self.model, self.data)
 
-    @staticmethod
-    def batch_multiple(args: argparse.Namespace) -> int:
-        """2 for mixup and cutmix, which pair the images of a batch, otherwise 1."""
-        return 2 if mixes(args) else 1
-
     def set_mode(self, model: nn.Module) -> None:
         """Put the root module alone into training mode for token labels: it then returns token logits too."""
         if self.args.token_label:

@@ -22,7 +22,7 @@ def evaluation_batches(loader: Any, dist: Distributed, stop: StopSignals | None 
     batches = iter(loader)
     shown = dist.is_main and sys.stderr.isatty()
     for _ in tqdm(range(loader.rounds), "evaluation", disable=not shown, leave=False, unit=" batches", bar_format=BAR):
-        if stop is not None and (signum := dist.max(stop.signum or 0)):
+        if stop is not None and (signum := max(dist.gather_objects(stop.signum or 0))):
             raise Interrupted(signum)
         batch = next(batches, None)
         if batch is not None:

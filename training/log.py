@@ -2,7 +2,6 @@
 
 import resource
 import sys
-import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import models
 from runtime.processes import Distributed
 from training.evaluation import BAR
 from training.model import count_parameters
-from training.optimizer import highest_and_last_rate, images_per_update
+from training.optimizer import images_per_update
 from training.trainer import Trainer
-from utils import atomic_write, say
+from utils import say
 
 FEW_UPDATES = 20  # a run with fewer updates cannot learn
 
@@ -27,32 +26,25 @@ def report(dist: Distributed, line: str) -> None:
 
 
 def describe(trainer: Trainer) -> None:
-    """Print the model, data and schedule; warn if the schedule never reaches its peak learning rate."""
-    args, dist, precision = trainer.args, trainer.dist, trainer.precision
+    """Print the model, data and schedule; warn if the run is too short to learn, or for its warm-up."""
+    args, dist, precision, scheduler = trainer.args, trainer.dist, trainer.precision, trainer.scheduler
     if args.config is not None:
         report(dist, f"recipe: {args.config}")
     amp = f", autocast {precision.amp}" if precision.amp is not None else ""
     total, trained = count_parameters(trainer.model), count_parameters(trainer.model, trained=True)
     parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
     report(dist, f"{models.resolve_arch(args.arch)}: {parameters}, {trainer.task.describe()}, {dist.device}{amp}")
-    peak = max(trainer.scheduler.base_values)
-    highest, last = highest_and_last_rate(args, peak, trainer.updates_per_epoch)
+    peak = max(scheduler.base_values)
     report(
         dist,
         f"{len(trainer.task.train)} steps an epoch, {images_per_update(args, dist)} images an update, {args.opt}, "
-        f"lr up to {highest:.3g}, {last:.3g} at the end; files go to {args.output_dir}",
+        f"lr up to {peak:.3g}; files go to {args.output_dir}",
     )
     updates = trainer.updates_per_epoch * trainer.epochs
     if updates < FEW_UPDATES:
         report(dist, f"warning: only {updates} updates in all: train for more --epochs, or with a smaller --batch-size")
-    if highest < 0.5 * peak:
-        warmup = "updates" if args.warmup_updates else "part" if args.warmup_part is not None else "epochs"
-        length = getattr(args, f"warmup_{warmup}")
-        report(
-            dist,
-            f"warning: --epochs {args.epochs} with --warmup-{warmup} {length} never reaches the peak lr of "
-            f"{peak:.3g}; choose a shorter warm-up",
-        )
+    if scheduler.warmup_t >= args.epochs * (trainer.updates_per_epoch if args.sched_on_updates else 1):
+        report(dist, f"warning: the warm-up does not end within --epochs {args.epochs}; choose a shorter warm-up")
 
 
 def progress_bar(trainer: Trainer) -> tqdm:
@@ -121,19 +113,6 @@ def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
     return row
 
 
-def report_dry_run(trainer: Trainer, training: float, evaluation: float) -> None:
-    """Print the speed of an update and of an evaluation batch, given their seconds, and the peak memory."""
-    args, dist = trainer.args, trainer.dist
-    models_evaluated = 1 if trainer.ema is None else 2
-    batch = min(args.batch_size * dist.world_size, len(trainer.task.val.dataset))
-    report(
-        dist,
-        f"dry run: {images_per_update(args, dist) / training:.1f} images/s in training, "
-        f"{models_evaluated * batch / evaluation:.1f} in evaluation, {peak_memory(dist):.2f} GiB of "
-        f"{'GPU ' if dist.device.type == 'cuda' else ''}memory; nothing was written",
-    )
-
-
 def peak_memory(dist: Distributed) -> float:
     """The peak memory of this process so far in GiB, on its GPU if it uses one."""
     if dist.device.type == "cuda":
@@ -147,18 +126,10 @@ def profiler(trainer: Trainer) -> AbstractContextManager[torch.profiler.profile 
     args, path = trainer.args, Path(trainer.args.output_dir) / "trace.json"
 
     def write(profile: torch.profiler.profile) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            profile.export_chrome_trace(f"{directory}/trace.json")
-            atomic_write(path, Path(directory, "trace.json").read_bytes())
+        profile.export_chrome_trace(str(path))
         say(f"wrote {path}; open it at https://ui.perfetto.dev")
 
     if not (args.profile and trainer.dist.is_main):
         return nullcontext()
     steps = torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1)
     return torch.profiler.profile(schedule=steps, on_trace_ready=write)
-
-
-def print_summary(trainer: Trainer) -> None:
-    """Print the best score and its epoch."""
-    best = trainer.task.score_format.format(trainer.progress.best_score)
-    report(trainer.dist, f"best {best} in epoch {trainer.progress.best_epoch}; see {trainer.args.output_dir}")

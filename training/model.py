@@ -3,8 +3,7 @@
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from models.checkpoints import read_checkpoint, weights_of
-from models.loading import WeightMismatch, classifier_names, load_weights, unwrap
+from models.loading import WeightMismatch, load_weights
 from utils import UserError, one_line
 
 
@@ -14,21 +13,6 @@ def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool
         return load_weights(model, weights, new_head=new_head)
     except (WeightMismatch, ValueError, RuntimeError, IndexError) as error:  # also for tensors with absurd shapes
         raise UserError(f"{path}: {one_line(error)}") from error
-
-
-def load_finetuned(model: nn.Module, path: str, class_names: tuple[str, ...], keep_classifier: bool) -> list[str]:
-    """Load the initial weights; returns the names of the parameters that are not in the file.
-
-    With `keep_classifier`, the file's classifier is loaded too if its classes match: by name or, if the file has no
-    class names, by number.
-    """
-    state = read_checkpoint(path)
-    weights = unwrap(weights_of(state, path=path))
-    if state.get("class_names"):
-        same = tuple(state["class_names"]) == class_names
-    else:
-        same = len(weights.get(f"{classifier_names(model)[0]}.weight", ())) == len(class_names)
-    return load(model, weights, path, new_head=not (keep_classifier and same))
 
 
 def layers_of(model: nn.Module) -> dict[int, list[str]]:

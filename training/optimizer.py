@@ -2,7 +2,6 @@
 
 import argparse
 import warnings
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
@@ -17,7 +16,6 @@ from utils import UserError, one_line
 LR_BATCH = 512  # --lr is for this many images an update (DeiT)
 MIN_LR, WARMUP_LR, DECAY_EPOCHS = 1e-5, 1e-6, 30  # DeiT's
 SHORTEST_WARMUP = 2  # updates; a shorter --warmup-part counts as 0
-SAMPLED_STEPS = 1000  # steps at which a schedule is sampled before training
 APEX = "https://github.com/NVIDIA/apex (PyPI's package of that name is unrelated)"
 
 
@@ -34,10 +32,8 @@ def peak_rate(args: argparse.Namespace, dist: Distributed) -> float:
     return args.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}["none" if args.unscale_lr else args.lr_scale]
 
 
-def build_optimizer(
-    args: argparse.Namespace, model: nn.Module | list[dict[str, Any]], dist: Distributed
-) -> torch.optim.Optimizer:
-    """Create timm's optimizer --opt for a model or parameter groups, with the learning rate `peak_rate`.
+def build_optimizer(args: argparse.Namespace, model: nn.Module, dist: Distributed) -> torch.optim.Optimizer:
+    """Create timm's optimizer --opt for a model, with the learning rate `peak_rate`.
 
     Raises:
         UserError: the optimizer is not available, or it does not support a given option.
@@ -49,7 +45,7 @@ def build_optimizer(
         options["fused"] = True
     if args.layer_decay is not None:
         layers_of(model)
-    if "muon" in args.opt.lower() and isinstance(model, nn.Module):
+    if "muon" in args.opt.lower():
         options["fallback_list"] = no_matrices(model)
     try:
         info = get_optimizer_info(args.opt.lower().split("_")[-1])
@@ -124,18 +120,3 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
 def at_most_a_tenth(given: float | None, default: float, peak: float) -> float:
     """--min-lr or --warmup-lr as given, else the published default, but at most a tenth of the peak."""
     return min(default, peak / 10) if given is None else given
-
-
-def highest_and_last_rate(args: argparse.Namespace, peak: float, updates_per_epoch: int) -> tuple[float, float]:
-    """The largest and the last learning rate of a run with a peak of `peak`.
-
-    The schedule is sampled at about a thousand steps including the last, which is the largest if warm-up never ends.
-    """
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    scheduler = build_scheduler(args, optimizer, updates_per_epoch)
-    rates = [optimizer.param_groups[0]["lr"]]
-    steps = (args.epochs + args.cooldown_epochs) * (updates_per_epoch if args.sched_on_updates else 1)
-    for number in reversed(range(steps - 2, -1, -(1 + steps // SAMPLED_STEPS))):
-        (scheduler.step_update if args.sched_on_updates else scheduler.step)(number)
-        rates.append(optimizer.param_groups[0]["lr"])
-    return max(rates), rates[-1]

@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 import models
-from models.checkpoints import READING_ARGUMENTS, CheckpointError, check_model_kwargs, peek
+from models.checkpoints import CheckpointError, check_model_kwargs, peek
 from models.pretrained import find_checkpoint
 from runtime.processes import local_world_size
 from runtime.provenance import plain
@@ -170,10 +169,6 @@ CHECKS: Checks = [
     (lambda a: a.sync_bn and a.freeze_bn, "--sync-bn and --freeze-bn exclude each other"),
     (lambda a: a.warmup_updates and not a.sched_on_updates, "--warmup-updates needs --sched-on-updates"),
     (lambda a: a.model_kwargs.get("in_chans", 3) != 3, "--model-kwargs in_chans: use --in-chans"),
-    (
-        lambda a: READING_ARGUMENTS.intersection(a.model_kwargs),
-        f"--model-kwargs: {', '.join(sorted(READING_ARGUMENTS))} make timm read other files; remove them",
-    ),
 ]
 
 
@@ -231,14 +226,13 @@ def parse_args(
     args |= flags.implied(in_config) | in_config | flags.implied(on_line) | on_line
     args |= {"config": None if config is None else str(config), "mixers": None}
     args["model_kwargs"] = merged_model_kwargs(in_config, on_line)
-    if args["output_dir"] is None and run_directory:
-        args["output_dir"] = str(run_directory)
+    check_model_kwargs(args["model_kwargs"], "--model-kwargs")
     if args["finetune"] is not None:
         args |= finetuned_model(args)
     args |= {"arch": args["arch"] or ARCH, "input_size": args["input_size"] or INPUT_SIZE}
     args |= {name: value for name, value in flags.derived(args).items() if args.get(name) is None}
     run = f"{args['arch']}-{data_name(args['data_set'], args.get('data_path'))}".lower().replace("/", "-")
-    args["output_dir"] = args["output_dir"] or f"runs/{run}"
+    args["output_dir"] = str(args["output_dir"] or run_directory or f"runs/{run}")
 
     namespace = argparse.Namespace(**args)
     for check, message in (*CHECKS, *flags.checks):
@@ -257,20 +251,14 @@ def data_name(data_set: str, data_path: str | None) -> str:
 
 
 def finetuned_model(args: Settings) -> Settings:
-    """Resolve --finetune's file, and take the model from it unless the settings name one.
-
-    If the file is gone, a run that resumes takes the model from its own checkpoint.
-    """
+    """Resolve --finetune's file, and take the model from it unless the settings name one."""
     path, state = args["finetune"], {}
     try:
         path = str(find_checkpoint(path))
         state = peek(path)
     except CheckpointError:
-        resumed = args["output_dir"] if args["resume"] == "auto" else args["resume"]
-        if not args["resume"]:
+        if not args["resume"]:  # a run that resumes does not need the file; its args.yaml contains the model
             raise
-        with suppress(CheckpointError):
-            state = peek(find_checkpoint(resumed)) if resumed is not None else {}
     model = {name: args[name] or state.get(name) for name in ("arch", "input_size")}
     model |= {"finetune": path, "model_kwargs": args["model_kwargs"]}
     if state.get("arch") and models.resolve_arch(model["arch"]) == models.resolve_arch(state["arch"]):

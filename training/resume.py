@@ -12,16 +12,18 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 from torch import nn
 
 from models.checkpoints import read_checkpoint, weights_of
+from models.loading import classifier_names
+from models.pretrained import LAST
 from runtime.checkpoints import newest_first, newest_intact
 from runtime.processes import Distributed
 from runtime.provenance import plain
 from training.log import report
-from training.model import load, load_finetuned
+from training.model import load
 from training.optimizer import images_per_update
+from training.options import Checks
 from training.trainer import Progress, Run, Trainer
-from utils import UserError, one_line, quote
+from utils import UserError, one_line
 
-LAST = "checkpoint_last.pth"
 REQUIRED = ("model", "optimizer", "args", "world_size", "epoch", "step", "meters")  # keys needed to resume
 # Options of torch's optimizers that depend on the machine: a run saved on a CPU can resume on CUDA.
 MACHINE_OPTIONS = ("fused", "foreach", "capturable")
@@ -43,16 +45,14 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
         if found:
             raise UserError(f"--output-dir {output}: has another run's {found[0]}; --resume auto continues that run")
         return None
-    path = output if args.resume == "auto" else Path(args.resume)
-    directory, state = path, None
-    if args.resume == "auto" or path.is_dir():
-        path, state = (newest_intact(path) if dist.is_main else None) or (None, None)
-        path = dist.broadcast_object(path)
+    path = source = output if args.resume == "auto" else Path(args.resume)
+    if args.resume == "auto" or source.is_dir():
+        path = dist.gather_objects(newest_intact(source) if dist.is_main else None)[0]
         if path is None and args.resume == "auto":
             return None
         if path is None:
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
-    state = read_checkpoint(path) if state is None else state
+    state = read_checkpoint(path)
     where = f", epoch {state['epoch']}, step {state.get('step', 0)}" if "epoch" in state else ""
     report(dist, f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
     if args.eval:
@@ -62,7 +62,7 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
             f"--resume {path}: not a run's checkpoint, {', '.join(missing)} missing; "
             "--finetune starts a new run from its weights"
         )
-    if writes and directory != output:  # in the same directory, later checkpoints are damaged
+    if writes and source != output:  # in the same directory, later checkpoints are damaged
         newest = newest_first(output)[:1]
         if newest and newest[0][0] > (state["epoch"], state["step"]):
             raise UserError(
@@ -73,12 +73,11 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
 
 
 def with_global_batch(
-    args: argparse.Namespace, state: Mapping[str, Any], dist: Distributed, multiple: int = 1
+    args: argparse.Namespace, state: Mapping[str, Any], dist: Distributed, checks: Checks
 ) -> argparse.Namespace:
     """Adapt batch size and accumulation so that this number of processes keeps the checkpoint's images per update.
 
-    Args:
-        multiple: the number that must divide the batch size.
+    The batch size does not increase, and passes the task's `checks`.
 
     Raises:
         UserError: no batch size keeps it, or the command line asks for another number of images.
@@ -92,16 +91,18 @@ def with_global_batch(
         f"x {processes} processes"
     )
     share, rest = divmod(images, dist.world_size)
-    sizes = [size for size in range(multiple, args.batch_size + 1, multiple) if share % size == 0 and not rest]
-    if not sizes or dist.world_size == processes:
+    sizes = [size for size in range(args.batch_size, 0, -1) if share % size == 0 and not rest]
+    candidates = [argparse.Namespace(**vars(args) | {"batch_size": n, "accum_iter": share // n}) for n in sizes]
+    fitting = [new for new in candidates if not any(check(new) for check, _ in checks)]
+    if not fitting or dist.world_size == processes:
         raise UserError(
             f"{before}; {dist.world_size} processes with --batch-size {args.batch_size} or less cannot keep it; "
             f"--finetune {args.output_dir if args.resume == 'auto' else args.resume} starts a new run from its weights"
         )
-    flags = {"batch_size": sizes[-1], "accum_iter": share // sizes[-1]}
-    now = f"--batch-size {flags['batch_size']} --accum-iter {flags['accum_iter']} x {dist.world_size} processes"
+    new = fitting[0]
+    now = f"--batch-size {new.batch_size} --accum-iter {new.accum_iter} x {dist.world_size} processes"
     report(dist, f"{before}; continuing with {now}")
-    return argparse.Namespace(**vars(args) | flags)
+    return new
 
 
 # ---------------------------------------------------------------------------------------- what a checkpoint contains
@@ -168,6 +169,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> None:
     """Load the initial weights of a model, from --finetune or, with --eval, from --resume.
 
+    The classifier of --finetune is loaded too if its classes match, unless --classifier is "new".
+
     Raises:
         UserError: the weights do not fit the model or, with --eval, the classes.
     """
@@ -178,10 +181,17 @@ def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> No
             check_same(run.checkpoint, {"class_names": class_names}, args.resume)
         load(model, weights_of(run.checkpoint, ema=False), args.resume, new_head=False)
     elif run.checkpoint is None and args.finetune is not None:
-        left = load_finetuned(model, args.finetune, class_names, keep_classifier=args.classifier == "auto")
-        if args.eval and left:
+        state = read_checkpoint(args.finetune)
+        weights = weights_of(state, path=args.finetune)
+        if state.get("class_names"):
+            same = tuple(state["class_names"]) == class_names
+        else:  # compare the numbers of classes
+            same = len(weights.get(f"{classifier_names(model)[0]}.weight", ())) == len(class_names)
+        if args.eval and not same:
             raise UserError(f"--eval --finetune {args.finetune}: its classes differ from those of this data")
-        report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(left) or 'nothing'}")
+        keeps_head = args.eval or (same and args.classifier == "auto")
+        new = load(model, weights, args.finetune, new_head=not keeps_head)
+        report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(new) or 'nothing'}")
 
 
 def load_average(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -195,9 +205,5 @@ def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -
     """Raise UserError for the first setting that differs between a checkpoint and this run."""
     for key, value in wanted.items():
         found, value = plain(state.get(key)), plain(value)  # lists in the file are tuples in parsed arguments
-        if isinstance(found, dict) and isinstance(value, dict):
-            names = [name for name in found | value if found.get(name) != value.get(name)]
-            found, value = ({name: part[name] for name in names if name in part} for part in (found, value))
         if found != value:
-            found, value = (part if isinstance(part, str) else quote(part) for part in (found, value))
-            raise UserError(f"--resume {path}: its {key} is {found}, this run's is {value}")
+            raise UserError(f"--resume {path}: its {key} is {found!s:.200}, this run's is {value!s:.200}")

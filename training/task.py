@@ -42,11 +42,6 @@ class Task(ABC):
     train: Any
     val: Any
 
-    @staticmethod
-    def batch_multiple(args: Any) -> int:
-        """The number that must divide the batch size of a process."""
-        return 1
-
     def set_mode(self, model: nn.Module) -> None:  # noqa: B027 (most tasks need nothing)
         """Adjust the training or evaluation mode that the engine has set."""
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Run:
     """The resources of a run.
 
-    args: the parsed command line; dist: the job's processes; directory: where the run writes, None with --eval and
-    --dry-run; checkpoint: the checkpoint to resume from, None for a new run.
+    args: the parsed command line; dist: the job's processes; directory: where this process writes, None with --eval and
+    --dry-run and except on the main process; checkpoint: the checkpoint to resume from, None for a new run.
     """
 
     args: argparse.Namespace
