@@ -48,7 +48,7 @@ class Dying(Contender):
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_named_by_its_contender():
-    dying = Dying("plain:svt_h_n", "plain", "svt_h_n", Settings(img_size=32))
+    dying = Dying("plain:svt_h_n", "svt_h_n", Settings(img_size=32))
     with pytest.raises(UserError, match="plain:svt_h_n: the process that measured it died"):
         list(measure([dying], 1, ["inference"]))
 
@@ -109,7 +109,7 @@ def test_runs_take_turns_there_and_back_and_a_ratio_is_of_medians():
 @pytest.mark.slow
 def test_a_suite_keeps_the_figures_of_its_runs_before_one_that_fails(tmp_path, monkeypatch):
     runs = (f"spectformer_ti --rounds 1 --parts inference {' '.join(TINY)}", "no_such_model")
-    monkeypatch.setitem(benchmark.SUITES, "cpu", runs)
+    monkeypatch.setattr(benchmark, "SUITE", runs)
     with pytest.raises(UserError, match="no_such_model"):
         benchmark.main(["--suite", "cpu", "--json", str(tmp_path / "out.json")])
     (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]

@@ -1,6 +1,6 @@
 """What only a GPU shows: the same results as on a CPU, mixed precision, compilation, NCCL.
 
-Skipped where there is no CUDA device; `tools/gpu_check.sh` runs them with the benchmark and a training.
+Skipped without a CUDA device.
 """
 
 import json

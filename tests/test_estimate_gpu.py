@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from models import ModelError
 from tools import estimate_gpu
-from utils import UserError
 
 
 def test_a_product_counts_what_it_reads_writes_and_multiplies():
@@ -39,5 +39,5 @@ def test_half_precision_runs_no_fourier_transform():
 
 
 def test_an_unknown_model_is_the_users_mistake():
-    with pytest.raises(UserError, match="no_such_model"):
+    with pytest.raises(ModelError, match="no_such_model: no such model"):
         estimate_gpu.main(["no_such_model"])

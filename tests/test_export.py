@@ -65,7 +65,7 @@ def test_half_precision_halves_the_file_and_refuses_numbers_beyond_its_range(tmp
     state = read_checkpoint(tmp_path / "c.pth")
     state["model"]["head.bias"][0] = 1e6
     checkpoints.save(tmp_path / "c.pth", state)
-    with pytest.raises(UserError, match="head.bias of .* beyond float16"):
+    with pytest.raises(UserError, match="head.bias of .* exceeds the range of float16"):
         write(tmp_path / "c.pth", "safetensors", tmp_path / "x.safetensors", "--half")
 
 
@@ -77,7 +77,7 @@ def test_the_authors_names_come_back_the_same(checkpoint, tmp_path):
     ours = to_ours(found)
     assert set(ours) == set(trained) and all(torch.equal(ours[name], value) for name, value in trained.items())
     checkpoints.save(tmp_path / "d.pth", {"model": {"a": torch.zeros(1)}, "arch": "deit_tiny_patch16_224"})
-    with pytest.raises(UserError, match="d.pth: it is a deit_tiny"):
+    with pytest.raises(UserError, match="d.pth: it contains deit_tiny"):
         write(tmp_path / "d.pth", "original", tmp_path / "f.pth")
 
 
@@ -114,7 +114,7 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
     folder = write(tmp_path / "c.pth", "hub", tmp_path / "folder")
     card, config = (folder / "README.md").read_text(), (folder / "config.json").read_text()
     assert f'"local-dir:{tmp_path / "folder"}"' in card and "license: unknown" in card
-    assert "arxiv.org/abs/2304.06446" in card and "author={Patro, Badri N. and Namboodiri, Vinay P." in card
+    assert "arxiv.org/abs/2304.06446" in card
     for words in (
         "98.77 % top-1",
         "trained on birds",
@@ -147,7 +147,7 @@ def test_onnx_gives_torchs_logits_for_any_number_of_images(checkpoint, tmp_path,
     assert not {node.op_type for node in proto.graph.node} & {"DFT", "STFT"}
     metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
     assert metadata["class_names"] == list(untrained.DIGITS) and metadata["input_size"] == [64, 32]
-    assert "any number of images; onnxruntime's logits within" in capsys.readouterr().out
+    assert "any batch size; its logits in onnxruntime differ by at most" in capsys.readouterr().out
     # For speed, GELU is a single operator, and the feed-forward networks' depthwise convolutions follow convolutions.
     operations = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
     assert operations & {"Gelu", "BiasGelu"} and "Erf" not in operations
@@ -185,6 +185,16 @@ def test_an_exported_program_gives_the_models_logits_and_one_that_does_not_is_no
 
 
 @pytest.mark.slow
+def test_a_model_for_grey_images_is_exported(tmp_path):
+    model = untrained.save(tmp_path / "c.pth", kwargs=untrained.VANILLA | {"in_chans": 1})
+    program = torch.export.load(write(tmp_path / "c.pth", "pt2", tmp_path / "m.pt2")).module()
+    grey = images(32, 32)[:, :1]
+    assert torch.allclose(program(grey), model(grey), atol=1e-5)
+    config = json.loads((write(tmp_path / "c.pth", "hub", tmp_path / "folder") / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [1, 32, 32]
+
+
+@pytest.mark.slow
 def test_a_model_of_timms_is_exported_too_but_not_for_any_size(tmp_path):
     model = untrained.save(tmp_path / "c.pth", "deit_tiny_patch16_224", {"embed_dim": 32, "depth": 1, "num_heads": 2})
     session = onnxruntime.InferenceSession(write(tmp_path / "c.pth", "onnx", tmp_path / "m.onnx"))
@@ -200,8 +210,8 @@ def test_a_model_of_timms_is_exported_too_but_not_for_any_size(tmp_path):
     [
         (["--to", "onx", "m.onnx"], "--to onx: choose one of .*; did you mean onnx?"),
         (["--to", "hub", "m", "--dynamic-size"], "--dynamic-size is for --to onnx"),
-        (["--to", "pt2", "there.pt2"], "there.pt2: it exists already; --overwrite replaces it"),
-        (["--to", "hub", "full"], "full: it exists already"),
+        (["--to", "pt2", "there.pt2"], "there.pt2: already exists; use --overwrite to replace it"),
+        (["--to", "hub", "full"], "full: already exists"),
     ],
 )
 def test_mistakes_are_named_in_one_line_before_anything_is_written(flags, message, tmp_path, monkeypatch):

@@ -167,10 +167,10 @@ def test_check_names_missing_and_mismatched_maps(folder, run):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "either --model-path CKPT or --arch NAME --pretrained"),
-        (["--pretrained"], "--pretrained needs --arch"),
-        (["--pretrained", "--arch", "resnet18"], "no weights of such a model for the 3 classes"),
-        (["--pretrained", "--arch", "nonsense"], "publishes no weights"),
+        ([], "either --model-path CKPT or --pretrained --arch NAME"),
+        (["--pretrained"], "either --model-path CKPT or --pretrained --arch NAME"),
+        (["--pretrained", "--arch", "resnet18"], "no pretrained weights of this model for the 3 classes"),
+        (["--pretrained", "--arch", "nonsense"], "no pretrained weights"),
         (["--model-path", "nowhere.pth"], "nowhere.pth"),
         (["--check"], "no such folder"),
     ],

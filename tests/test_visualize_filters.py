@@ -95,7 +95,6 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
     output = ["--output", str(tmp_path / "figures")]
     with pytest.raises(UserError, match="plain.pth.*neither"):
         main([str(tmp_path / "plain.pth"), *output])
-    for channels, named in (("0,99", "99.*only 32"), ("a", "channels"), ("1,-2", "channels")):
-        with pytest.raises(UserError, match=named):
-            main([str(tmp_path / "gated.pth"), *output, "--channels", channels])
+    with pytest.raises(UserError, match="channels"):
+        main([str(tmp_path / "gated.pth"), *output, "--channels", "0"])
     assert not (tmp_path / "figures").exists()

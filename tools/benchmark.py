@@ -1,15 +1,15 @@
 """Measure models side by side: training step, inference, peak memory.
 
     python -m tools.benchmark svt_h_s plain:svt_h_s pvt_v2_b2
-    python -m tools.benchmark --layers      mixers with and without CPU kernels
-    python -m tools.benchmark --loader DIR  the input pipeline and timm's
+    python -m tools.benchmark --layers      # the CPU kernels of the mixers
+    python -m tools.benchmark --loader DIR  # the input pipeline, and timm's
     python -m tools.benchmark --exactness DIR svt_h_s pvt_v2_b2 --dtype bfloat16
     python -m tools.benchmark --suite cpu --json FILE
 
 A contender is NAME (any timm model, including this project's), "plain:NAME" (this project's model without its
-CPU kernels) or "onnx:NAME" (in onnxruntime on a CPU, inference only). Settings may follow the name:
-NAME@bfloat16,compile,channels-last; also float32, float16, eager, contiguous. Each contender runs in its own
-process, and the contenders take turns (A B B A ...). A ratio compares two medians over the rounds.
+CPU kernels) or "onnx:NAME" (in onnxruntime on a CPU, inference only). A dtype and "compile" may follow the name:
+NAME@bfloat16,compile. Each contender runs in its own process, and the contenders take turns (A B B A ...). A
+ratio compares two medians over the rounds.
 """
 
 import argparse
@@ -42,9 +42,8 @@ from tools.contenders import (
     Runner,
     Settings,
     measure,
-    seconds_of,
     speed_ratio,
-    take_turns,
+    time_in_turns,
 )
 from tools.machine import describe_machine
 from training.arguments import POSITIVE, WORKERS, Parser
@@ -54,26 +53,21 @@ from utils import UserError, atomic_write
 
 PARTS = ("inference", "training")
 MIXERS = ("spectral", "scattering_channel", "scattering_channel_token", "attention")
-CHANNELS = 64  # of their grids
-SEEDS = (0, 1, 2)  # of --exactness
-RATE = 5e-4  # AdamW's in the published recipes; reached at the last step, since they warm up too
-RECIPE = {"color_jitter": 0.4, "interpolation": "bicubic"}  # of both loaders, like the policy and erasing below
+CHANNELS = 64  # of the mixers' grids
+SEEDS = (0, 1, 2)  # for --exactness
+RATE = 5e-4  # peak learning rate of --exactness, as in the published recipes
+# The augmentation of both loaders.
+RECIPE = {"color_jitter": 0.4, "interpolation": "bicubic"}
 POLICY, ERASING = "rand-m9-mstd0.5-inc1", 0.25
 
 DEIT = "deit_small_patch16_224"
-SUITES = {  # the runs that docs/performance.md reports
-    "cpu": (
-        "svt_h_s@bfloat16 svt_h_s plain:svt_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
-        "spectformer_h_s@bfloat16 spectformer_h_s plain:spectformer_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
-        f"spectformer_xs@bfloat16 spectformer_xs plain:spectformer_xs {DEIT}@bfloat16 {DEIT} --rounds 7",
-        "onnx:spectformer_xs spectformer_xs onnx:spectformer_h_s spectformer_h_s onnx:svt_h_s svt_h_s --batch-size 4"
-        " --rounds 7 --parts inference",
-    ),
-    "cpu-compiled": (
-        "svt_h_s@compile svt_h_s pvt_v2_b2@compile pvt_v2_b2",
-        "spectformer_h_s@compile spectformer_h_s pvt_v2_b2@compile",
-    ),
-}
+SUITE = (  # the runs that docs/performance.md reports
+    "svt_h_s@bfloat16 svt_h_s plain:svt_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
+    "spectformer_h_s@bfloat16 spectformer_h_s plain:spectformer_h_s pvt_v2_b2@bfloat16 pvt_v2_b2 --rounds 7",
+    f"spectformer_xs@bfloat16 spectformer_xs plain:spectformer_xs {DEIT}@bfloat16 {DEIT} --rounds 7",
+    "onnx:spectformer_xs spectformer_xs onnx:spectformer_h_s spectformer_h_s onnx:svt_h_s svt_h_s --batch-size 4"
+    " --rounds 7 --parts inference",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if sum(map(bool, (args.models, args.layers, args.loader, args.suite))) != 1:
         parser.error("name models to measure, or one of --layers, --loader and --suite")
     runs = []
-    for words in map(shlex.split, SUITES[args.suite]) if args.suite else [argv]:
+    for words in map(shlex.split, SUITE) if args.suite else [argv]:
         command = f"{parser.prog} {shlex.join(words)}"
         if args.suite:
             print(f"\n$ {command}", flush=True)
@@ -95,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Run one comparison, print it, and return its settings and results."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here")
+        raise UserError("--device cuda: PyTorch finds no CUDA device")
     set_up_device(torch.device(args.device))
     settings = Settings(args.device, args.dtype, batch_size=args.batch_size, img_size=args.img_size)
     if args.layers:
@@ -117,7 +111,7 @@ def build_parser() -> Parser:
     add("--loader", metavar="DIR", help="compare the input pipeline with timm's on DIR/val")
     add("--exactness", metavar="DIR", help="compare half precision with float32 on DIR/val")
     add("--steps", type=POSITIVE, default=50, metavar="N", help="training steps of --exactness")
-    add("--suite", choices=SUITES, metavar="NAME", help=f"predefined set of runs: {', '.join(SUITES)}")
+    add("--suite", choices=["cpu"], help="the runs that docs/performance.md reports")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on")
     add("--dtype", choices=DTYPES, default="float32", help="autocast dtype; the weights stay float32")
     add("--batch-size", type=POSITIVE, default=16, metavar="N", help="images per step")
@@ -132,10 +126,10 @@ def build_parser() -> Parser:
 
 
 def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
-    """Measure each model and its speed relative to each other model; prints and returns both."""
+    """Measure each model, and compare its speed with each of the others; prints and returns the results."""
     contenders = [Contender.parse(label, settings) for label in labels]
-    if "onnx" in [contender.prefix for contender in contenders] and (settings.device == "cuda" or "training" in parts):
-        raise UserError("onnx:NAME is measured with --parts inference, on a CPU")
+    if any(contender.settings.onnx for contender in contenders) and (settings.device == "cuda" or "training" in parts):
+        raise UserError("onnx:NAME needs --parts inference and --device cpu")
     rows = {}
     print(f"{'model':36}{'Mparam':>8}{'GMAC':>8}")
     for contender in contenders:
@@ -145,7 +139,7 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
         print(f"{contender.label:36}{row['parameters'] / 1e6:8.1f}{row['gmacs']:8.2f}")
     ratios = {}
     for part, seconds, memory in measure(contenders, rounds, parts):
-        print(f"\n{part:36}{'images/s':>12}{'MiB':>8}   how many times as fast as each, in this order")
+        print(f"\n{part:36}{'images/s':>12}{'MiB':>8}   speed relative to each model, in the same order")
         ratios[part] = {a: {b: speed_ratio(seconds, a, b) for b in labels} for a in labels}
         for label, times in seconds.items():
             rate, mib = settings.batch_size / statistics.median(times), memory[label]
@@ -165,8 +159,7 @@ def compare_layers(grids: Sequence[int], settings: Settings, rounds: int) -> dic
         layer = build_mixer(mixer, CHANNELS, (side, side), CHANNELS // 32).to(settings.device)
         for part in PARTS:
             steps = {on: partial(layer_step, layer, x, settings, part == "training", on) for on in (True, False)}
-            runs = {on: partial(seconds_of, step, settings.device) for on, step in steps.items()}
-            seconds = take_turns(runs, rounds, settings.device)
+            seconds = time_in_turns(steps, rounds, settings.device)
             ms, plain = (1000 * statistics.median(times) for times in seconds.values())
             row = {"mixer": mixer, "grid": side, "batch": batch, "part": part, "ms": ms, "plain_ms": plain}
             rows.append(row | {"channels": CHANNELS, "ratio": plain / ms})
@@ -184,7 +177,7 @@ def layer_step(layer: Callable, x: Tensor, settings: Settings, training: bool, c
 
 
 def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) -> dict:
-    """Compare our loader with timm's on `folder`/val with the published recipe, one epoch per round."""
+    """Compare this project's loader with timm's on `folder`/val with the published recipe, one epoch per round."""
     ours = own_loader(folder, settings, workers)
     library = create_loader(
         create_dataset("", folder, split="val"),
@@ -207,8 +200,7 @@ def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) 
         "ours": lambda: [batch.images.sum() for batch in ours.epoch(next(epochs))],
         "timm": lambda: [images.sum() for images, _ in library],
     }
-    runs = {who: partial(seconds_of, epoch, settings.device) for who, epoch in epoch_of.items()}
-    seconds = take_turns(runs, rounds, settings.device)
+    seconds = time_in_turns(epoch_of, rounds, settings.device)
     images = len(ours) * settings.batch_size
     rates = {who: images / statistics.median(times) for who, times in seconds.items()}
     ratio = speed_ratio(seconds, "ours", "timm")
@@ -217,6 +209,7 @@ def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) 
 
 
 def own_loader(folder: str, settings: Settings, workers: int) -> Loader:
+    """Build this project's training loader on `folder`/val."""
     dataset = build_dataset("FOLDER", folder, "val")
     samples = KeyedImages(
         dataset, train_transform(settings.img_size, aa=POLICY, **RECIPE), erasing=RandomErasing(ERASING)

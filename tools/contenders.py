@@ -1,4 +1,4 @@
-"""Compare models in speed and memory: each runs in its own process, and they take turns."""
+"""Models to compare in speed and memory, and the measurements; each model runs in its own process."""
 
 import multiprocessing
 import re
@@ -26,14 +26,15 @@ from training.precision import set_up_device
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Settings that may follow a contender's name.
+# Settings that a contender's name may have: plain and onnx as a prefix, the others as suffixes.
 OWN_SETTINGS = {name: {"dtype": name} for name in DTYPES} | {
     "compile": {"compile": True},
-    "channels-last": {"channels_last": True},
+    "plain": {"cpu_kernels": False},
+    "onnx": {"onnx": True},
 }
-WARM_UP = {"cpu": 1, "cuda": 5}
+WARM_UP = {"cpu": 1, "cuda": 5}  # untimed calls before the first round
 
-Seconds = dict[str, list[float]]  # by contender, of each round
+Seconds = dict[str, list[float]]  # name -> seconds in each round
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     compile: bool = False
-    channels_last: bool = False
+    cpu_kernels: bool = True
+    onnx: bool = False  # run in onnxruntime
     batch_size: int = 16
     img_size: int = 224
 
@@ -53,39 +55,33 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to measure. `label` is what the user wrote; `prefix` is "", "plain" (no CPU kernels) or "onnx"."""
+    """A model to measure, with its settings; `label` is what the user wrote."""
 
     label: str
-    prefix: str
     arch: str
     settings: Settings
 
     @classmethod
     def parse(cls, label: str, settings: Settings) -> Self:
-        """Read [plain:|onnx:]NAME[@SETTING[,SETTING...]].
-
-        Raises:
-            UserError: there is no such model or setting.
-        """
-        model, _, words = label.partition("@")
-        for word in words.split(",") if words else ():
+        """Parse [plain:|onnx:]NAME[@SETTING[,SETTING...]]; raises UserError for an unknown model or setting."""
+        prefix, _, rest = label.rpartition(":")
+        arch, *words = re.split("[@,]", rest)
+        for word in (*words, prefix) if prefix else words:
             if word not in OWN_SETTINGS:
                 raise UserError(f"{label}: unknown setting {word!r}; choose from {', '.join(OWN_SETTINGS)}")
             settings = replace(settings, **OWN_SETTINGS[word])
-        prefix, _, arch = model.rpartition(":")
-        if not timm.is_model(arch) or prefix not in ("", "plain", "onnx"):
-            raise UserError(f"{label}: no such model; write NAME, plain:NAME or onnx:NAME, with NAME one of timm's")
-        return cls(label, prefix, arch, settings)
+        if not timm.is_model(arch):
+            raise UserError(f"{label}: neither timm nor this project has a model {arch!r}")
+        return cls(label, arch, settings)
 
     def build(self) -> nn.Module:
-        """Build the model with random weights and without stochastic depth, whose defaults differ between models."""
-        models.set_cpu_kernels(self.prefix != "plain")
+        """Build the model with random weights, and without stochastic depth, because its rate differs by model."""
+        models.set_cpu_kernels(self.settings.cpu_kernels)
         model = models.create_model(self.arch, 1000, (self.settings.img_size, self.settings.img_size), {})
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
-        memory_format = torch.channels_last if self.settings.channels_last else torch.contiguous_format
-        return model.to(self.settings.device, memory_format=memory_format)
+        return model.to(self.settings.device)
 
 
 class Runner:
@@ -96,13 +92,12 @@ class Runner:
         self.settings = settings = contender.settings
         set_up_device(torch.device(settings.device))
         self.model = contender.build()
-        self.forward = in_onnxruntime(self.model, settings.img_size) if contender.prefix == "onnx" else self.model
+        self.forward = in_onnxruntime(self.model, settings.img_size) if settings.onnx else self.model
         if settings.compile:
             self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.scaler = torch.amp.GradScaler(settings.device, enabled=settings.dtype == "float16")
-        images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device)
-        self.images = images.contiguous(memory_format=torch.channels_last) if settings.channels_last else images
+        self.images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device)
         self.targets = torch.randint(self.model.num_classes, (settings.batch_size,), device=settings.device)
 
     def training(self) -> Tensor:
@@ -120,41 +115,42 @@ class Runner:
             self.forward(self.images)
 
     def seconds(self, part: str) -> float:
-        """How long the method called `part` takes, with the model in the mode that it needs."""
+        """Time the method named `part`, with the model in the corresponding mode."""
         self.model.train(part == "training")
         return seconds_of(getattr(self, part), self.settings.device)
 
     def peak_memory(self) -> float:
-        """MiB that the model and what has run so far added to this process at most; on CUDA, that PyTorch allocated."""
+        """Peak memory in MiB: allocated by PyTorch on CUDA; on a CPU, the process's growth since before the model."""
         if self.settings.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         return resident_peak() - self._memory_before
 
 
 def resident_peak() -> float:
-    """The peak resident memory of this process in MiB on Linux; nan elsewhere."""
+    """The peak resident memory of this process in MiB; nan except on Linux."""
     status = Path("/proc/self/status")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else float("nan")
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
-    """Seconds that `run` takes: by device events on CUDA, by the wall clock on a CPU."""
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
+    """Time one call of `run`, until the device has finished its work."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
     began = time.perf_counter()
     run()
+    synchronize()
     return time.perf_counter() - began
 
 
-def take_turns(runs: dict[str, Callable[[], float]], rounds: int, device: str) -> Seconds:
-    """The seconds that each run returns, in every round, after warming up; every other round goes backwards.
+def time_in_turns(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> Seconds:
+    """Time each function once per round, in turns; see `take_turns`."""
+    return take_turns({name: partial(seconds_of, run, device) for name, run in runs.items()}, rounds, device)
 
-    So whatever else the machine does slows all runs alike.
+
+def take_turns(runs: dict[str, Callable[[], float]], rounds: int, device: str) -> Seconds:
+    """Warm up, then call each function once per round; returns their results, which are seconds.
+
+    Every other round has the opposite order, so that other load on the machine slows all of them equally.
     """
     for run in runs.values():
         for _ in range(WARM_UP[device]):
@@ -171,17 +167,15 @@ def speed_ratio(seconds: Seconds, one: str, other: str) -> float:
     return statistics.median(seconds[other]) / statistics.median(seconds[one])
 
 
-# ---------------------------------------------------------------------------------------- a process of its own
+# ------------------------------------------------------------------------------------------- one process per contender
 
 
 def measure(
     contenders: Sequence[Contender], rounds: int, parts: Sequence[str]
 ) -> Iterator[tuple[str, Seconds, dict[str, float]]]:
-    """(part, seconds, peak memory in MiB by contender) of each part. Training is last: it needs the most memory.
+    """Yield each part with the seconds and the peak memory in MiB by contender. Training is last: it needs most memory.
 
-    Each contender has a process of its own, as a model is used. How often a process asks the system for fresh memory
-    depends on what ran in it before: beside other models, those with large hidden tensors would profit from what the
-    others have freed.
+    Each contender has its own process because memory that other models have freed would speed up the next one.
 
     Raises:
         UserError: the process of a contender died, for example because it ran out of memory.
@@ -208,9 +202,9 @@ def measure(
 
 
 def _measure(contender: Contender, part: str) -> tuple[float, float]:
-    """Seconds and peak memory, in the contender's process."""
+    """Return seconds and peak memory; runs in the contender's process."""
     runner = _runner(contender)
     return runner.seconds(part), runner.peak_memory()
 
 
-_runner = cache(Runner)  # of this process
+_runner = cache(Runner)  # build the contender once per process

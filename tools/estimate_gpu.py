@@ -2,8 +2,8 @@
 
     python -m tools.estimate_gpu spectformer_h_s svt_h_s pvt_v2_b2 swin_tiny_patch4_window7_224
 
-The estimate is for eager mode and bf16 autocast on an H100. Each operation takes the longest of three times: its
-memory traffic over the bandwidth, its arithmetic over the arithmetic throughput, and its kernel launches. Use the
+The estimate is for eager mode and bf16 autocast on an H100. The time of an operation is the largest of three: its
+memory traffic divided by the bandwidth, its arithmetic divided by the throughput, and its kernel launches. Use the
 results to compare models; they do not predict a measurement.
 """
 
@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,17 +25,12 @@ from runtime.cli import run_cli
 from training.arguments import POSITIVE, Parser
 from utils import UserError
 
-BANDWIDTH, PRODUCTS, LAUNCH = 3.35e12, 400e12, 4e-6  # bytes and bf16 operations a second, seconds
-# Operations that run no kernel.
-FREE = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"),
-    *("detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "_local_scalar_dense", "sym_size"),
-}
+BANDWIDTH, PRODUCTS, LAUNCH = 3.35e12, 400e12, 4e-6  # bytes/s, bf16 operations/s, seconds per kernel
 FFT_KERNELS, FFT_PASSES = 4, 6  # copy to contiguous, a transform for each axis, scaling
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes and kernels of each operation, and the seconds of all."""
+    """Counts the bytes and kernels by operation, and the seconds in total."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,9 +42,9 @@ class Traffic(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
         if namespace not in ("aten", "prim", "prims"):
-            raise UserError(f"{func} is a custom operation: what it reads and writes cannot be counted")
+            raise UserError(f"{func}: the memory traffic of custom operations is unknown")
         read, written = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), results))
-        if name in FREE or func.is_view or not written:
+        if "empty" in name or name == "_unsafe_view" or func.is_view or not written:  # runs no kernel
             return results
         moved, kernels = sum(map(stored_bytes, read + written)), 1
         if name.startswith("_fft"):
@@ -62,13 +56,13 @@ class Traffic(TorchDispatchMode):
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor in memory; an expanded axis is stored once."""
+    """Return the bytes of a tensor in memory; an expanded axis is stored once."""
     entries = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return entries * tensor.element_size()
 
 
 def operations(name: str, read: list[Tensor], written: list[Tensor]) -> float:
-    """Multiplications and additions of products, convolutions and attention; 0 for anything else."""
+    """Count the multiplications and additions of matrix products, convolutions and attention; 0 for the rest."""
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return 2 * written[0].numel() * read[-1].shape[-2]
     if name == "convolution":
@@ -76,7 +70,7 @@ def operations(name: str, read: list[Tensor], written: list[Tensor]) -> float:
     if name == "convolution_backward":
         return 4 * read[0].numel() * math.prod(read[2].shape[1:])
     if "attention" in name:
-        # The backward pass multiplies five times where the forward pass does twice. Its first argument is the gradient.
+        # The forward pass has two matrix products, the backward pass five. The latter's first argument is the gradient.
         backward = "backward" in name
         query, key = read[backward : backward + 2]
         return 4 * query.numel() * key.shape[-2] * (2.5 if backward else 1)
@@ -84,7 +78,7 @@ def operations(name: str, read: list[Tensor], written: list[Tensor]) -> float:
 
 
 class AutocastOfCuda(TorchFunctionMode):
-    """Layer norms in float32 under autocast, as on CUDA: the CPU's autocast leaves them in bf16."""
+    """Compute layer norms in float32 under autocast, as on CUDA; the CPU's autocast uses bf16."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -95,14 +89,13 @@ class AutocastOfCuda(TorchFunctionMode):
 
 
 def training_step(name: str, batch_size: int = 128, img_size: int = 224) -> Traffic:
-    """Forward pass, cross-entropy and backward pass of a timm model in bf16 autocast, without stochastic depth."""
-    fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+    """Count a timm model's forward pass, cross-entropy and backward pass in bf16 autocast, without stochastic depth."""
     with torch.device("meta"):
-        model = timm.create_model(name, **({"img_size": img_size} if fixed else {})).train()
+        model = models.create_model(name, 1000, (img_size, img_size), {}).train()
     for module in model.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
-    # Fake tensors on a CPU: a backward pass on fake CUDA tensors needs a driver. No CPU kernel runs on them.
+    # On the CPU, because a backward pass on fake CUDA tensors needs a driver. Fake tensors run no CPU kernels.
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model._apply(lambda tensor: torch.empty_like(fake.from_tensor(tensor), device="cpu"))
         images = torch.empty(batch_size, 3, img_size, img_size)
@@ -117,16 +110,12 @@ def training_step(name: str, batch_size: int = 128, img_size: int = 224) -> Traf
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.estimate_gpu")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names of timm models")
-    parser.add_argument("--batch-size", type=POSITIVE, default=128, metavar="N")
-    parser.add_argument("--img-size", type=POSITIVE, default=224, metavar="N")
-    parser.add_argument("--operations", type=POSITIVE, metavar="N", help="also list the N largest memory operations")
+    parser.add_argument("--batch-size", type=POSITIVE, default=128, metavar="N", help="images per step")
+    parser.add_argument("--img-size", type=POSITIVE, default=224, metavar="N", help="image side in pixels")
+    parser.add_argument("--operations", type=POSITIVE, metavar="N", help="also list the N operations with most traffic")
     args = parser.parse_args(argv)
-    names = [models.resolve_arch(name) for name in args.models]
-    for name in names:
-        if not timm.is_model(name):
-            raise UserError(f"{name}: timm has no such model")
     print(f"{'model':36}{'GB':>8}{'kernels':>9}{'ms':>8}   a training step of {args.batch_size} images")
-    for name in names:
+    for name in args.models:
         traffic = training_step(name, args.batch_size, args.img_size)
         gigabytes, kernels = traffic.bytes.total() / 1e9, traffic.kernels.total()
         print(f"{name:36}{gigabytes:8.1f}{kernels:9}{traffic.seconds * 1e3:8.1f}", flush=True)

@@ -8,13 +8,12 @@
                           timm.create_model("local-dir:DIR", pretrained=True);
                           `hf upload REPO DIR` uploads it
   --to onnx FILE          ONNX graph for any batch size (with --dynamic-size,
-                          any image size), checked in onnxruntime; opset 18,
-                          without Fourier operators
+                          any image size); opset 18, no Fourier operators
   --to pt2 FILE           torch.export program for any batch size
 
 The checkpoint is a file from this project, the authors' code or timm, a run directory (its best checkpoint is
-used), or the name of a model with bundled weights. Exported graphs take float32 images (B, 3, H, W), normalised
-by the mean and std in the file's metadata.
+used), or the name of a model with bundled weights. Exported graphs take float32 images (B, C, H, W), normalised
+by the mean and std in the file's metadata. They are only written if their logits match the model's.
 """
 
 import argparse
@@ -40,19 +39,19 @@ from models.checkpoints import METADATA_KEYS, read_checkpoint, weights_of
 from models.convert import to_original, to_ours
 from models.layers import FeedForward
 from models.pretrained import PREPROCESSING, find_checkpoint
-from models.resampling import Grid
 from runtime import checkpoints
 from runtime.cli import run_cli
 from training.arguments import Parser, suggestion
+from training.classification_flags import TABLE
 from training.model import count_parameters
-from training.options import data_name
-from utils import MachineError, UserError, atomic_write, cannot_write, make_directory, one_line
+from training.options import TRAINING, data_name
+from utils import MachineError, UserError, atomic_write, make_directory, one_line
 
-OPSET = 18  # understood by TensorRT, CoreML's converters and onnxruntime 1.18
-TOLERANCE = 1e-4  # of a logit
-LARGEST_SIDE = 4096  # pixels, of images of any size
-BATCHES = (1, 3)  # sizes that a graph is checked with; it is traced with another
-OPTIONS = {"half": "safetensors", "dynamic_size": "onnx"}  # flag -> its format
+OPSET = 18  # supported by TensorRT, CoreML's converters and onnxruntime 1.18
+TOLERANCE = 1e-4  # largest allowed difference of a logit
+LARGEST_SIDE = 4096  # pixels, with --dynamic-size
+BATCHES = (1, 3)  # batch sizes for checking a graph; tracing uses 2
+Shape = tuple[int, int, int]  # of an image (C, H, W)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, path = args.to[0], Path(args.to[1])
     if name not in FORMATS:
         raise UserError(f"--to {name}: choose one of {', '.join(FORMATS)}{suggestion(name, FORMATS)}")
-    for option, only in OPTIONS.items():
-        if getattr(args, option) and name != only:
-            raise UserError(f"--{option.replace('_', '-')} is for --to {only}")
+    if args.half and name != "safetensors":
+        raise UserError("--half is for --to safetensors")
+    if args.dynamic_size and name != "onnx":
+        raise UserError("--dynamic-size is for --to onnx")
     if path.exists() and not args.overwrite:
-        raise UserError(f"{path}: it exists already; --overwrite replaces it")
+        raise UserError(f"{path}: already exists; use --overwrite to replace it")
     make_directory(path if name == "hub" else path.parent)
     print(f"{path}: written, {FORMATS[name](args, path)}")
 
@@ -83,26 +83,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_safetensors(args: argparse.Namespace, path: Path) -> str:
-    """The weights and what prediction needs."""
+    """Write the weights and the metadata for prediction."""
     state, tensors = read_weights(args)
     if args.half:
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        if beyond := [name for name, tensor in tensors.items() if tensor.isinf().any()]:
-            raise UserError(f"--half: {beyond[0]} of {args.checkpoint} has numbers beyond float16's range")
+        if overflows := [name for name, tensor in tensors.items() if tensor.isinf().any()]:
+            raise UserError(f"--half: {overflows[0]} of {args.checkpoint} exceeds the range of float16")
     return write_tensors(path, tensors, state)
 
 
 def write_original(args: argparse.Namespace, path: Path) -> str:
-    """The weights under the names of the authors' code."""
+    """Write the weights under their names in the authors' code."""
     state, tensors = read_weights(args)
     arch = state.get("arch", "svt")
     if not arch.startswith(("spectformer", "svt")):
-        raise UserError(f"{args.checkpoint}: it is a {arch}, which the authors' code does not have")
+        raise UserError(f"{args.checkpoint}: it contains {arch}, which the authors' code does not have")
     return write_tensors(path, to_original(to_ours(tensors)), state)
 
 
 def read_weights(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(what is in the checkpoint, its weights)."""
+    """Return the checkpoint's content, and its weights with or without --ema."""
     path = find_checkpoint(args.checkpoint)
     state = read_checkpoint(path)
     return state, weights_of(state, args.ema, path)
@@ -113,91 +113,67 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
         checkpoints.save_safetensors(path, tensors, state)
     else:
         checkpoints.save(path, {"model": tensors})
-    return f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
+    return f"{len(tensors)} tensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------- hub
 
-# Keys of timm's `pretrained_cfg` that describe the model and not the registered weights.
+# Keys of timm's `pretrained_cfg` that describe the model, not its pretrained weights.
 MODEL_KEYS = ("architecture", "input_size", "fixed_input_size", "num_classes", "pool_size", "first_conv", "classifier")
-# Settings of a run that a model card has.
-RECIPE = (
-    *("epochs", "batch_size", "accum_iter", "opt", "momentum", "lr", "unscale_lr", "sched", "min_lr", "warmup_lr"),
-    *("warmup_epochs", "warmup_updates", "weight_decay", "layer_decay", "clip_grad", "drop", "drop_path", "smoothing"),
-    *("bce_loss", "class_weights", "balanced_sampling", "token_label", "scale", "ratio", "hflip", "vflip", "aa"),
-    *("color_jitter", "mixup", "cutmix", "reprob", "seed"),
-)
-AUTHORS = {
-    "arXiv:2304.06446": "Patro, Badri N. and Namboodiri, Vinay P. and Agneeswaran, Vijay Srinivas",
-    "arXiv:2311.01310": "Patro, Badri N. and Agneeswaran, Vijay Srinivas",
-}
-BIBTEX = """@article{{{id},
-  title={{{paper_name}}},
-  author={{{authors}}},
-  journal={{arXiv preprint {paper_ids}}},
-  year={{20{id:.2}}}
-}}"""
+# Settings of the run that the model card lists.
+FLAGS = (*TRAINING["optimizer"], *TRAINING["schedule"], *TABLE["augmentation"])
+RECIPE = ("batch_size", *(flag.removeprefix("--").replace("-", "_") for flag, *_ in FLAGS))
 USAGE = """
 ```python
 import timm
-import spectformer_svt  # registers the models; pip install . in a clone of their repository
+import spectformer_svt  # registers the models; install it with `pip install .` in a clone of the repository
 
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # "hf-hub:REPO" where it was uploaded
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # after uploading: "hf-hub:REPO"
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 """
 
 
 def write_hub(args: argparse.Namespace, path: Path) -> str:
-    """config.json, model.safetensors and README.md in a folder."""
+    """Write config.json, model.safetensors and README.md to a folder."""
     info = load_checkpoint(args.checkpoint, ema=args.ema)
     cfg, kwargs = info.model.pretrained_cfg, dict(info.model_kwargs)
     if cfg.get("fixed_input_size"):
         kwargs["img_size"] = info.input_size
     info.model.pretrained_cfg = {key: cfg[key] for key in MODEL_KEYS if key in cfg}
-    images = {name: getattr(info, name) for name in PREPROCESSING} | {"input_size": (3, *info.input_size)}
+    images = {name: getattr(info, name) for name in PREPROCESSING} | {"input_size": image_shape(info)}
     described = {"label_names": info.class_names, "pretrained_cfg": images}
-    try:
-        save_for_hf(info.model, path, model_config=described, model_args=kwargs, safe_serialization=True)
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config["model_args"].pop("num_classes", None)  # beside the entry of that name, transformers would pass both
-        (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (path / "README.md").write_text(model_card(info, cfg, path), encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    save_for_hf(info.model, path, model_config=described, model_args=kwargs, safe_serialization=True)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config["model_args"].pop("num_classes", None)  # transformers also passes the top-level num_classes
+    atomic_write(path / "config.json", json.dumps(config, indent=2))
+    atomic_write(path / "README.md", model_card(info, cfg.get("paper_ids", ""), path))
     return "config.json, model.safetensors, README.md"
 
 
-def model_card(info: LoadedModel, cfg: Mapping[str, Any], folder: Path) -> str:
-    """README.md: what the checkpoint says of its run, and the paper of its architecture in timm's `cfg`."""
-    settings, (height, width) = info.checkpoint.get("args") or {}, info.input_size
+def model_card(info: LoadedModel, paper: str, folder: Path) -> str:
+    """Return the content of README.md: the model, the run that trained it, and `paper` ("arXiv:2304.06446" or "")."""
+    settings = info.checkpoint.get("args") or {}
     data = data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None
-    paper = cfg.get("paper_ids", "")
-    number = paper.removeprefix("arXiv:")
     details: dict[str, Any] = {
         "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
-        "Images": f"{height} x {width}, mean {list(info.mean)}, std {list(info.std)}, crop {info.crop_pct:g}, "
-        f"{info.interpolation}",
-        "Arguments": {name: f"`{value!r}`" for name, value in info.model_kwargs.items()},
         "Data": data,
         "Accuracy": accuracy(info.checkpoint, info.ema),
-        "Began from": settings.get("finetune") and Path(settings["finetune"]).name,
+        "Initial weights": settings.get("finetune") and Path(settings["finetune"]).name,
         "Recipe": {name: settings[name] for name in RECIPE if settings.get(name) is not None},
-        "Paper": paper and f"https://arxiv.org/abs/{number}",
+        "Paper": paper and f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}",
     }
-    card: dict[str, Any] = {
+    card = {
         "license": "unknown",
         "description": f"A {info.arch} for image classification" + (f", trained on {data}." if data else "."),
         "details": {name: value for name, value in details.items() if value},
         "usage": USAGE.format(folder=folder),
     }
-    if paper in AUTHORS:
-        card["citation"] = BIBTEX.format(**cfg, id=number, authors=AUTHORS[paper])
     return generate_readme(card, folder.name)
 
 
 def accuracy(state: Mapping[str, Any], ema: bool) -> str | None:
-    """The top-1 after the checkpoint's epoch, if it is that of the exported weights and not of their average."""
+    """Return the top-1 accuracy after the checkpoint's epoch, or None if it belongs to other weights (see `ema`)."""
     if not state.get("acc1") or not state.get("epoch") or state.get("step") or state.get("averaged", False) != ema:
         return None
     return f"{state['acc1']:.2f} % top-1 on the validation images, after epoch {state['epoch']}"
@@ -207,38 +183,39 @@ def accuracy(state: Mapping[str, Any], ema: bool) -> str | None:
 
 
 def write_onnx(args: argparse.Namespace, path: Path) -> str:
-    """An ONNX file, after onnxruntime has given torch's logits with it."""
+    """Write an ONNX file, after checking its logits in onnxruntime."""
     kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
     info = load_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
-    size, sizes, shape = info.input_size, [info.input_size], {0: Dim("batch")}
+    size, sizes, axes = info.input_size, [info.input_size], {0: Dim("batch")}
     if args.dynamic_size:
         if not isinstance(info.model, ImageModel):
-            raise UserError(f"--dynamic-size: {info.arch} is not one of this project's models")
+            raise UserError(f"--dynamic-size: {info.arch} is not a model of this project")
         stride = info.model.feature_info[-1]["reduction"]
         rows, columns = (Dim(name, min=2, max=LARGEST_SIDE // stride) for name in ("rows", "columns"))
-        shape |= {2: stride * rows, 3: stride * columns}
+        axes |= {2: stride * rows, 3: stride * columns}
         native = tuple(max(side // stride, 2) * stride for side in info.input_size)
         sizes = [(2 * stride, 3 * stride), (5 * stride, 4 * stride), native]
-        size = (native[0] + stride, native[1] + 2 * stride)  # where weights are resampled, so that the graph does it
-    proto = to_onnx(export(portable(info.model), size, shape))
+        size = (native[0] + stride, native[1] + 2 * stride)  # trace at another size, so that weights are resampled
+    channels = image_shape(info)[0]
+    proto = to_onnx(export(with_convolutions(info.model), (channels, *size), axes))
     package("onnx").helper.set_model_props(proto, metadata(info))
     content = proto.SerializeToString()
-    difference = check(onnxruntime_forward(content), info.model, sizes)
+    difference = check(onnxruntime_forward(content), info.model, [(channels, *size) for size in sizes])
     atomic_write(path, content)
     return (
-        f"opset {OPSET}, {len(content) / 1e6:.1f} MB, any number of images{' of any size' * args.dynamic_size}; "
-        f"onnxruntime's logits within {difference:.1e} of torch's"
+        f"opset {OPSET}, {len(content) / 1e6:.1f} MB, any batch size{' and image size' * args.dynamic_size}; "
+        f"its logits in onnxruntime differ by at most {difference:.1e}"
     )
 
 
 def write_pt2(args: argparse.Namespace, path: Path) -> str:
-    """A program of torch.export's, after it has given the model's logits."""
+    """Write a torch.export program, after checking its logits."""
     info = load_checkpoint(args.checkpoint, ema=args.ema)
-    program = export(info.model, info.input_size, {0: Dim("batch")})
-    difference = check(program.module(), info.model, [info.input_size])
+    program = export(info.model, image_shape(info), {0: Dim("batch")})
+    difference = check(program.module(), info.model, [image_shape(info)])
     extra = {"model.json": json.dumps(metadata(info))}
     atomic_write(path, lambda file: torch.export.save(program, file, extra_files=extra))
-    return f"torch {torch.__version__}; its logits within {difference:.1e} of the model's"
+    return f"torch {torch.__version__}; its logits differ by at most {difference:.1e}"
 
 
 FORMATS = {
@@ -251,13 +228,13 @@ FORMATS = {
 
 
 def in_onnxruntime(model: nn.Module, img_size: int) -> Callable[[Tensor], Tensor]:
-    """The model's logits by onnxruntime."""
-    program = export(portable(model.eval()), (img_size, img_size), {0: Dim("batch")})
+    """Convert a model to ONNX; returns a function from images to logits that runs it in onnxruntime."""
+    program = export(with_convolutions(model.eval()), (3, img_size, img_size), {0: Dim("batch")})
     return onnxruntime_forward(to_onnx(program).SerializeToString())
 
 
 def onnxruntime_forward(content: bytes) -> Callable[[Tensor], Tensor]:
-    """From images to logits by an ONNX file, on the CPU, with as many threads as torch uses."""
+    """Return a function from images to logits that runs an ONNX file on the CPU, with torch's number of threads."""
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -265,23 +242,27 @@ def onnxruntime_forward(content: bytes) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def export(model: nn.Module, size: Grid, shape: dict[int, Any]) -> ExportedProgram:
-    """The model's graph for images of (height, width); `shape` says which of their axes are dynamic."""
-    images = torch.zeros(2, 3, *size)
+def image_shape(info: LoadedModel) -> Shape:
+    return info.model_kwargs.get("in_chans", 3), *info.input_size
+
+
+def export(model: nn.Module, shape: Shape, axes: dict[int, Any]) -> ExportedProgram:
+    """Trace the model with images of `shape`; `axes` maps the dynamic axes of the batch to their dimensions."""
+    images = torch.zeros(2, *shape)
     return torch.export.export(
-        model, (images,), dynamic_shapes=(shape,), prefer_deferred_runtime_asserts_over_guards=True
+        model, (images,), dynamic_shapes=(axes,), prefer_deferred_runtime_asserts_over_guards=True
     )
 
 
 def to_onnx(program: ExportedProgram) -> Any:
-    """The program's graph as onnx.ModelProto, from `images` to `logits`."""
+    """Convert a program to an onnx.ModelProto with the input `images` and the output `logits`."""
     operators = package("onnxscript").opset18
 
-    # The exporter's own treats a dynamic size as a number.
+    # The exporter's own translation treats a dynamic size as a constant.
     def remainder(x, divisor):
         return operators.Mod(x, operators.CastLike(divisor, x))
 
-    # The exporter's own has another order, in which onnxruntime does not recognise GELU, a single operation there.
+    # onnxruntime fuses GELU to one operator only in this order of factors.
     def gelu(x, approximate="none"):
         half, one, root = (operators.CastLike(number, x) for number in (0.5, 1.0, math.sqrt(2)))
         return operators.Mul(operators.Mul(x, operators.Add(operators.Erf(operators.Div(x, root)), one)), half)
@@ -295,7 +276,7 @@ def to_onnx(program: ExportedProgram) -> Any:
         verbose=False,
         custom_translation_table={torch.ops.aten.remainder.Scalar: remainder, torch.ops.aten.gelu.default: gelu},
     ).model_proto
-    # PyTorch expands one matrix to a batch of copies before it multiplies; ONNX can broadcast the matrix itself.
+    # PyTorch expands a matrix to a batch of copies before multiplying; ONNX can broadcast the matrix itself.
     matrices = {matrix.name for matrix in proto.graph.initializer if len(matrix.dims) == 2 and min(matrix.dims) > 1}
     copies = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Expand"}
     for node in proto.graph.node:
@@ -305,10 +286,10 @@ def to_onnx(program: ExportedProgram) -> Any:
 
 
 @torch.no_grad()
-def check(run: Callable[[Tensor], Tensor], model: nn.Module, sizes: list[Grid]) -> float:
-    """The largest difference between a graph's logits and the model's; raises MachineError where it is too large."""
+def check(run: Callable[[Tensor], Tensor], model: nn.Module, shapes: list[Shape]) -> float:
+    """Return the largest difference between the logits of a graph and the model; MachineError if it is too large."""
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(batch, 3, *size, generator=generator) for size in sizes for batch in BATCHES]
+    batches = [torch.randn(batch, *shape, generator=generator) for shape in shapes for batch in BATCHES]
     difference = max((run(images) - model(images)).abs().max().item() for images in batches)
     if not difference <= TOLERANCE:
         raise MachineError(f"the graph's logits differ from the model's by {difference:.1e}; nothing was written")
@@ -316,26 +297,22 @@ def check(run: Callable[[Tensor], Tensor], model: nn.Module, sizes: list[Grid]) 
 
 
 def metadata(info: LoadedModel) -> dict[str, str]:
-    """What prediction needs, as JSON by name."""
-    found = {key: getattr(info, key) for key in METADATA_KEYS}
-    return {key: json.dumps(value) for key, value in found.items() if value is not None}
+    """Return the metadata for prediction, as JSON by name."""
+    return {key: json.dumps(getattr(info, key)) for key in METADATA_KEYS}
 
 
 def package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"ONNX needs pip install onnx onnxruntime onnxscript: {one_line(error)}") from error
+        raise UserError(f"--to onnx: run pip install onnx onnxruntime onnxscript ({one_line(error)})") from error
 
 
-# ------------------------------------------------------------------------------- layers that other runtimes run fast
+def with_convolutions(model: nn.Module) -> nn.Module:
+    """Return a copy of the model that ONNX runtimes run faster; its logits differ only by rounding.
 
-
-def portable(model: nn.Module) -> nn.Module:
-    """A copy of the model that ONNX runtimes run faster; its logits differ by rounding alone.
-
-    Feed-forward networks with a depthwise convolution, (B, H, W, C) to (B, H, W, C), become convolutions throughout. A
-    runtime that stores images as (B, C, H, W) then transposes the grid, and not the wider hidden one.
+    Replaces the linear layers of feed-forward networks with a depthwise convolution, (B, H, W, C) to (B, H, W, C), by
+    1 x 1 convolutions. A runtime that stores images as (B, C, H, W) then transposes the grid, not the wider hidden one.
     """
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):

@@ -8,8 +8,8 @@ r"""Write the label maps for token labelling: a teacher's top-5 classes at each 
     python -m tools.generate_token_labels --data-path IMAGENET \
         --output-dir MAPS --check
 
-The teacher is a timm classifier, or one trained here, with the classes of the data set. Each image is resized to
-a square without cropping, and the teacher's classifier is applied to every position of its last feature map. The
+The teacher is a classifier of timm or this project with the classes of the data set. Each image is resized to a
+square without cropping, and the teacher's classifier is applied to every position of its last feature map. The
 logits are interpolated to 18 x 18.
 
 A map is `<output-dir>/<class folder>/<image stem>.pt`, a tensor (2, 5, 18, 18): logits, largest first, then
@@ -18,7 +18,7 @@ whose feature map is 18 x 18), e.g. `label_top5_train_nfnet/n01440764/n01440764_
 float32 with more than 2,048 classes, whose indices float16 cannot represent.
 
 A second call keeps the existing maps and resumes where the first one stopped. Under torchrun the processes
-share the images. `--check` lists maps that are missing, damaged or for other classes.
+share the images. `--check` checks that all maps exist, are intact and fit the data set.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import numpy as np
 import timm
 import torch
 from timm.data import create_transform, resolve_data_config
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -50,8 +50,8 @@ from training.options import default_workers
 from training.precision import Precision, choose_precision, set_up_device
 from utils import UserError, atomic_write, make_directory, one_line
 
-ORIGIN = "teacher.json"  # beside the maps: the teacher that made them
-WRITERS = 16  # threads; writing a small file is mostly waiting for the disk
+TEACHER = "teacher.json"  # in the folder of the maps: identifies their teacher
+WRITERS = 16  # threads, which mostly wait for the disk
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = build_dataset(
         args.data_set, args.data_path, "train", inat_category=args.inat_category, classes=args.classes
     )
-    images: dict[Path, str] = {}  # by their label maps
+    images: dict[Path, str] = {}  # label map -> image
     for index in range(len(dataset)):
         path, image = image_map_path(args.output_dir, dataset.path(index)), dataset.path(index)
         if images.setdefault(path, image) != image:
@@ -81,7 +81,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--classes", type=class_list, metavar="A,B,...", help="only these classes, as in training")
     add("--inat-category", default="name", metavar="RANK", help="INAT, INAT19: rank, as in training")
     add("--output-dir", type=Path, required=True, metavar="DIR", help="folder of the label maps")
-    add("--check", action="store_true", help="write nothing; list missing, damaged or mismatched maps")
+    add("--check", action="store_true", help="write nothing; check that all maps exist, are intact and fit the data")
     add = parser.add_argument_group("teacher").add_argument
     add("--model-path", type=Path, metavar="CKPT", help="checkpoint from this project, the authors' code or timm")
     add("--arch", metavar="NAME", help="model name, if the checkpoint does not contain it")
@@ -89,35 +89,32 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--input-size", type=image_size, metavar="PIXELS", help="image side or HEIGHTxWIDTH (default: the teacher's)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=POSITIVE, default=64, metavar="N", help="images per step")
-    readers = "processes that read; 0: read in this one"
-    add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help=readers)
+    add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help="loader processes; 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
     parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
-    if not args.check and bool(args.model_path) == args.pretrained:
-        raise UserError("the teacher is either --model-path CKPT or --arch NAME --pretrained")
-    if args.pretrained and args.arch is None:
-        raise UserError("--pretrained needs --arch NAME")
+    if not args.check and bool(args.model_path) == bool(args.pretrained and args.arch):
+        raise UserError("the teacher is either --model-path CKPT or --pretrained --arch NAME")
     return args
 
 
 def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Path], dist: Distributed) -> None:
-    """Write the maps that are missing, this process's share of them.
+    """Write this process's share of the missing maps.
 
     Raises:
-        UserError: the maps that are there already are another teacher's.
+        UserError: the existing maps are another teacher's.
     """
     model, samples, teacher = load_teacher(args, dataset.class_names)
     model, precision = model.to(dist.device), choose_precision(args, dist.device)
     make_directory(args.output_dir)
     wanted = np.flatnonzero([not path.exists() for path in paths])
-    origin = args.output_dir / ORIGIN
-    if dist.is_main and not origin.exists():
-        atomic_write(origin, teacher)
-    dist.barrier()  # all processes have the same `wanted`
-    if origin.read_text() != teacher:
-        raise UserError(f"--output-dir {args.output_dir}: its maps are another teacher's, see {origin}")
+    record = args.output_dir / TEACHER
+    if dist.is_main and not record.exists():
+        atomic_write(record, teacher)
+    dist.barrier()  # so that no process writes maps before all have determined `wanted`
+    if record.read_text() != teacher:
+        raise UserError(f"{record}: the existing maps are another teacher's; choose another --output-dir")
 
     for folder in {paths[index].parent for index in wanted}:
         make_directory(folder)
@@ -139,20 +136,20 @@ def write_map(path: Path, label_map: Tensor) -> None:
 def load_teacher(
     args: argparse.Namespace, class_names: Sequence[str]
 ) -> tuple[nn.Module, Callable[[ImageDataset], KeyedImages], str]:
-    """The teacher in evaluation mode, what makes samples for it of a data set, and what identifies it as JSON.
+    """Load the teacher; returns the model, a function that prepares a data set's images for it, and its identity.
 
     Raises:
-        UserError: there is no such teacher, or it does not have the data set's classes.
+        UserError: the teacher does not exist or does not have the data set's classes.
     """
     classes = f"the {len(class_names)} classes of --data-set {args.data_set}"
     if args.pretrained:
-        cfg = get_pretrained_cfg(args.arch) if timm.is_model(args.arch.split(".")[0]) else None
-        if cfg is None or not cfg.has_weights or cfg.num_classes != len(class_names):
-            raise UserError(f"--arch {args.arch}: timm publishes no weights of such a model for {classes}")
+        cfg = get_pretrained_cfg(args.arch) if is_model_pretrained(args.arch) else None
+        if cfg is None or cfg.num_classes != len(class_names):
+            raise UserError(f"--arch {args.arch}: timm has no pretrained weights of this model for {classes}")
         size = {"img_size": args.input_size} if args.input_size and cfg.fixed_input_size else {}
         try:
             model = timm.create_model(args.arch, pretrained=True, **size).eval()
-        except (OSError, RuntimeError, ValueError) as error:  # not downloaded, or not for this size
+        except (OSError, RuntimeError, ValueError) as error:  # the download failed, or the size is invalid
             raise UserError(f"--arch {args.arch} --pretrained: {one_line(error)}") from error
         config = resolve_data_config(model=model)
         input_size, weights = args.input_size or config["input_size"][1:], cfg.hf_hub_id or cfg.url
@@ -163,36 +160,36 @@ def load_teacher(
             raise UserError(f"--model-path {args.model_path}: its {info.num_classes} classes are not {classes}")
         model, config, input_size = info.model, vars(info), info.input_size
         weights = hashlib.sha256(info.path.read_bytes()).hexdigest()
-    whole = {"interpolation": config["interpolation"], "crop_pct": 1.0, "crop_mode": "squash"}
-    transform = create_transform(tuple(input_size), **whole, use_prefetcher=True)  # to bytes
+    uncropped = {"interpolation": config["interpolation"], "crop_pct": 1.0, "crop_mode": "squash"}
+    transform = create_transform(tuple(input_size), **uncropped, use_prefetcher=True)  # to uint8
     samples = partial(KeyedImages, transform=transform, mean=config["mean"], std=config["std"])
     return model, samples, json.dumps({"weights": weights, "input_size": input_size, "classes": len(class_names)})
 
 
 @torch.inference_mode()
 def label_maps(model: nn.Module, images: Tensor, precision: Precision) -> list[Tensor]:
-    """The label maps, (2, 5, 18, 18) each, of images (B, 3, H, W)."""
+    """Return the label maps, (2, 5, 18, 18) each, of images (B, 3, H, W)."""
     with precision.autocast():
         logits = position_logits(model, images)
     logits = F.interpolate(logits.float(), (MAP_SIZE, MAP_SIZE), mode="bilinear", antialias=True)
     if not logits.isfinite().all():
-        raise UserError("the teacher's logits are not finite; try --amp none, or check --model-path")
+        raise UserError("the teacher's logits are not finite; use --amp none, or check --model-path")
     return [encode_label_map(of_image).cpu() for of_image in logits]
 
 
 def position_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """A classifier's logits at each position of its last feature map, (B, classes, h, w), for images (B, 3, H, W).
+    """Apply a classifier to each position of its last feature map: images (B, 3, H, W) to (B, classes, h, w).
 
-    Each position's feature in turn stands for the whole feature map and goes through the model's head, which pools
-    and normalises it; or through the classifier of tokens (`aux_head`) where the model has one.
+    The features of a position pass through the model's token classifier (`aux_head`) if it has one, otherwise through
+    its head, which pools and normalises, as a feature map with a single position.
 
     Raises:
-        UserError: the model has no feature map, or its head needs all of it.
+        UserError: the model has no feature map, or its head needs the whole map.
     """
     prefix = getattr(model, "num_prefix_tokens", 0)
     try:
         features = model.forward_features(images)
-        if features.ndim == 3:  # tokens; a position then takes the place of the class token, too
+        if features.ndim == 3:  # tokens; the position's features also replace the prefix tokens
             stride = model.feature_info[-1]["reduction"]
             grid = [side // stride for side in images.shape[2:]]
             positions = features[:, prefix:]

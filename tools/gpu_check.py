@@ -1,9 +1,9 @@
-"""Run one part of tools/gpu_check.sh, the checks that need a GPU; requires only torch, torchvision and timm.
+"""Run one part of tools/gpu_check.sh, the checks that need a GPU. Requires only torch, torchvision and timm.
 
     python -m tools.gpu_check PART OUTPUT_DIR --device cuda
 
-Each result is printed and appended to OUTPUT_DIR/results.jsonl as soon as it is measured. `--small` uses small sizes
-to try the checks on a CPU.
+Each result is printed and appended to OUTPUT_DIR/results.jsonl as soon as it is measured. `--small` uses small sizes,
+to test the checks on a CPU.
 """
 
 import copy
@@ -34,14 +34,14 @@ from models.layers import SPECTRAL_PRECISIONS
 from models.mixers import build_mixer
 from runtime.cli import run_cli
 from tools.benchmark import layer_step
-from tools.contenders import Contender, Runner, Settings, seconds_of, take_turns
+from tools.contenders import Contender, Runner, Settings, take_turns, time_in_turns
 from tools.machine import describe_machine
 from training.arguments import Parser
 from training.precision import set_up_device
 from utils import one_line
 
 MODELS = ("spectformer_xs", "deit_small_patch16_224", "spectformer_h_s", "pvt_v2_b2", "svt_h_s", "convnext_tiny")
-GATES = (  # mixers, the sides of their grids, and their channels
+GATES = (  # mixer, side of its grid, channels
     ("spectral", 14, 384),
     ("spectral", 28, 128),
     ("spectral", 56, 64),
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="folder of results.jsonl and run directories")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to check")
-    parser.add_argument("--small", action="store_true", help="use small sizes, to try the checks on a CPU")
+    parser.add_argument("--small", action="store_true", help="use small sizes, to test the checks on a CPU")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parity(device: str, small: bool, output: Path, report: Callable) -> None:
-    """Logits and gradients in float32 and bf16 on the device, against float64 on the CPU."""
+    """Compare logits and gradients in float32 and bf16 on the device with float64 on the CPU."""
     report("machine", **describe_machine())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     side = 32 if small else 224
@@ -88,7 +88,7 @@ def parity(device: str, small: bool, output: Path, report: Callable) -> None:
 
 
 def logits_and_gradient(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, gradient of their squares with respect to all weights)."""
+    """Return the logits, and the gradient of the sum of their squares with respect to all weights."""
     model.zero_grad()
     logits = model(images)
     (logits if logits.dtype == torch.float64 else logits.float()).square().sum().backward()
@@ -97,7 +97,7 @@ def logits_and_gradient(model: nn.Module, images: torch.Tensor) -> tuple[torch.T
 
 
 def gates(device: str, small: bool, output: Path, report: Callable) -> None:
-    """Forward and backward of the spectral mixers: in half precision and in float32, eager and compiled."""
+    """Time training steps of the spectral mixers, in half precision and float32, eager and compiled."""
     set_up_device(torch.device(device))
     batch, rounds = (1, 1) if small else (128, 20)
     settings = Settings(device, "bfloat16")
@@ -110,13 +110,13 @@ def gates(device: str, small: bool, output: Path, report: Callable) -> None:
         step = partial(layer_step, torch.compile(layer) if compiled else layer, x, settings, training=True)
         figures = {"grid": side, "channels": channels, "batch": batch, "precision": precision, "compiled": compiled}
         with reported_errors(report, mixer, **figures):
-            times = take_turns({mixer: partial(seconds_of, step, device)}, rounds, device)
-            report(mixer, **figures, ms=1000 * statistics.median(times[mixer]))
+            seconds = time_in_turns({mixer: step}, rounds, device)
+            report(mixer, **figures, ms=1000 * statistics.median(seconds[mixer]))
 
 
 @contextmanager
 def reported_errors(report: Callable, name: str, **figures: Any) -> Iterator[None]:
-    """What fails is a result too, and the next measurement may succeed."""
+    """Report an error as a result and continue, because the next measurement may succeed."""
     try:
         yield
     except Exception as error:
@@ -124,7 +124,7 @@ def reported_errors(report: Callable, name: str, **figures: Any) -> Iterator[Non
 
 
 def eager(device: str, small: bool, output: Path, report: Callable, compile: bool = False) -> None:
-    """Our models beside their peers: a training step and inference in bf16."""
+    """Time training and inference of this project's and timm's models in bf16."""
     batch, side, rounds = (2, 32, 1) if small else (128, 224, 15)
     settings = Settings(device, "bfloat16", compile, batch_size=batch, img_size=side)
     for name in ("test_vit",) if small else MODELS:
@@ -137,7 +137,7 @@ def eager(device: str, small: bool, output: Path, report: Callable, compile: boo
 
 
 def speeds(contender: Contender, rounds: int) -> dict[str, float]:
-    """Images/s in training and inference, and the peak memory."""
+    """Measure images/s in training and inference, and the peak memory."""
     runner, settings = Runner(contender), contender.settings
     parts = {part: partial(runner.seconds, part) for part in ("training", "inference")}
     medians = {part: statistics.median(times) for part, times in take_turns(parts, rounds, settings.device).items()}
@@ -146,7 +146,7 @@ def speeds(contender: Contender, rounds: int) -> dict[str, float]:
 
 
 def gratings(options: DatasetOptions, count: int) -> ImageArrays:
-    """Noisy gratings, 64 px, whose class is their orientation: data that needs neither a file nor the network."""
+    """Generate noisy gratings of 64 px, classified by orientation; they need no files and no network."""
     rng = np.random.default_rng(options.split == "train")
     labels = np.arange(count if options.split == "train" else count // 8) % CLASSES
     angles, phases = labels * math.pi / CLASSES, rng.uniform(0, 2 * math.pi, len(labels))
@@ -158,7 +158,7 @@ def gratings(options: DatasetOptions, count: int) -> ImageArrays:
 
 
 def train(device: str, small: bool, output: Path, report: Callable) -> None:
-    """A real training run by main_spectformer.py, of one process or, under torchrun, of several."""
+    """Train with main_spectformer.py, in one process or, under torchrun, in several."""
     count, epochs = (512, 1) if small else (4096, 3)
     data = catalogue.DatasetSpec(partial(gratings, count=count), needs_path=False, glyphs=True)
     catalogue.DATASETS["GRATINGS"] = data
@@ -175,7 +175,7 @@ def train(device: str, small: bool, output: Path, report: Callable) -> None:
 
 
 def distributed(device: str, small: bool, output: Path, report: Callable) -> None:
-    """The same training under torchrun with NCCL (gloo on a CPU): one process, and two where there are two devices."""
+    """Run `train` under torchrun with NCCL (gloo on a CPU): with one process and, if possible, with two."""
     most = torch.cuda.device_count() if device == "cuda" else 2
     for processes in (1, 2)[: min(most, 2)]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]

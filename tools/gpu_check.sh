@@ -3,11 +3,11 @@
 #
 #     tools/gpu_check.sh OUTPUT_DIR
 #
-# The parts, in this order: agreement with results on a CPU, speed of the spectral mixers in half precision and in
-# float32, speed of the models and of timm's models (eager), a short training run, the same speeds compiled, training
-# over NCCL. Each result is appended to OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or runs
-# out of time does not stop the others; the exit status is the number of such parts. PYTHON sets the interpreter.
-# DEVICE=cpu runs all parts with small sizes, to test the script.
+# The parts, in this order: comparison with results on a CPU, speed of the spectral mixers in half precision and
+# float32, speed of this project's and timm's models (eager), a short training run, the same speeds compiled, training
+# over NCCL. Each result is appended to OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or times
+# out does not stop the others; the exit status is the number of such parts. PYTHON sets the interpreter. DEVICE=cpu
+# runs all parts with small sizes, to test the script.
 set -u
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: tools/gpu_check.sh OUTPUT_DIR}"
@@ -17,7 +17,7 @@ device=${DEVICE:-cuda}
 small=
 if [ "$device" = cpu ]; then
     small=--small
-    export OMP_NUM_THREADS=1 # on a busy machine, two threads wait for each other
+    export OMP_NUM_THREADS=1 # on a busy machine, threads wait for each other
 fi
 deadline=$((SECONDS + ${LIMIT:-470}))
 failures=0
@@ -31,7 +31,7 @@ for part in parity:60 gates:80 eager:80 train:70 compiled:150 distributed:80; do
         continue
     fi
     echo "== $name (at most $limit s)"
-    # shellcheck disable=SC2086  # an empty --small is no argument
+    # shellcheck disable=SC2086  # without --small, $small must expand to nothing
     timeout -k 5 "$limit" "$python" -m tools.gpu_check "$name" "$output" --device "$device" $small \
         > "$output/$name.log" 2>&1
     status=$?

@@ -1,4 +1,4 @@
-"""The machine and the versions of a measurement."""
+"""Describe the machine and the versions of a measurement."""
 
 import platform
 import re
@@ -10,14 +10,14 @@ import torch
 
 
 def processor() -> str:
-    """The name of the processor on Linux, otherwise its architecture."""
+    """Return the name of the processor on Linux, otherwise its architecture."""
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     return name[1] if name else platform.machine()
 
 
 def describe_machine() -> dict[str, Any]:
-    """Machine and versions."""
+    """Return the hardware, threads, system and versions."""
     return {
         "cpu": processor(),
         "threads": torch.get_num_threads(),

@@ -3,13 +3,12 @@
     python -m tools.study STUDY.yaml --data-path DIR [flags of training]
 
 STUDY.yaml contains the cells and one recipe for all; flags on the command line override the recipe. All cells share
-the data, budget, schedule and augmentation. Cells of one seed start from the same weights, except for their mixers. A
-cell is a mapping of model arguments; `arch` selects another model, such as one of timm's. Runs are parallel: one per
-GPU, or one single-threaded run per core. A study that was stopped or killed resumes where it was.
+the data, budget, schedule and augmentation. For each seed, all cells start from the same weights, except for their
+mixers. A cell is a mapping of model arguments; `arch` selects another model, such as one of timm's. Runs are
+parallel: one per GPU, or one single-threaded run per core. A study that was stopped or killed can be resumed.
 
-Each finished run is a line of OUTPUT/STUDY.jsonl. Commit that file to continue the study on another machine. After a
-change of the recipe all cells are trained again.
-OUTPUT/STUDY.md and .png contain the table and the plot.
+Each finished run is a line of OUTPUT/STUDY.jsonl. Commit that file to continue the study on another machine. If the
+recipe changes, all cells are trained again. OUTPUT/STUDY.md and .png contain the table and the plot.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from models.flops import count_flops
 from models.pretrained import LAST
 from runtime.cli import run_cli
 from runtime.provenance import plain, read_yaml
-from tools.contenders import seconds_of, take_turns
+from tools.contenders import time_in_turns
 from tools.machine import processor
 from training.arguments import POSITIVE, Parser, words_of
 from training.classification import Classification, full_model_kwargs
@@ -53,61 +52,58 @@ from utils import UserError, atomic_write, make_directory, say
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"title": str, "data": str, "seeds": int, "recipe": dict, "cells": dict, "against": str}
-# Settings that say where and how a run goes, not what it computes.
+# Settings that do not affect a run's results.
 MACHINE = {
     "config", "data_path", "download", "num_workers", "pin_mem", "print_freq", "checkpoint_steps", "checkpoint_epochs",
     "compile", "wandb",
 }  # fmt: skip
-RESULT = "study.json"  # in the directory of a finished run
-ROUNDS = 9  # of inference, of which the median counts
+RESULT = "study.json"  # in the directory of each finished run
+ROUNDS = 9  # measurements of inference
 
 Line = dict[str, Any]
 
 
 class Study:
-    """A table to fill, read from a YAML file and checked.
+    """A study, read from a YAML file and checked.
 
     Attributes:
-        cells: by name, the arguments of the model, and its `arch` where it is not the recipe's.
-        words, args: by name, the command line of a cell's runs, except for what differs between runs, and its values.
-        recipes: by name, the settings that decide the cell's results, except for the seed.
+        cells: name -> the model's arguments, and its `arch` if it differs from the recipe's.
+        words, args: name -> the command line of the cell's runs without seed, device and output, and its values.
+        recipes: name -> the settings that determine the cell's results, except for the seed.
     """
 
     def __init__(self, path: Path, flags: Sequence[str], seeds: int | None, runs: Path):
-        """Raises UserError naming what is wrong: the file, a key, a flag or an argument of a cell's model."""
+        """Raises UserError, which names the invalid file, key, flag or model argument."""
         content = {"against": ""} | read_yaml(path, str(path))
         for key in KEYS | content:
             if not isinstance(content.get(key), KEYS.get(key, ())):
                 keys = ", ".join(f"{name} ({kind.__name__})" for name, kind in KEYS.items())
-                raise UserError(f"{path}: {str(key)[:40]!r} is missing, unknown or of another type; it has {keys}")
+                raise UserError(f"{path}: {str(key)[:40]!r} is missing, unknown or of a wrong type; expected {keys}")
         self.path, self.name, self.runs, self.content = path, path.stem, runs / path.stem, content
         self.seeds, self.cells = seeds or content["seeds"], content["cells"]
         self.words, self.args, self.recipes = {}, {}, {}
         parser = build_parser(Classification.flags)
-        for cell in self.cells:
-            where = f"{path}: cells: {cell}"
+        recipe = {key.replace("-", "_"): value for key, value in content["recipe"].items()}
+        for cell, arguments in self.cells.items():
             try:
-                self.words[cell] = words = [*words_of(self._flags(cell), parser), *flags]
+                if not isinstance(arguments, dict):
+                    raise UserError("a cell must be a mapping of model arguments")
+                own = {key: value for key, value in arguments.items() if key != "arch"}
+                if "arch" in arguments:  # the recipe's model arguments are for another model
+                    own_flags = {"arch": arguments["arch"], "model_kwargs": own}
+                else:
+                    own_flags = {"model_kwargs": merged_model_kwargs(recipe, {"model_kwargs": own})}
+                self.words[cell] = words = [*words_of(recipe | own_flags, parser), *flags]
                 self.args[cell] = args = parse_args(Classification.flags, words)
                 with torch.device("meta"):
                     create_model(args.arch, 10, args.input_size, args.model_kwargs)
             except (UserError, ModelError) as error:
-                raise UserError(f"{where}: {error}") from error
+                raise UserError(f"{path}: cells: {cell}: {error}") from error
             given = sorted(parser.given(words).items())
             self.recipes[cell] = {name: plain(value) for name, value in given if name not in MACHINE}
 
-    def _flags(self, cell: str) -> dict[str, Any]:
-        """The recipe with a cell's arguments; one with an `arch` of its own has none of the recipe's arguments."""
-        if not isinstance(self.cells[cell], dict):
-            raise UserError("a cell has to be a mapping of model arguments")
-        recipe = {key.replace("-", "_"): value for key, value in self.content["recipe"].items()}
-        own = dict(self.cells[cell])
-        if "arch" in own:
-            return recipe | {"arch": own.pop("arch"), "model_kwargs": own}
-        return recipe | {"model_kwargs": merged_model_kwargs(recipe, {"model_kwargs": own})}
-
     def directory(self, cell: str, seed: int) -> Path:
-        """Of a run; the digest keeps runs of different recipes apart."""
+        """Return the run directory; its name contains a digest of the recipe."""
         digest = hashlib.sha256(json.dumps(self.recipes[cell]).encode()).hexdigest()[:8]
         return self.runs / f"{re.sub(r'[^a-z0-9]+', '-', cell.lower()).strip('-')}-seed{seed}-{digest}"
 
@@ -141,10 +137,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_cell(argv: Sequence[str]) -> None:
-    """One run and its RESULT, in a process of its own that ends when the study does, however that ends."""
+    """Run training and write RESULT; the process exits when the study does, even if that is killed."""
 
     def end_with_study() -> None:
-        os.read(sys.stdin.fileno(), 1)  # until the study's end of the pipe is closed
+        os.read(sys.stdin.fileno(), 1)  # blocks until the study's end of the pipe is closed
         os._exit(1)
 
     threading.Thread(target=end_with_study, daemon=True).start()
@@ -154,7 +150,7 @@ def train_cell(argv: Sequence[str]) -> None:
     rows = [json.loads(row) for row in (directory / "log.txt").read_text(encoding="utf-8").splitlines()]
     loaded = load_checkpoint(directory / LAST)
     result = {
-        "acc1": round(rows[-1]["test_acc1"], 4),  # of the last epoch: the best is chosen by the test images themselves
+        "acc1": round(rows[-1]["test_acc1"], 4),  # not the best epoch's, which the test images would select
         "parameters": count_parameters(loaded.model),
         "gflops": round(count_flops(loaded.model, loaded.input_size, args.in_chans) / 1e9, 6),
         "images": rows[0]["samples_seen"],
@@ -168,7 +164,7 @@ def train_cell(argv: Sequence[str]) -> None:
 
 
 def inference_rate(model: nn.Module, args: argparse.Namespace) -> float:
-    """Images/s in inference, in batches and in the precision of training: the median of some rounds."""
+    """Measure the median images/s of inference, with training's batch size and precision."""
     device = torch.device(args.device)
     precision = choose_precision(args, device)
     model.to(device)
@@ -178,12 +174,12 @@ def inference_rate(model: nn.Module, args: argparse.Namespace) -> float:
         with torch.inference_mode(), precision.autocast():
             model(images)
 
-    seconds = take_turns({"inference": partial(seconds_of, run, device.type)}, ROUNDS, device.type)
+    seconds = time_in_turns({"inference": run}, ROUNDS, device.type)
     return args.batch_size / statistics.median(seconds["inference"])
 
 
 class Cell(Classification):
-    """Classification by a model that starts from the same weights as all of its seed, except for its mixers'."""
+    """Classification whose initial weights depend only on the seed, except for the mixers'."""
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -191,7 +187,7 @@ class Cell(Classification):
             self.model.load_state_dict(self._without_mixers(run).state_dict(), strict=False)
 
     def _without_mixers(self, run: Run) -> nn.Module:
-        """The model without mixers, whose weights depend on the seed alone."""
+        """Create the model without mixers, with weights that depend only on the seed."""
         stages = [stage.blocks for stage in self.model.stages] if hasattr(self.model, "stages") else [self.model.blocks]
         arguments = {name: value for name, value in full_model_kwargs(run.args).items() if name not in MIXER_CHOICES}
         arguments |= {"mixers": "/".join(f"none*{len(blocks)}" for blocks in stages)}
@@ -200,14 +196,14 @@ class Cell(Classification):
 
 
 def train(study: Study, jobs: list[tuple[str, int]], results: Path, workers: int | None) -> None:
-    """Run the jobs, at most one a device or core at a time, and write a line for each that has ended.
+    """Run the jobs (cell, seed) in parallel on the free devices, and append a line to `results` for each.
 
     Raises:
-        UserError: one ended with an error; the others are stopped, and the next call resumes them.
+        UserError: a run failed; the others are stopped, and the next call resumes them.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     workers = workers or (available_cores() if gpus == ["cpu"] else len(gpus))
-    say(f"{study.name}: {len(jobs)} runs, {workers} side by side on {', '.join(gpus)}")
+    say(f"{study.name}: {len(jobs)} runs, {workers} in parallel on {', '.join(gpus)}")
     free: SimpleQueue[str] = SimpleQueue()
     for index in range(workers):
         free.put(gpus[index % len(gpus)])
@@ -219,9 +215,9 @@ def train(study: Study, jobs: list[tuple[str, int]], results: Path, workers: int
 
 
 def train_one(study: Study, free: SimpleQueue[str], job: tuple[str, int]) -> Line:
-    """Train a cell with a seed in a process of its own on a free device; its line of the results.
+    """Train a cell with a seed in a subprocess on a free device; returns the line of results.
 
-    On a CPU the process has one thread, so that its results do not depend on the other runs.
+    On a CPU the process has one thread, so that its results do not depend on the number of cores.
     """
     cell, seed = job
     directory = study.directory(cell, seed).resolve()
@@ -231,7 +227,7 @@ def train_one(study: Study, free: SimpleQueue[str], job: tuple[str, int]) -> Lin
     device = free.get()
     command = [sys.executable, "-m", "tools.study", "cell", *study.words[cell], *own, "--device", device]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {}
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}  # its end of stdin closes when the study ends
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}  # stdin is closed when the study ends
     with console.open("ab") as out:
         code = subprocess.Popen(command, cwd=ROOT, env=os.environ | threads, stdout=out, **pipes).wait()
     free.put(device)
@@ -243,7 +239,7 @@ def train_one(study: Study, free: SimpleQueue[str], job: tuple[str, int]) -> Lin
 
 
 def read_lines(study: Study, path: Path) -> dict[tuple[str, int], Line]:
-    """The study's results in a file, by cell and seed. Lines of another recipe do not count."""
+    """Read the results by cell and seed, without those of other recipes."""
     texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [line for line in map(json.loads, texts) if line["recipe"] == study.recipes.get(line["cell"])]
     return {(line["cell"], line["seed"]): line for line in lines if line["seed"] < study.seeds}
@@ -253,10 +249,10 @@ def read_lines(study: Study, path: Path) -> dict[tuple[str, int], Line]:
 
 
 def least_difference(scores: Tensor) -> float:
-    """The difference of two cells' means that chance does not explain: twice its standard error; nan for one seed.
+    """Return twice the standard error of the difference between two cells' means; nan for one seed.
 
-    The noise is what neither its cell nor its seed explains of a run's accuracy: the runs of a seed share their data
-    and initial weights, which moves all cells alike.
+    The noise is the part of a run's accuracy that neither its cell nor its seed explains: the runs of a seed share
+    their data and initial weights, which affect all cells equally.
 
     Args:
         scores: (cells, seeds).
@@ -268,14 +264,14 @@ def least_difference(scores: Tensor) -> float:
 
 
 def write_report(study: Study, lines: dict[tuple[str, int], Line], folder: Path) -> None:
-    """STUDY.md (data, budget, machine, table, verdict) and STUDY.png, of the seeds that all cells have."""
+    """Write STUDY.md (data, budget, machine, table, conclusion) and STUDY.png for the seeds trained in every cell."""
     seeds = [seed for seed in range(study.seeds) if all((cell, seed) in lines for cell in study.cells)]
     if not seeds:
-        raise UserError(f"{folder}: no seed of {study.path} has been trained in every cell yet")
+        raise UserError(f"{folder}: no seed of {study.path} has been trained in every cell")
     scores = torch.tensor([[lines[cell, seed]["acc1"] for seed in seeds] for cell in study.cells])
     means, least = scores.mean(1).tolist(), least_difference(scores)
     spreads = scores.std(1, correction=min(1, len(seeds) - 1)).tolist()
-    rates: dict[str, list[float]] = {"images/s in training": [], "images/s in inference": []}  # nan: not measured
+    rates: dict[str, list[float]] = {"images/s in training": [], "images/s in inference": []}  # nan if not measured
     training, inference = rates.values()
     equal, head = [], ["cell", "top-1 %", "to the best", "parameters", "GFLOPs", *rates]
     table = f"| {' | '.join(head)} |\n{'| --- ' * len(head)}|\n"
@@ -299,10 +295,10 @@ Machine: {machines}; torch {line["torch"]}.
 
     python -m tools.study {study.path} --data-path DIR
 
-Top-1 on {line["test_images"]:,} test images after the last epoch, mean ± standard deviation over the seeds. All cells
-have the same data, budget, schedule and augmentation; those of a seed start from the same weights, except for their
-mixers'. Cells whose means differ by less than {least:.2f}, twice the standard error of a difference, are called equal.
-Images/s are medians over the seeds: of the training runs, and of the trained models in batches of {args.batch_size}.
+Top-1 accuracy on {line["test_images"]:,} test images after the last epoch, mean ± standard deviation over the seeds.
+All cells have the same data, budget, schedule and augmentation. For each seed they start from the same weights, except
+for their mixers. Cells whose means differ by less than {least:.2f}, twice the standard error of a difference, are
+called equal. Images/s are medians over the seeds; inference uses batches of {args.batch_size} images.
 
 {table}
 Best: {list(study.cells)[means.index(max(means))]}; equal to it: {", ".join(equal) or "none"}.
@@ -314,7 +310,7 @@ Best: {list(study.cells)[means.index(max(means))]}; equal to it: {", ".join(equa
 
 
 def draw(study: Study, means: list[float], spreads: list[float], rates: dict[str, list[float]]) -> Figure:
-    """Accuracy along the model argument that the study names, and against the images/s that were measured."""
+    """Plot accuracy against the model argument in the study's `against`, and against the measured images/s."""
     against = study.content["against"]
     panels = {against: [arguments.get(against) for arguments in study.cells.values()]} if against else {}
     panels |= {name: values for name, values in rates.items() if not any(map(math.isnan, values))}

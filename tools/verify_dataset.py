@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--data-set", default="FOLDER", metavar="NAME", help="name of the data set, as in training")
     add("--data-path", metavar="DIR", help="folder of the data set, as in training")
-    add("--split", default="all", choices=["all", "train", "val", "test"], help="split to check")
+    add("--split", default="all", choices=["all", "train", "val", "test"], help="split to check; all: train and val")
     add("--folder", metavar="DIR", help="check all images below this folder instead of a data set")
     add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help="worker processes")
     add("--json", type=Path, metavar="FILE", help="also write the result to FILE")

@@ -29,7 +29,7 @@ from models import load_checkpoint
 from models.scattering import MIXINGS, ScatteringMixer
 from models.spectral_gate import SpectralGate
 from runtime.cli import run_cli
-from training.arguments import COUNT, POSITIVE, Parser
+from training.arguments import POSITIVE, Parser
 from utils import UserError, make_directory
 
 ORIENTATIONS = ("15°", "45°", "75°", "105°", "135°", "165°")
@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--arch", metavar="NAME", help="model name, if the checkpoint does not contain it")
     averaged = "use the averaged weights (default: if the checkpoint has them)"
     add("--ema", action=argparse.BooleanOptionalAction, default=None, help=averaged)
-    channels = "number of evenly spaced channels (default: 8), or a list of channels"
-    add("--channels", type=channel_list, default=[8], metavar="N|A,B,...", help=channels)
+    add("--channels", type=POSITIVE, default=8, metavar="N", help="number of evenly spaced channels to draw")
     image = "image for the oriented bands (default: a photograph from scikit-learn)"
     add("--image", type=Path, metavar="FILE", help=image)
     add("--format", choices=["png", "pdf", "svg"], default="png", help="format of the figures")
@@ -58,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     gates, mixers = layers(info.model, SpectralGate), layers(info.model, ScatteringMixer)
     if not gates and not mixers:
         raise UserError(f"{args.checkpoint}: {info.arch} has neither spectral gates nor scattering layers")
-    panels = partial(channel_panels, wanted=args.channels)
-    figures: dict[str, tuple[str, dict[str, Panels]]] = {}  # by file: a title, and a row of panels for each layer
+    panels = partial(channel_panels, count=args.channels)
+    figures: dict[str, tuple[str, dict[str, Panels]]] = {}  # file name -> title, and a row of panels for each layer
     if gates:
         kernels = {name: spatial_kernels(gate) for name, gate in gates.items()}
         figures["gates_magnitude"] = (
-            "magnitude of the spectral gates up to half a cycle a token",
+            "magnitude of the spectral gates, up to half a cycle per token",
             {name: panels(fftshift(fft2(planes).abs(), dim=(1, 2))) for name, planes in kernels.items()},
         )
         figures["gates_kernels"] = (
@@ -94,13 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(args.output / f"{name}.{args.format}")
 
 
-def channel_list(text: str) -> list[int]:
-    """``"8"`` -> [8]; ``"0,5,9"`` -> [0, 5, 9]."""
-    return [(COUNT if "," in text else POSITIVE)(word) for word in text.split(",")]
-
-
 def layers(model: nn.Module, kind: type) -> dict[str, nn.Module]:
-    r"""The mixers of a kind, by "stage 1\nblock 3" (pyramids) or "block 3"."""
+    r"""Return the mixers of a type, by "stage 1\nblock 3" (pyramids) or "block 3"."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     return {
         "\n".join(f"{word} {int(number) + 1}" for word, number in re.findall(r"(\w+)s\.(\d+)", name)): module
@@ -112,10 +106,10 @@ def layers(model: nn.Module, kind: type) -> dict[str, nn.Module]:
 
 
 def spatial_kernels(gate: SpectralGate) -> Tensor:
-    """The real kernels (C, H, W) of a gate's circular convolution, origin first.
+    """Return the real kernels (C, H, W) of a gate's circular convolution, origin first.
 
-    Their transform is the frequency response over the whole plane. The gate stores half of it, and `irfft2` ignores
-    what the weights of columns 0 and W / 2 would add to the imaginary part.
+    Their Fourier transform is the full frequency response, of which the gate stores half. `irfft2` discards the part of
+    columns 0 and W / 2 that would make the kernels complex.
     """
     weight = torch.view_as_complex(gate.complex_weight.detach().double().contiguous())
     return torch.fft.irfft2(weight, s=gate.grid_size, dim=(0, 1)).permute(2, 0, 1)
@@ -125,9 +119,9 @@ def spatial_kernels(gate: SpectralGate) -> Tensor:
 def orientation_energies(
     model: nn.Module, mixers: Sequence[ScatteringMixer], images: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Energy of the oriented bands, before and after blending, of each mixer for images (B, 3, H, W).
+    """Return the energy of each mixer's oriented bands before and after blending, for images (B, 3, H, W).
 
-    Each is (6, h, w): |z|^2 summed over channels, averaged over images. The blended response to empty bands, which
+    Each energy is (6, h, w): |z|^2 summed over channels and averaged over images. The blended response to zeros, which
     comes from the biases and is the same for all images and orientations, is subtracted first.
     """
     energies = []
@@ -147,17 +141,17 @@ def orientation_energies(
 
 
 def blending_weights(mixer: ScatteringMixer) -> dict[str, np.ndarray]:
-    """Magnitudes of the weights of a mixer's first blending, by panel title.
+    """Return the magnitudes of a mixer's first blending weights, by panel title.
 
     Einstein blending: matrices of both layers, at most four blocks of each. Tensor blending: the mean over channels, an
-    (h, w) plane an orientation.
+    (h, w) plane per orientation.
     """
     if mixer.mixing == "tensor":
         planes = mixer.tensor_blend.weight.detach().unflatten(0, (2, 6)).norm(dim=0).mean(-1)
         return {f"|W| {angle}": plane.numpy() for angle, plane in zip(ORIENTATIONS, planes, strict=True)}
     name = MIXINGS[mixer.mixing][0]
     blend, unit = mixer.get_submodule(name), "row" if name == "token_blend" else "block"
-    shown = chosen_channels([4], blend.weight1.shape[1])
+    shown = evenly_spaced(4, blend.weight1.shape[1])
     return {
         f"|W{layer}| {unit} {block}": matrix
         for layer, weight in enumerate((blend.weight1, blend.weight2), 1)
@@ -168,23 +162,19 @@ def blending_weights(mixer: ScatteringMixer) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def chosen_channels(wanted: Sequence[int], channels: int) -> list[int]:
-    """Choose n evenly spaced channels for one number [n], otherwise the listed ones; raises UserError."""
-    if len(wanted) == 1:
-        return np.unique(np.linspace(0, channels - 1, wanted[0]).round().astype(int)).tolist()
-    if max(wanted) >= channels:
-        raise UserError(f"--channels {max(wanted)}: a layer has only {channels} channels, numbered from 0")
-    return list(wanted)
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """Return at most `count` evenly spaced numbers from 0 to total - 1."""
+    return np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist()
 
 
-def channel_panels(planes: Tensor, wanted: Sequence[int], signed: bool = False) -> Panels:
-    """The mean over channels (of the magnitudes if signed) and the wanted channels of planes (C, h, w)."""
-    chosen = {f"channel {channel}": planes[channel].numpy() for channel in chosen_channels(wanted, len(planes))}
+def channel_panels(planes: Tensor, count: int, signed: bool = False) -> Panels:
+    """Return the mean over channels (of the magnitudes if signed) and `count` channels of planes (C, h, w)."""
+    chosen = {f"channel {channel}": planes[channel].numpy() for channel in evenly_spaced(count, len(planes))}
     return {"mean of |·|" if signed else "mean": planes.abs().mean(0).numpy()} | chosen
 
 
 def band_panels(before: Tensor, after: Tensor) -> Panels:
-    """The amplitudes of the bands after blending; energies are (6, h, w). Titles give each share of the energy."""
+    """Return the amplitudes of the bands after blending, by titles with their shares of the energies (6, h, w)."""
     shares = (100 * energy.sum((1, 2)) / energy.sum().clamp_min(1e-30) for energy in (before, after))
     return {
         f"{angle}: {old:.0f} → {new:.0f} %": plane.numpy()
@@ -200,7 +190,7 @@ def draw(layers: dict[str, Panels], title: str) -> Figure:
     figure.suptitle(as_label(title, 100), fontsize=FONT + 2)
     for row, (name, planes) in zip(figure.subplots(len(layers), columns, squeeze=False), layers.items(), strict=True):
         signed = any(plane.min() < 0 for plane in planes.values())
-        # The scale ignores images, and in signed rows the mean, which would distort it.
+        # Images do not share the row's scale. In signed rows, neither does the mean of magnitudes.
         scaled = [plane for plane in list(planes.values())[int(signed) :] if plane.ndim == 2]
         limit = float(np.quantile(np.abs(np.stack(scaled)), 0.999)) or 1.0
         style = {"cmap": "RdBu_r", "vmin": -limit} if signed else {"cmap": "magma", "vmin": 0.0}
