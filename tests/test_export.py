@@ -81,6 +81,14 @@ def test_the_authors_names_come_back_the_same(checkpoint, tmp_path):
         write(tmp_path / "d.pth", "original", tmp_path / "f.pth")
 
 
+def test_arch_names_the_model_of_a_file_that_does_not(tmp_path):
+    untrained.save(tmp_path / "c.pth", instead={"arch": None})
+    written = write(tmp_path / "c.pth", "safetensors", tmp_path / "e.safetensors", "--arch", "spectformer_ti")
+    assert read_checkpoint(written)["arch"] == "spectformer_ti"
+    folder = write(tmp_path / "c.pth", "hub", tmp_path / "folder", "--arch", "spectformer_ti")
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "spectformer_ti"
+
+
 # ----------------------------------------------------------------------------------------------------------------- hub
 @pytest.mark.slow
 def test_timm_reads_the_hubs_layout_bit_for_bit_and_transformers_gives_the_same_logits(checkpoint, tmp_path):

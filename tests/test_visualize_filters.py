@@ -20,7 +20,7 @@ from utils import UserError
 
 STAGES = PYRAMID | {"depths": (2, 1, 1, 1)}
 GATES = {"gates_magnitude.png", "gates_kernels.png"}
-SCATTERING = {"scattering_low_pass.png", "scattering_blending.png", "scattering_orientations.png"}
+SCATTERING = {"scattering_low_pass.png", "scattering_orientations.png"}
 
 
 @pytest.mark.parametrize("grid", [(6, 8), (5, 7), (4, 5)])

@@ -173,7 +173,7 @@ def speed_ratio(seconds: Seconds, one: str, other: str) -> float:
 def measure(
     contenders: Sequence[Contender], rounds: int, parts: Sequence[str]
 ) -> Iterator[tuple[str, Seconds, dict[str, float]]]:
-    """Yield each part with the seconds and the peak memory in MiB by contender. Training is last: it needs most memory.
+    """Yield each part with its seconds and peak memory in MiB by contender: inference, then training (more memory).
 
     Each contender has its own process because memory that other models have freed would speed up the next one.
 
@@ -196,7 +196,7 @@ def measure(
             contender: stack.enter_context(ProcessPoolExecutor(1, context, signal.signal, ignore_interrupt))
             for contender in contenders
         }
-        for part in sorted(parts, key="training".__eq__):
+        for part in sorted(parts):
             runs = {contender.label: partial(run, contender, part) for contender in contenders}
             yield part, take_turns(runs, rounds, contenders[0].settings.device), memory
 

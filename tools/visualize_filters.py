@@ -2,9 +2,9 @@
 
 For spectral gates: the magnitude of the full frequency response, zero frequency in the centre (gates_magnitude), and
 the equivalent convolution kernels, origin in the centre (gates_kernels). For scattering layers: the low-pass weights
-(scattering_low_pass), the weights that blend the bands (scattering_blending), and the amplitude of the six oriented
-bands of one image after blending (scattering_orientations), with each band's share of the energy before and after.
-These shares depend on the image, because Einstein blending uses the same weights for all orientations.
+(scattering_low_pass), and the amplitude of the six oriented bands of one image after blending
+(scattering_orientations), with each band's share of the energy before and after. These shares depend on the image,
+because Einstein blending uses the same weights for all orientations.
 """
 
 import argparse
@@ -74,10 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "low-pass weights",
             {name: panels(mixer.low_pass.detach().permute(2, 0, 1), signed=True) for name, mixer in mixers.items()},
         )
-        figures["scattering_blending"] = (
-            "blending of the bands, |W|; matrices from input (down) to output (across)",
-            {name: blending_weights(mixer) for name, mixer in mixers.items()},
-        )
         photograph = Image.fromarray(load_sample_image("china.jpg"))
         image = info.transform(photograph if args.image is None else read_image(args.image, upright=True))
         energies = orientation_energies(info.model, list(mixers.values()), image[None])
@@ -140,36 +136,13 @@ def orientation_energies(
     return energies
 
 
-def blending_weights(mixer: ScatteringMixer) -> dict[str, np.ndarray]:
-    """Return the magnitudes of a mixer's first blending weights, by panel title.
-
-    Einstein blending: matrices of both layers, at most four blocks of each. Tensor blending: the mean over channels, an
-    (h, w) plane per orientation.
-    """
-    if mixer.mixing == "tensor":
-        planes = mixer.tensor_blend.weight.detach().unflatten(0, (2, 6)).norm(dim=0).mean(-1)
-        return {f"|W| {angle}": plane.numpy() for angle, plane in zip(ORIENTATIONS, planes, strict=True)}
-    name = MIXINGS[mixer.mixing][0]
-    blend, unit = mixer.get_submodule(name), "row" if name == "token_blend" else "block"
-    shown = evenly_spaced(4, blend.weight1.shape[1])
-    return {
-        f"|W{layer}| {unit} {block}": matrix
-        for layer, weight in enumerate((blend.weight1, blend.weight2), 1)
-        for block, matrix in zip(shown, weight.detach().norm(dim=0)[shown].numpy(), strict=True)
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def evenly_spaced(count: int, total: int) -> list[int]:
-    """Return at most `count` evenly spaced numbers from 0 to total - 1."""
-    return np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist()
-
-
 def channel_panels(planes: Tensor, count: int, signed: bool = False) -> Panels:
-    """Return the mean over channels (of the magnitudes if signed) and `count` channels of planes (C, h, w)."""
-    chosen = {f"channel {channel}": planes[channel].numpy() for channel in evenly_spaced(count, len(planes))}
+    """Return the mean over channels (of magnitudes if signed) and `count` evenly spaced channels of (C, h, w)."""
+    channels = np.unique(np.linspace(0, len(planes) - 1, count).round().astype(int))
+    chosen = {f"channel {channel}": planes[channel].numpy() for channel in channels.tolist()}
     return {"mean of |·|" if signed else "mean": planes.abs().mean(0).numpy()} | chosen
 
 
