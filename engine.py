@@ -9,8 +9,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -42,29 +42,7 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
     Raises:
         Interrupted: a process received a stop signal; the run was saved first.
         NonFiniteError: a loss or gradient was NaN or infinite; no process updated its weights with it.
-        UserError: a flag or the checkpoint does not fit the machine or the model.
-    """
-    with start(kind, args) as run:
-        task = kind(run)
-        with StopSignals(run.dist.is_main) as stop:
-            trainer = Trainer(run, task, stop)
-            if args.dry_run:
-                dry_run(trainer, run)
-            elif args.eval:
-                if run.checkpoint is not None:
-                    load_average(trainer, run.checkpoint)
-                report(trainer.dist, json.dumps(evaluate(trainer)))
-            else:
-                train(trainer, run)
-
-
-@contextmanager
-def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
-    """Join the job's processes, lock the run directory, find the checkpoint to resume from.
-
-    Raises:
-        UserError: a flag does not fit the machine, the checkpoint does not fit the number of processes, or another
-            run is using the directory. Nothing has been written.
+        UserError: a flag or the checkpoint does not fit the machine or the model, or another run uses the directory.
     """
     dist = init_distributed(args.device)
     if args.sync_bn and dist.device.type != "cuda":
@@ -77,7 +55,18 @@ def start(kind: type[Task], args: argparse.Namespace) -> Iterator[Run]:
         checkpoint = find_checkpoint(args, dist)
         if checkpoint is not None and not args.eval:
             args = with_global_batch(args, checkpoint, dist, kind.flags.checks)
-        yield Run(args, dist, choose_precision(args, dist.device), directory, checkpoint)
+        run = Run(args, dist, choose_precision(args, dist.device), directory, checkpoint)
+        task = kind(run)
+        with StopSignals(dist.is_main) as stop:
+            trainer = Trainer(run, task, stop)
+            if args.dry_run:
+                dry_run(trainer, run)
+            elif args.eval:
+                if checkpoint is not None:
+                    load_average(trainer, checkpoint)
+                report(dist, json.dumps(evaluate(trainer)))
+            else:
+                train(trainer, run)
 
 
 def train(trainer: Trainer, run: Run) -> None:

@@ -119,10 +119,9 @@ def describe_prediction(
     file: Path, probabilities: Sequence[float], classes: Sequence[int], loaded: LoadedModel
 ) -> dict[str, Any]:
     """Return an image's most likely classes, and its true class if its folder has the name of a class."""
-    record: dict[str, Any] = {"image": str(file)}
-    record["classes"] = [
-        {"index": i, "class": loaded.label(i), "probability": p} for p, i in zip(probabilities, classes, strict=True)
-    ]
+    pairs = zip(probabilities, classes, strict=True)
+    likely = [{"index": i, "class": loaded.label(i), "probability": p} for p, i in pairs]
+    record: dict[str, Any] = {"image": str(file), "classes": likely}
     folder = file.absolute().parent.name
     if folder in loaded.class_names:
         true = loaded.class_names.index(folder)
@@ -145,19 +144,15 @@ def write_predictions(
         write_json(args.output, content)
     elif args.output is not None:
         write = write_csv if args.output.suffix == ".csv" else write_parquet
-        numbers = range(1, min(args.topk, loaded.num_classes) + 1)
-        header = ["image", *(f"{name}_{i}" for i in numbers for name in ("class", "probability")), "true"]
-        rows = [
-            [
-                record["image"],
-                *(entry[name] for entry in record["classes"] for name in ("class", "probability")),
-                record.get("true", {}).get("class", ""),
-            ]
-            for record in records
-        ]
+        names, numbers = ("class", "probability"), range(1, min(args.topk, loaded.num_classes) + 1)
+        header = ["image", *(f"{name}_{i}" for i in numbers for name in names), "true"]
+        rows = []
+        for record in records:
+            values = [entry[name] for entry in record["classes"] for name in names]
+            rows.append([record["image"], *values, record.get("true", {}).get("class", "")])
         write(args.output, header, rows)
     if args.embeddings is not None and records:
         table = torch.cat(list(embeddings)).numpy()
         atomic_write(args.embeddings, lambda file: np.save(file, table))
-        names = "".join(f"{record['image']}\n" for record in records)
-        atomic_write(args.embeddings.with_suffix(".txt"), names)
+        files = "".join(f"{record['image']}\n" for record in records)
+        atomic_write(args.embeddings.with_suffix(".txt"), files)

@@ -14,11 +14,13 @@ import torch
 import yaml
 from tiny_runs import assert_same, last
 
-from engine import start
+from runtime.processes import Distributed
 from tools import study as tool
 from tools.study import Cell, Study, least_difference
 from training.classification import Classification
 from training.options import parse_args
+from training.precision import choose_precision
+from training.trainer import Run
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,8 +94,8 @@ def test_a_study_killed_in_the_middle_of_a_run_ends_with_the_same_bits(tmp_path)
 
 def initial_weights(study, cell, seed, folder):
     args = parse_args(Classification.flags, [*study.words[cell], "--seed", str(seed), "--output-dir", str(folder)])
-    with start(Cell, args) as run:
-        return Cell(run).model.state_dict()
+    run = Run(args, Distributed(), choose_precision(args, torch.device("cpu")), directory=None, checkpoint=None)
+    return Cell(run).model.state_dict()
 
 
 def test_cells_of_a_seed_start_from_the_same_weights_except_for_their_mixers(tmp_path):

@@ -223,8 +223,8 @@ def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
     content = read_yaml(path, where)
     if isinstance(content.get("args"), dict) and "command" in content:
         ignored = ("config", "output_dir", "resume", "eval")
-        content = {key: value for key, value in last_arguments(content).items() if key not in ignored}
-        content = {key: value for key, value in content.items() if value is not None}
+        saved = last_arguments(content)
+        content = {key: value for key, value in saved.items() if key not in ignored and value is not None}
     try:
         return parser.given(words_of(content, parser))
     except UserError as error:

@@ -1,10 +1,8 @@
 """The parts of a run: its resources, its progress, and everything that a training step needs."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -16,10 +14,8 @@ from runtime.run_directory import RunDirectory
 from training.model import enable_grad_checkpointing, freeze_layers
 from training.optimizer import build_optimizer, build_scheduler
 from training.precision import Precision
+from training.task import Task
 from utils import StopSignals
-
-if TYPE_CHECKING:
-    from training.task import Task
 
 
 @dataclass(frozen=True)
