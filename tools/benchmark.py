@@ -252,9 +252,9 @@ def outputs(contender: Contender, seed: int, batches: Sequence[Batch]) -> tuple[
     """
     torch.manual_seed(seed)
     runner = Runner(contender)
+    runner.images = batches[0].images
     runner.model.eval()
-    with torch.no_grad(), contender.settings.autocast():
-        logits = runner.model(batches[0].images).float()
+    logits = runner.inference().float()
     runner.model.train()
     losses = []
     for step, batch in enumerate(batches, 1):

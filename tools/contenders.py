@@ -110,9 +110,10 @@ class Runner:
         self.optimizer.zero_grad()
         return loss
 
-    def inference(self) -> None:
+    def inference(self) -> Tensor:
+        """Run the forward pass; returns the logits."""
         with torch.inference_mode(), self.settings.autocast():
-            self.forward(self.images)
+            return self.forward(self.images)
 
     def seconds(self, part: str) -> float:
         """Time the method named `part`, with the model in the corresponding mode."""

@@ -184,7 +184,7 @@ def write_onnx(args: argparse.Namespace, path: Path) -> str:
         sizes = [(2 * stride, 3 * stride), (5 * stride, 4 * stride), native]
         size = (native[0] + stride, native[1] + 2 * stride)  # trace at another size, so that weights are resampled
     channels = image_shape(info)[0]
-    proto = to_onnx(export(with_convolutions(info.model), (channels, *size), axes))
+    proto = to_onnx(info.model, (channels, *size), axes)
     package("onnx").helper.set_model_props(proto, metadata(info))
     content = proto.SerializeToString()
     difference = check(onnxruntime_forward(content), info.model, [(channels, *size) for size in sizes])
@@ -216,8 +216,8 @@ FORMATS = {
 
 def in_onnxruntime(model: nn.Module, img_size: int) -> Callable[[Tensor], Tensor]:
     """Convert a model to ONNX; returns a function from images to logits that runs it in onnxruntime."""
-    program = export(with_convolutions(model.eval()), (3, img_size, img_size), {0: Dim("batch")})
-    return onnxruntime_forward(to_onnx(program).SerializeToString())
+    proto = to_onnx(model.eval(), (3, img_size, img_size), {0: Dim("batch")})
+    return onnxruntime_forward(proto.SerializeToString())
 
 
 def onnxruntime_forward(content: bytes) -> Callable[[Tensor], Tensor]:
@@ -241,8 +241,8 @@ def export(model: nn.Module, shape: Shape, axes: dict[int, Any]) -> ExportedProg
     )
 
 
-def to_onnx(program: ExportedProgram) -> Any:
-    """Convert a program to an onnx.ModelProto with the input `images` and the output `logits`."""
+def to_onnx(model: nn.Module, shape: Shape, axes: dict[int, Any]) -> Any:
+    """Convert a model to an onnx.ModelProto with the input `images` and the output `logits`; see `export`."""
     operators = package("onnxscript").opset18
 
     # The exporter's own translation treats a dynamic size as a constant.
@@ -255,7 +255,7 @@ def to_onnx(program: ExportedProgram) -> Any:
         return operators.Mul(operators.Mul(x, operators.Add(operators.Erf(operators.Div(x, root)), one)), half)
 
     proto = torch.onnx.export(
-        program,
+        export(with_convolutions(model), shape, axes),
         input_names=["images"],
         output_names=["logits"],
         opset_version=OPSET,
