@@ -8,10 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from runtime.run_directory import Plot
+
 EMA = "_ema"  # suffix of the columns of the averaged weights
-# Stacked axes, with a curve for each column of the log that has values, and a dashed curve for its EMA column.
-# Label of a vertical axis, with the unit -> column -> name in the legend.
-Plot = Mapping[str, Mapping[str, str]]
 
 
 def draw_curves(

@@ -3,22 +3,29 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from models.checkpoints import CheckpointError, peek
 from models.pretrained import BEST
 from runtime import checkpoints
-from runtime.curves import Plot, draw_curves
 from runtime.provenance import last_arguments, read_yaml
 from runtime.weights_and_biases import WeightsAndBiases
 from utils import TEMPORARY_SUFFIX, UserError, atomic_write, cannot_write, make_directory, one_line
 
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # the package is optional, like matplotlib for the plots
+    SummaryWriter = None
+
+# Stacked axes, with a curve for each column of the log that has values, and a dashed curve for its EMA column.
+# Label of a vertical axis, with the unit -> column -> name in the legend.
+Plot = Mapping[str, Mapping[str, str]]
 ARGS = "args.yaml"
 LOG = "log.txt"
 LOCK = ".lock"
@@ -47,7 +54,7 @@ class RunDirectory:
         self._plots = plots
         self._project = wandb
         self._wandb: WeightsAndBiases | None = None
-        self._events: SummaryWriter | None = None
+        self._events: Any = None
         with contextlib.ExitStack() as opened:
             make_directory(self.path)
             opened.callback(lock_directory(self.path).release)
@@ -115,6 +122,8 @@ class RunDirectory:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
+        if SummaryWriter is None:
+            return
         # Only TensorBoard's file is appended to. purge_step hides what a killed run wrote at or after this epoch.
         try:
             if self._events is None:
@@ -128,14 +137,21 @@ class RunDirectory:
             raise cannot_write(self.path / "tensorboard", error) from error
 
     def _draw(self, file: str, plot: Plot, best_epoch: int | None) -> None:
+        try:
+            from runtime.curves import draw_curves
+        except ImportError:  # matplotlib is optional
+            return
         figure = draw_curves(self._rows, plot, best_epoch, self.path.resolve().name)
         atomic_write(self.path / file, lambda opened: figure.savefig(opened, format="png"))
 
     # ------------------------------------------------------------------------------------------- checkpoints
     def save_checkpoints(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
-        """Write `state` to each of `names` in this directory, in order."""
-        for name in names:
-            checkpoints.save(self.path / name, state)
+        """Write `state` to the first of `names` in this directory, and copy that file to the others, in order."""
+        first, *others = (self.path / name for name in names)
+        checkpoints.save(first, state)
+        for path in others:
+            with open(first, "rb") as file:
+                atomic_write(path, lambda copy, file=file: shutil.copyfileobj(file, copy))
 
     def save_epoch(self, names: Sequence[str], state: Mapping[str, Any], keep_best: int = 1) -> None:
         """Write `state` at the end of an epoch to `names`, and to the best checkpoints if it is one of them.

@@ -114,7 +114,7 @@ def test_the_first_lines_say_what_is_trained_and_how(tmp_path, capsys):
     frozen = sum(value.numel() for name, value in last(tmp_path)["model"].items() if name.startswith("patch_embed"))
     total = rows(tmp_path)[0]["n_parameters"]
     assert 0 < frozen < total and f"{total:,} parameters (" in out and " trained)" in out
-    assert "warning: only 4 updates in all" in out
+    assert "warning: the number of updates is only 4" in out
     assert "with --warmup-updates 9 never reaches the peak lr of 0.009" in out
 
 

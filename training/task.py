@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from runtime.curves import Plot
+from runtime.run_directory import Plot
 from training.options import TaskFlags
 from utils import StopSignals
 
