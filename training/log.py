@@ -42,7 +42,7 @@ def describe(trainer: Trainer) -> None:
     )
     updates = trainer.updates_per_epoch * trainer.epochs
     if updates < FEW_UPDATES:
-        report(dist, f"warning: the number of updates is only {updates}: train for more --epochs, or with a smaller --batch-size")
+        report(dist, f"warning: the number of updates is only {updates}: use more --epochs or a smaller --batch-size")
     if scheduler.warmup_t >= args.epochs * (trainer.updates_per_epoch if args.sched_on_updates else 1):
         report(dist, f"warning: the warm-up does not end within --epochs {args.epochs}; choose a shorter warm-up")
 
