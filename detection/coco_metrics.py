@@ -7,6 +7,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as coco_masks
 from torch import Tensor
+from torchvision.ops import box_convert
 
 KINDS = {"box": "bbox", "mask": "segm"}
 AREAS = ("all", "small", "medium", "large")
@@ -17,13 +18,11 @@ Result = dict[str, Any]
 
 def to_results(prediction: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[Result]:
     """Convert an image's predictions, boxes in pixels and masks as probabilities, to COCO's result format."""
-    boxes = prediction["boxes"].double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes = box_convert(prediction["boxes"].double(), "xyxy", "xywh").tolist()
+    labels, scores = prediction["labels"].tolist(), prediction["scores"].double().tolist()
     results: list[Result] = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
-        for box, label, score in zip(
-            boxes.tolist(), prediction["labels"].tolist(), prediction["scores"].double().tolist(), strict=True
-        )
+        for box, label, score in zip(boxes, labels, scores, strict=True)
     ]
     if "masks" in prediction:
         masks = (prediction["masks"][:, 0] > 0.5).byte().cpu().numpy()

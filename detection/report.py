@@ -52,12 +52,10 @@ def write_report(
 
 def category_rows(precision: np.ndarray, names: Sequence[str]) -> list[list[Any]]:
     """Return each category's AP over all thresholds, at 0.5 and 0.75, and by size ("" for none), the worst first."""
-    rows = []
-    for number, name in enumerate(names):
-        own = precision[:, :, number]
-        values = [own[..., 0], own[0, :, 0], own[5, :, 0], *(own[..., area] for area in range(1, len(AREAS)))]
-        rows.append([name, *("" if (value == NOTHING).all() else f"{100 * value.mean():.2f}" for value in values)])
-    return sorted(rows, key=lambda row: (row[1] == "", float(row[1] or 0)))
+    mean = precision.mean((0, 1))  # (categories, areas); `NOTHING` is negative
+    table = np.column_stack([mean[:, 0], precision[0, :, :, 0].mean(0), precision[5, :, :, 0].mean(0), mean[:, 1:]])
+    order = np.lexsort((table[:, 0], table[:, 0] < 0))  # by AP, categories without objects last
+    return [[names[i], *("" if value < 0 else f"{100 * value:.2f}" for value in table[i])] for i in order]
 
 
 def draw_precision_recall(precision: np.ndarray, kind: str) -> Figure:

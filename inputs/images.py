@@ -182,15 +182,12 @@ def divide_classes(dataset: ImageDataset, share: float, *key: int | str, left: i
 
     The choice depends only on `key` and the name of the class.
     """
-    parts: tuple[list, list] = ([], [])
+    chosen = np.zeros(len(dataset), dtype=bool)
     for label, name in enumerate(dataset.class_names):
         found = np.flatnonzero(dataset.labels == label)
         shuffled = np.random.default_rng(key_seed(*key, name)).permutation(found)
-        count = min(max(round(share * len(found)), 1), len(found) - left)
-        parts[0].append(shuffled[:count])
-        parts[1].append(shuffled[count:])
-    chosen, rest = (Subset(dataset, np.sort(np.concatenate(part))) for part in parts)
-    return chosen, rest
+        chosen[shuffled[: min(max(round(share * len(found)), 1), len(found) - left)]] = True
+    return Subset(dataset, np.flatnonzero(chosen)), Subset(dataset, np.flatnonzero(~chosen))
 
 
 def _class_number(class_names: Sequence[str], name: str) -> int:
