@@ -16,8 +16,6 @@ from inputs.images import BadImage, read_image
 from utils import UserError, one_line
 
 NUCLEI = Path(__file__).parent / "nuclei"  # the embedded example
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
-ROBOFLOW = "_annotations.coco.json"
 
 
 class CocoImages:
@@ -165,14 +163,14 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
     root = Path(data_path)
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder")
-    for name in SPLIT_NAMES[split]:
-        if (root / name / ROBOFLOW).is_file():
-            return CocoImages(root / name / ROBOFLOW, root / name, masks)
+    roboflow = root / ("valid" if split == "val" else split) / "_annotations.coco.json"
+    if roboflow.is_file():
+        return CocoImages(roboflow, roboflow.parent, masks)
     found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     if len(found) != 1:
         raise UserError(
             f"--data-path {root}: expected one file annotations/instances_{split}*.json (COCO's layout) or "
-            f"{SPLIT_NAMES[split][-1]}/{ROBOFLOW} (Roboflow's), found {[path.name for path in found]}"
+            f"{roboflow.relative_to(root)} (Roboflow's), found {[path.name for path in found]}"
         )
     folder = root / found[0].stem.removeprefix("instances_")
     if not folder.is_dir():
