@@ -1,7 +1,7 @@
-"""A small data set in COCO's layout with all that real ones have, made of the embedded cells.
+"""A small data set in COCO's layout with the peculiarities of real ones, made from the embedded cells.
 
-Images of several shapes; polygons, run lengths and crowds; gaps in the category ids, a category without objects, an
-image without objects.
+It has images of several shapes, polygons, run lengths, crowds, gaps in the category ids, a category without objects and
+an image without objects.
 """
 
 import json
@@ -40,7 +40,7 @@ def write_example(root, train=8, val=4, scale=1):
 
 
 def annotations(masks, image_id, first_id, scale):
-    """Of the masks of an image: the last two as a crowd, the others in turn as polygons and compressed run lengths."""
+    """Annotate an image's masks: the last two as a crowd, the others alternately as polygons and run lengths."""
     crowd = [np.maximum(masks[-1], masks[-2])] if len(masks) > 4 else []
     single = masks[:-2] if crowd else masks
     found = []
@@ -70,7 +70,7 @@ def polygons(mask):
 
 
 def run_lengths(mask):
-    """COCO's uncompressed run lengths, down the columns and beginning with zeros."""
+    """COCO's uncompressed run lengths, column by column, starting with zeros."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *changes, flat.size]).tolist()

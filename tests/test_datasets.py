@@ -1,4 +1,4 @@
-"""Data sets in their formats on disk, transforms, and what the command line builds of them."""
+"""Data sets in their formats on disk, transforms, and the loaders that the command line builds."""
 
 import argparse
 import io
@@ -39,7 +39,7 @@ def colour(number: int) -> tuple[int, int, int]:
 
 
 def save_image(path, number: int, size=(12, 10)) -> None:
-    """An image of one colour, lossless but for JPEG's rounding, by which the tests know it again."""
+    """Save an image of one colour, by which the tests recognise it (JPEG changes it slightly)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour(number)).save(path)
 
@@ -49,7 +49,7 @@ def number_of(image: Image.Image) -> int:
 
 
 def samples(dataset) -> list[tuple[int, int]]:
-    """(number of the image, label) of all of a data set, and the promises that all of them keep."""
+    """Check what every data set guarantees, and return (number, label) of all images."""
     found = []
     for index in range(len(dataset)):
         image, label = dataset.load(index)

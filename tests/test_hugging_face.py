@@ -31,7 +31,7 @@ UNUSABLE = {  # data sets that cannot be classified, and what the error says abo
 
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory):
-    """The package reads these variables once, as it is imported."""
+    """The package reads these variables when it is imported."""
     folder = tmp_path_factory.mktemp("own cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -41,7 +41,7 @@ def own_cache(tmp_path_factory):
 
 
 def save(folder: Path, splits: dict, image="image", label="label", kind="class", bare=False) -> str:
-    """A data set as `save_to_disk` writes it, of (numbers of images, labels) a split."""
+    """Save a data set with `save_to_disk`; `splits` maps each split to (numbers of images, labels)."""
     datasets = import_package()
 
     kinds = {"class": datasets.ClassLabel(names=["cat", "dog"]), "text": datasets.Value("string")}

@@ -121,7 +121,7 @@ def test_an_abandoned_epoch_leaves_nothing_behind():
 
 
 def test_the_order_is_pinned_for_good():
-    # A run that is continued with another version of a library has to find the order that it began with.
+    # A run that resumes with another version of a library needs the order that it started with.
     assert KeyedSampler(10, 1, seed=0).order(0).tolist() == PINNED
 
 

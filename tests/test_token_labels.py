@@ -80,8 +80,8 @@ def test_regions_without_any_image_get_the_uniform_distribution():
 
 
 def painted(width: int, height: int, negative: bool = False) -> tuple[Image.Image, torch.Tensor]:
-    """An image whose red says x and green y, as fractions, and whose blue is full; and a map whose logits of
-    classes 0, 1, 2 say the same. negative: red says 1 - x, green 1 - y in the image."""
+    """An image whose red is x, green is y (as fractions) and blue is full, and a label map whose logits of classes
+    0, 1 and 2 are the same. negative: red is 1 - x and green is 1 - y in the image."""
     x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     if negative:
         x, y = 1 - x, 1 - y
@@ -109,21 +109,21 @@ def operation(name: str, magnitude: float) -> AugmentOp:
 
 
 def assert_aligned(transform: transforms.Compose, seed: int, size: tuple[int, int] = (200, 150)) -> None:
-    """The image and its map, augmented together, say the same at every token; so does every pixel."""
+    """Check that an image and its map have the same values at every token after the same augmentation."""
     traced = TokenLabelTransform(transform)
     with seeded("aligned", seed):
         image, record = traced(*painted(*size), label=3)
     with seeded("aligned", seed):
         negative, _ = traced(*painted(*size, negative=True), label=3)
     colours, negative = image.float() / 255, negative.float() / 255
-    colours[:2] = (colours[:2] + colours[2:] - negative[:2]) / 2  # Pillow rounds down; that cancels
+    colours[:2] = (colours[:2] + colours[2:] - negative[:2]) / 2  # cancels Pillow's rounding down
     found = region_logits(default_collate([record]), 5, [TOKENS]).view(5, *TOKENS)
     blocks = colours.unflatten(1, (7, 16)).unflatten(3, (7, 16)).mean((2, 4))
     whole = blocks[2] > 0.9999
     # 0.012: within half a map cell of the image's edge the map is flat; a token is 0.14 wide.
     assert torch.allclose(blocks[:2, whole], found[:2, whole], atol=0.012, rtol=0)
     assert (found[2, whole] > 0.999).all()
-    assert (blocks[2] - found[2]).abs().max() < 0.35  # partly outside; a token has 9 samples to say so
+    assert (blocks[2] - found[2]).abs().max() < 0.35  # a token that is partly outside has only 9 samples
     assert (found[:3, blocks[2] < 0.0001] == 0).all()
     assert_pixels_come_from_where_the_record_says(colours, record)
 
@@ -170,7 +170,7 @@ def test_the_map_stays_aligned_under_a_padded_crop():
 
 @pytest.mark.parametrize("name", sorted(set(NAME_TO_OP) - set(GEOMETRIC_OPS)))
 def test_timms_other_operations_move_nothing(name):
-    """One that did would not commute with flips."""
+    """An operation that moved pixels would not commute with flips."""
     image = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 80).rotate(30).convert("RGB")
     with seeded(name):
         expected = np.asarray(operation(name, 8)(image), dtype=int)
