@@ -4,6 +4,7 @@ A task subclasses `KeyedSamples` to define how samples are read and collated.
 """
 
 import atexit
+import math
 import multiprocessing
 import signal
 from abc import ABC, abstractmethod
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 
 from inputs.images import BadImage
 from inputs.label_maps import image_map_path, read_label_map
-from inputs.sampler import EvaluationSampler, KeyedSampler, SampleKey
+from inputs.sampler import KeyedSampler, SampleKey
 from inputs.transforms import RandomErasing
 from runtime.processes import Distributed
 from utils import UserError, key_seed, seeded, tell
@@ -176,7 +177,7 @@ class Loader:
     def __init__(
         self,
         samples: KeyedSamples,
-        sampler: KeyedSampler | EvaluationSampler,
+        sampler: KeyedSampler | BatchSampler,
         dist: Distributed,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -204,7 +205,10 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from micro-step `start_step`; raises UserError for an unreadable file."""
-        self._batches.keys = self.sampler.epoch(epoch, start_step)
+        return self._load(self.sampler.epoch(epoch, start_step))
+
+    def _load(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
+        self._batches.keys = batches
         loaded_batches = iter(self._loader)
         if self._loader.num_workers > 0:
             atexit.unregister(_end_workers)
@@ -243,9 +247,9 @@ class EvalLoader(Loader):
     def __init__(
         self, samples: KeyedSamples, batch_size: int, dist: Distributed, num_workers: int = 0, pin_memory: bool = False
     ):
-        sampler = EvaluationSampler(len(samples), batch_size, dist.rank, dist.world_size)
-        super().__init__(samples, sampler, dist, num_workers, pin_memory)
-        self.rounds = len(EvaluationSampler(len(samples), batch_size, 0, dist.world_size))
+        keys = [SampleKey(0, index, 0) for index in range(dist.rank, len(samples), dist.world_size)]
+        super().__init__(samples, BatchSampler(keys, batch_size, drop_last=False), dist, num_workers, pin_memory)
+        self.rounds = math.ceil(len(samples) / dist.world_size / batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.epoch()
+        return self._load(self.sampler)

@@ -83,20 +83,3 @@ class KeyedSampler:
         for step in range(start_step, len(self)):
             positions = range(step * piece + self.rank, (step + 1) * piece, self.world_size)
             yield [SampleKey(epoch, int(order[p // self.repeats]), p % self.repeats) for p in positions]
-
-
-@dataclass(frozen=True)
-class EvaluationSampler:
-    """A rank's evaluation batches: every world_size-th image, without repetition or padding."""
-
-    size: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    def __len__(self) -> int:
-        return -(-len(range(self.rank, self.size, self.world_size)) // self.batch_size)
-
-    def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[list[SampleKey]]:
-        keys = [SampleKey(0, index, 0) for index in range(self.rank, self.size, self.world_size)]
-        return (keys[step * self.batch_size :][: self.batch_size] for step in range(start_step, len(self)))

@@ -14,7 +14,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from inputs.data import balanced_probabilities
 from inputs.images import ImageArrays
 from inputs.loader import EvalLoader, KeyedImages, Loader
-from inputs.sampler import EvaluationSampler, KeyedSampler
+from inputs.sampler import KeyedSampler
 from inputs.transforms import RandomErasing, eval_transform, train_transform
 from runtime.processes import Distributed
 from utils import UserError
@@ -179,17 +179,17 @@ def test_repeated_augmentation_has_the_semantics_of_deit(size, world):
 
 def test_evaluation_takes_every_image_exactly_once():
     for size, world, batch in product(range(1, 68), range(1, 5), (1, 3, 8, 16)):
-        ranks = [list(EvaluationSampler(size, batch, rank, world).epoch()) for rank in range(world)]
-        indices = [key.index for batches in ranks for keys in batches for key in keys]
-        assert sorted(indices) == list(range(size)), (size, world, batch)
-        assert all(len(keys) <= batch for batches in ranks for keys in batches)
-        assert len(ranks[0]) == max(map(len, ranks))
+        samples = KeyedImages(range(size))
+        loaders = [EvalLoader(samples, batch, Distributed(rank=rank, world_size=world)) for rank in range(world)]
+        batches = [keys for loader in loaders for keys in loader.sampler]
+        assert sorted(key.index for keys in batches for key in keys) == list(range(size)), (size, world, batch)
+        assert all(len(keys) <= batch for keys in batches)
+        assert {loader.rounds for loader in loaders} == {max(map(len, loaders))}
 
 
-def test_evaluation_loaders_know_how_many_rounds_the_ranks_need():
+def test_evaluation_loaders_read_every_image_exactly_once():
     size, world, batch = 11, 4, 3
     dataset = KeyedImages(Counted(size), eval_transform(36))
     loaders = [EvalLoader(dataset, batch, Distributed(rank=rank, world_size=world)) for rank in range(world)]
     indices = [index for loader in loaders for batch in loader for index in batch.indices.tolist()]
     assert sorted(indices) == list(range(size))
-    assert {loader.rounds for loader in loaders} == {max(map(len, loaders))}
