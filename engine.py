@@ -146,7 +146,8 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory | None, profile: t
             if not ends_update(trainer, step):
                 continue
 
-            trainer.scheduler.step_update(max(trainer.position - 1, 0))
+            done = progress.epoch * trainer.updates_per_epoch + progress.step // args.accum_iter
+            trainer.scheduler.step_update(max(done - 1, 0))
             mean_loss, norm, stopping = update(trainer, loss, batches, step)
             now = time.perf_counter()
             overflow = not math.isfinite(norm)

@@ -71,6 +71,16 @@ def test_transfer_always_begins_with_a_new_classifier(tmp_path, pretrained):
 
 
 @pytest.mark.slow
+def test_evaluation_keeps_the_classifier_of_the_file_and_refuses_other_classes(tmp_path, pretrained, capsys):
+    """Also with the recipe of transfer, which trains a new classifier."""
+    words = [*TINY, "--output-dir", str(tmp_path), "--eval", "--finetune", str(pretrained)]
+    main_transfer.main(words)
+    assert "not from it: nothing" in capsys.readouterr().out
+    with pytest.raises(UserError, match="its classes differ from those of this data"):
+        main_transfer.main([*words, "--classes", "2,3"])
+
+
+@pytest.mark.slow
 def test_transfer_from_a_token_label_model_drops_both_heads(tmp_path):
     args = parse_args(FLAGS, TINY_SVT)
     labelled = create_model(args.arch, 5, args.input_size, args.model_kwargs | {"token_label": True})

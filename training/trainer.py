@@ -95,11 +95,6 @@ class Trainer:
         return len(self.task.train) // self.args.accum_iter
 
     @property
-    def position(self) -> int:
-        """The number of updates so far, including those that overflowed."""
-        return self.progress.epoch * self.updates_per_epoch + self.progress.step // self.args.accum_iter
-
-    @property
     def epochs(self) -> int:
         return self.args.epochs + self.args.cooldown_epochs
 
