@@ -8,7 +8,7 @@ from inputs.folders import validation_part
 from inputs.images import ImageDataset, ImageFiles
 from utils import UserError, one_line
 
-Row = tuple[str, str, str]  # file, label, split
+Row = tuple[str, str, str]  # path, label, split
 
 
 def csv_table(options: DatasetOptions) -> ImageDataset:
@@ -26,7 +26,6 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
     class_names = sorted(names, key=int if all(name.isdecimal() for name in names) else str)
     label_of = {name: number for number, name in enumerate(class_names)}
 
-    folder = options.root.parent
     if len(options.csv_columns) == 3:
         present = {split for _, _, split in rows}
         own = next((split for split in options.split_names if split in present), None)
@@ -38,13 +37,12 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
     elif options.split == "test":
         raise options.missing("a split column in --csv-columns, for --split test")
     elif val_path is not None and not options.train:
-        rows, left_out, folder = val_rows, val_left_out, val_path.parent
+        rows, left_out = val_rows, val_left_out
     elif options.train and val_path is None and options.val_split is None:
         raise UserError(
             "--data-set CSV needs --val-path, --val-split or a split column in --csv-columns, to validate on"
         )
-    paths, labels = [str(folder / file) for file, _, _ in rows], [label_of[label] for _, label, _ in rows]
-    dataset = ImageFiles(paths, labels, class_names, left_out)
+    dataset = ImageFiles([file for file, _, _ in rows], [label_of[row[1]] for row in rows], class_names, left_out)
     return dataset if options.val_split is None else validation_part(dataset, options)
 
 
@@ -60,7 +58,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> tuple[list[Row], list[str]]:
             for entry in table:
                 row = [(entry[name] or "").strip() for name in columns]
                 if row[0] and row[1]:
-                    rows.append((row[0], row[1], row[2] if len(columns) == 3 else ""))
+                    rows.append((str(path.parent / row[0]), row[1], row[2] if len(columns) == 3 else ""))
                 else:
                     left_out.append(f"{path}:{table.line_num} (no {columns[0]} or no {columns[1]})")
     except (OSError, UnicodeDecodeError, csv.Error) as error:

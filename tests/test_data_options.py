@@ -134,7 +134,7 @@ def test_a_table_is_split_by_a_column_a_second_table_or_a_share(tmp_path):
         "test": [rows[2]],
     }
     assert found["val"].class_names == ("cat", "dog")
-    assert found["train"].left_out == [f"{table}:8 (no f or no l)", "train/cat/2.png (its split is 'holdout')"]
+    assert found["train"].left_out == [f"{table}:8 (no f or no l)", f"{rows[5][0]} (its split is 'holdout')"]
 
     write_table(table, files[:4])
     second = write_table(folder / "more.csv", [(file.removeprefix("train/"), name) for file, name in files[4:]])
