@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch.optim import optimizer as torch_optimizer
 
 import engine
-from runtime import checkpoints, run_directory
+from runtime import checkpoints, curves
 from runtime.cli import run_cli
 from training import classification
 
@@ -32,7 +32,7 @@ from training import classification
 def train(main: str, argv: Sequence[str], faults: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """The child's whole life: set the faults, then what ``python MAIN.py argv...`` would do."""
     sys.argv = [f"{main}.py", *argv]
-    run_directory.draw_curves = draw_nothing
+    curves.draw_curves = draw_nothing
     for name, how in faults:
         FAULTS[name](**how)
     run_cli(importlib.import_module(main).main)
