@@ -28,11 +28,12 @@ def overlay_paths(
 ) -> list[Path]:
     """Return the paths of the overlays; raise UserError if two are the same or one would replace an image."""
     paths = [folder / f"{file.stem}_{suffix}.png" for file in files]
+    images = {file.resolve() for file in files}
     taken: dict[Path, Path] = {}
     for file, path in zip(files, paths, strict=True):
         if path in taken:
             raise UserError(f"{flag}: {taken[path]} and {file} have the same name; process them separately")
-        if path.exists() and path.resolve() in {other.resolve() for other in files}:
+        if path.resolve() in images:
             raise UserError(f"{flag}: the overlay {path} would replace one of the images")
         taken[path] = file
     make_directory(folder)
