@@ -115,7 +115,7 @@ def test_the_first_lines_say_what_is_trained_and_how(tmp_path, capsys):
     total = rows(tmp_path)[0]["n_parameters"]
     assert 0 < frozen < total and f"{total:,} parameters (" in out and " trained)" in out
     assert "warning: the number of updates is only 4" in out
-    assert "with --warmup-updates 9 never reaches the peak lr of 0.009" in out
+    assert "the warm-up does not end within --epochs 1" in out
 
 
 def test_an_interrupted_run_names_the_command_that_resumes_it(tmp_path, monkeypatch, capsys):
