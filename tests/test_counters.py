@@ -1,4 +1,4 @@
-"""`count_flops` beside torch's counter."""
+"""`count_flops` compared with torch's counter."""
 
 import pytest
 import torch

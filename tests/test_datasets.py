@@ -448,7 +448,7 @@ def test_a_shards_label_that_is_no_class_number_is_named(tmp_path, label):
 
 
 def test_shards_lose_no_sample_without_a_word(tmp_path):
-    """Names with dots, formats beside JPEG, duplicates, files without a partner, macOS's own files."""
+    """Names with dots, formats other than JPEG, duplicates, files without a partner, macOS's own files."""
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
 
         def add(name: str, content: bytes) -> None:

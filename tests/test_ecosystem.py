@@ -67,7 +67,7 @@ def test_timm_extracts_attention_maps_of_models_built_without_fused_attention(na
 @pytest.mark.parametrize("name", KINDS)
 def test_a_dense_prediction_transformer_reads_grids_and_class_tokens(name):
     readout = {"decoder_readout": "ignore"} if is_vanilla(name) else {}  # by default it wants a class token
-    small = {"embed_dim": 64} if is_vanilla(name) else PYRAMID  # smp has a depth of its own
+    small = {"embed_dim": 64} if is_vanilla(name) else PYRAMID  # smp passes its own depth
     dense = smp.DPT(f"tu-{name}", encoder_weights=None, classes=3, img_size=64, **readout, **small).eval()
     assert dense(images()).shape == (2, 3, 64, 64)
 

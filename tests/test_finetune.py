@@ -127,7 +127,7 @@ def modes(flags, model=TINY_SVT):
     kwargs = {"drop_path_rate": 0.1} | full_model_kwargs(args)
     net = create_model(args.arch, 2, args.input_size, kwargs)
     freeze_layers(net, args.freeze_at)
-    task = Classification.__new__(Classification)  # of which only the flags matter here
+    task = Classification.__new__(Classification)  # only its flags matter here
     task.args = args
     set_mode(task, net, args)
     return net

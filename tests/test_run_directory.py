@@ -78,7 +78,7 @@ def test_a_row_of_an_epoch_appears_once_whatever_was_logged_before(tmp_path):
     with opened(tmp_path) as run:
         for epoch in range(4):
             run.log_row(row(epoch))
-    with opened(tmp_path) as run:  # goes on from a checkpoint of epoch 2
+    with opened(tmp_path) as run:  # resumes from a checkpoint of epoch 2
         run.truncate_log(2)
         assert [r["epoch"] for r in logged(tmp_path)] == [0, 1]
         run.log_row(row(2, train_loss=8.0))
@@ -118,7 +118,7 @@ def test_a_log_with_what_numbers_can_be_is_read_and_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_tensorboard_goes_on_where_the_log_does(tmp_path):
-    for start in (0, 2):  # the first run is killed after epoch 3, the second goes on from epoch 2
+    for start in (0, 2):  # the first run is killed after epoch 3, the second resumes from epoch 2
         with opened(tmp_path) as run:
             run.truncate_log(start)
             for epoch in range(start, 4):
@@ -141,7 +141,7 @@ def test_the_best_checkpoint_stays_the_best(tmp_path):
             keep_best(run, state(epoch), acc1)
     assert best_files(tmp_path) == {"checkpoint_best.pth": 60.0}
     assert read_checkpoint(tmp_path / "checkpoint_best.pth")["epoch"] == 2
-    with opened(tmp_path) as run:  # goes on from epoch 3, and finds out what the best was
+    with opened(tmp_path) as run:  # resumes from epoch 3, and finds out what the best was
         keep_best(run, state(4), 59.0)
         assert best_files(tmp_path) == {"checkpoint_best.pth": 60.0}
         keep_best(run, state(5), 61.0)

@@ -1,4 +1,4 @@
-"""What the tests run in forked children beside whole trainings: many small cases in one process."""
+"""Small cases that tests run in forked children: many of them in one process."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def run_child(function: str, arguments: dict[str, Any], environment: dict[str, s
     for descriptor, opened in ((1, os.open(f"{output}.out", flags)), (2, os.open(f"{output}.err", flags))):
         os.dup2(opened, descriptor)
         os.close(opened)
-    # Inherited states would make every child draw alike, and hide a draw that nothing keyed.
+    # With inherited states, every child would draw the same numbers, which would hide a draw without a key.
     random.seed()
     np.random.seed()
     torch.seed()
