@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UserError: if an argument is unknown, malformed or contradicts another one.
     """
-    parser = Parser("Evaluate a trained model on a data set, or predict images with it.")
+    parser = Parser("Evaluate a trained model on a data set, or predict images with it.", usage="%(prog)s [flags]")
     add_flags(parser, FLAGS)
     help_text = "overlay each image with the evidence for its class and save it (default: in explained/)"
     parser.add_argument("--explain", nargs="?", const="explained", metavar="DIR", help=help_text)
