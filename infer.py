@@ -117,14 +117,16 @@ def with_trained_data(args: argparse.Namespace, loaded: models.LoadedModel) -> a
     """Complete the arguments: data set, split, size and preprocessing default to those of the checkpoint."""
     trained = loaded.checkpoint.get("args") or {}
     data_set = args.data_set or trained.get("data_set") or "IMNET"
-    val_split = trained.get("val_split") if args.val_split is None and data_set == trained.get("data_set") else None
+    csv_columns = args.csv_columns or trained.get("csv_columns") or ("file", "label")
+    is_split_alike = data_set == trained.get("data_set") and len(csv_columns) == 2  # a third column is the split
+    val_split = trained.get("val_split") if args.val_split is None and is_split_alike else None
     settled = {
         "data_set": data_set,
         "val_split": args.val_split or (tuple(val_split) if val_split else None),
         "input_size": loaded.input_size,
         "eval_crop_pct": loaded.crop_pct,
         "pixel_range": trained.get("pixel_range"),
-        "csv_columns": args.csv_columns or trained.get("csv_columns") or ("file", "label"),
+        "csv_columns": csv_columns,
         "val_path": None,
     }
     return argparse.Namespace(**vars(args) | settled)

@@ -170,7 +170,7 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
     if len(found) != 1:
         raise UserError(
             f"--data-path {root}: expected one file annotations/instances_{split}*.json (COCO's layout) or "
-            f"{roboflow.relative_to(root)} (Roboflow's), found {[path.name for path in found]}"
+            f"{roboflow.relative_to(root)} (Roboflow's), found {', '.join(path.name for path in found) or 'none'}"
         )
     folder = root / found[0].stem.removeprefix("instances_")
     if not folder.is_dir():

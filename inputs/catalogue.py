@@ -23,7 +23,7 @@ class DatasetSpec:
     """A data set: its builder, the optional flags that it supports, and whether it contains glyphs."""
 
     build: Callable[[DatasetOptions], ImageDataset]
-    flags: str = ""  # the supported ones of --download, --val-split, --val-path and --split test
+    flags: str = ""  # which of --download, --val-split, --val-path and --split test it supports
     needs_path: bool = True  # --data-path is required
     glyphs: bool = False  # flips and strong crops may change an image's class
 

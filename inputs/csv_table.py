@@ -19,8 +19,11 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
 
     Classes are sorted by name, or by value if all of them are numbers.
     """
-    rows, left_out = _read(options.root, options.csv_columns)
     val_path = None if options.val_path is None else Path(options.val_path)
+    choices = {"--val-path": val_path, "--val-split": options.val_split, "a split column": options.csv_columns[2:]}
+    if len(given := [name for name, value in choices.items() if value]) > 1:
+        raise UserError(f"--data-set CSV: use only one of {' and '.join(given)} to choose the validation images")
+    rows, left_out = _read(options.root, options.csv_columns)
     val_rows, val_left_out = ([], []) if val_path is None else _read(val_path, options.csv_columns)
     names = {label for _, label, _ in rows + val_rows}
     class_names = sorted(names, key=int if all(name.isdecimal() for name in names) else str)

@@ -60,7 +60,7 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
         if labels.min(initial=0) < 0:
             raise UserError("some labels are negative: they are withheld in this split")
         class_names = list(getattr(features[label], "names", None) or ())
-        class_names += [str(i) for i in range(len(class_names), labels.max(initial=-1) + 1)]
+        class_names += [str(i) for i in range(len(class_names), int(labels.max(initial=-1)) + 1)]
         images = rows.select_columns([image]).cast_column(image, Image(decode=False))
         return ImageRows(f"{options.name}/{split}", images, labels, class_names)
     except Exception as error:  # builders may raise anything

@@ -41,7 +41,7 @@ class TarImages(ImageFiles):
 def web_shards(options: DatasetOptions) -> ImageDataset:
     """Open wds/NAME: the shards NAME-train*.tar and NAME-val*.tar, or train*.tar and val*.tar for wds/.
 
-    A sample is an image KEY.jpg, or of another format, and its class number in KEY.cls.
+    A sample consists of an image, KEY.jpg or another format, and its class number in KEY.cls.
     """
     own = _shards(options, options.split_names)
     if not own:

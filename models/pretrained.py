@@ -200,7 +200,7 @@ def load_checkpoint(
     if checkpoint.get("detector"):
         raise CheckpointError(f"{path}: it contains a detector, not a classifier; use infer.py to run it")
     weights = weights_of(checkpoint, ema, path)
-    name = _model_name(checkpoint, arch, path)
+    name = model_name(checkpoint, arch, path)
     kwargs = dict(checkpoint.get("model_kwargs") or {})
     check_model_kwargs(kwargs, f"{path}: model_kwargs")
     kwargs |= model_kwargs or {}
@@ -224,7 +224,8 @@ def load_checkpoint(
     return LoadedModel(model.eval(), path, name, kwargs, classes, size, **preprocessing, **more)
 
 
-def _model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> str:
+def model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> str:
+    """Return the registered name of a checkpoint's model; CheckpointError if there is none or `arch` contradicts it."""
     own, asked = (
         None if name is None else re.sub(r"^svt_(?=[sbl]$)", "svt_h_", resolve_arch(name))  # svt_s is short for svt_h_s
         for name in (checkpoint.get("arch"), arch)

@@ -98,6 +98,11 @@ def test_an_unknown_contender_is_named(label):
         benchmark.main([label])
 
 
+def test_cpu_kernels_are_not_compared_on_another_device():
+    with pytest.raises(UserError, match="--layers compares the CPU kernels .* use --device cpu"):
+        benchmark.main(["--layers", "--device", "cuda"])
+
+
 def test_runs_take_turns_there_and_back_and_a_ratio_is_of_medians():
     order = []
     runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}

@@ -162,6 +162,12 @@ def test_labels_of_a_table_are_any_text_and_numbers_count_by_value(tmp_path):
         ("", {}, "no column 'file' .its columns: none"),
         ("file,label,s\na.png,x,val\n", {"csv_columns": ("file", "label", "s")}, "expected rows whose s is train"),
         ("file,label\na.png,x\n", {"val_split": (0.5, 0)}, "class x has a single image"),
+        (
+            "file,label,s\na.png,x,train\n",
+            {"csv_columns": ("file", "label", "s"), "val_split": (0.5, 0)},
+            "use only one of --val-split and a split column",
+        ),
+        ("file,label\na.png,x\n", {"val_path": "b.csv", "val_split": (0.5, 0)}, "one of --val-path and --val-split"),
         ("file,label\na.png,x\n", {"val_path": "gone.csv"}, "gone.csv: not a readable CSV table: .*No such file"),
     ],
 )

@@ -11,7 +11,7 @@ import untrained
 from transformers import AutoModelForImageClassification
 
 from models import load_checkpoint
-from models.checkpoints import METADATA_KEYS, read_checkpoint
+from models.checkpoints import METADATA_KEYS, CheckpointError, read_checkpoint
 from models.convert import to_ours
 from runtime import checkpoints
 from tools import export
@@ -85,6 +85,10 @@ def test_arch_names_the_model_of_a_file_that_does_not(tmp_path):
     untrained.save(tmp_path / "c.pth", instead={"arch": None})
     written = write(tmp_path / "c.pth", "safetensors", tmp_path / "e.safetensors", "--arch", "spectformer_ti")
     assert read_checkpoint(written)["arch"] == "spectformer_ti"
+    write(tmp_path / "c.pth", "original", tmp_path / "o.pth", "--arch", "SpectFormer-Ti")
+    untrained.save(tmp_path / "d.pth")
+    with pytest.raises(CheckpointError, match="it contains spectformer_ti, not svt_h_s"):
+        write(tmp_path / "d.pth", "safetensors", tmp_path / "f.safetensors", "--arch", "svt_h_s")
     folder = write(tmp_path / "c.pth", "hub", tmp_path / "folder", "--arch", "spectformer_ti")
     assert json.loads((folder / "config.json").read_text())["architecture"] == "spectformer_ti"
 
@@ -137,6 +141,14 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
     assert not [words for words in ("cifar", "airplane", "paper", "license") if words in config]
     assert json.loads(config)["label_names"] == ["wren", "crow"]
     assert export.accuracy(known | {"averaged": True}, False) is None  # measured with other weights
+
+
+def test_a_hub_folder_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    untrained.save(tmp_path / "c.pth")
+    (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(MachineError, match="folder: cannot be written: .*directory") as error:
+        write(tmp_path / "c.pth", "hub", tmp_path / "folder", "--overwrite")
+    assert "\n" not in str(error.value)
 
 
 # -------------------------------------------------------------------------------------------------------------- graphs
@@ -220,6 +232,7 @@ def test_a_model_of_timms_is_exported_too_but_not_for_any_size(tmp_path):
         (["--to", "hub", "m", "--dynamic-size"], "--dynamic-size is for --to onnx"),
         (["--to", "pt2", "there.pt2"], "there.pt2: already exists; use --overwrite to replace it"),
         (["--to", "hub", "full"], "full: already exists"),
+        (["--to", "safetensors", "m.pth"], "m.pth: the name must end in .safetensors"),
     ],
 )
 def test_mistakes_are_named_in_one_line_before_anything_is_written(flags, message, tmp_path, monkeypatch):

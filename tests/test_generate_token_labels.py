@@ -169,6 +169,7 @@ def test_check_names_missing_and_mismatched_maps(folder, run):
     [
         ([], "either --model-path CKPT or --pretrained --arch NAME"),
         (["--pretrained"], "either --model-path CKPT or --pretrained --arch NAME"),
+        (["--pretrained", "--model-path", "c.pth"], "either --model-path CKPT or --pretrained --arch NAME"),
         (["--pretrained", "--arch", "resnet18"], "no pretrained weights of this model for the 3 classes"),
         (["--pretrained", "--arch", "nonsense"], "no pretrained weights"),
         (["--model-path", "nowhere.pth"], "nowhere.pth"),

@@ -147,6 +147,16 @@ def test_images_that_training_held_back_are_those_that_are_evaluated(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["images"] in (9, 10)
 
 
+def test_a_tables_split_column_replaces_the_share_that_training_held_back(tmp_path):
+    class_folders(tmp_path, ("a", "b"), images=3, split="")
+    rows = [f"{name}/{i}.png,{name},{'test' if i else 'train'}" for name in "ab" for i in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,label,s", *rows]))
+    save(tmp_path / "a.pth", args={"data_set": "CSV", "val_split": [0.2, 3]}, classes=("a", "b"))
+    table = ["--data-path", tmp_path / "t.csv", "--csv-columns", "file", "label", "s", "--split", "test"]
+    run("--model-path", tmp_path / "a.pth", *table, "--output", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["images"] == 4
+
+
 @pytest.mark.slow
 def test_several_processes_count_every_image_once(tmp_path):
     save(tmp_path / "a.pth", args={"data_set": "DIGITS"})

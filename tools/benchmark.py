@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Run one comparison, print it, and return its settings and results."""
+    if args.layers and args.device == "cuda":
+        raise UserError("--layers compares the CPU kernels of the mixers: use --device cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device")
     set_up_device(torch.device(args.device))

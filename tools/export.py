@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from models.base import ImageModel
 from models.checkpoints import METADATA_KEYS, read_checkpoint, weights_of
 from models.convert import to_original, to_ours
 from models.layers import FeedForward
-from models.pretrained import PREPROCESSING, find_checkpoint
+from models.pretrained import PREPROCESSING, find_checkpoint, model_name
 from runtime import checkpoints
 from runtime.cli import run_cli
 from training.arguments import Parser, suggestion
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, path = args.to[0], Path(args.to[1])
     if name not in FORMATS:
         raise UserError(f"--to {name}: choose one of {', '.join(FORMATS)}{suggestion(name, FORMATS)}")
+    if name == "safetensors" and path.suffix != ".safetensors":
+        raise UserError(f"--to safetensors {path}: the name must end in .safetensors")
     if args.half and name != "safetensors":
         raise UserError("--half is for --to safetensors")
     if args.dynamic_size and name != "onnx":
@@ -87,7 +90,8 @@ def write_weights(args: argparse.Namespace, path: Path) -> str:
     """Write the weights, for --to original under their names in the authors' code; .safetensors have metadata."""
     source = find_checkpoint(args.checkpoint)
     state = read_checkpoint(source)
-    weights, arch = weights_of(state, args.ema, source), state.get("arch") or args.arch
+    weights = weights_of(state, args.ema, source)
+    arch = model_name(state, args.arch, source) if args.arch else state.get("arch")
     if args.to[0] == "original":
         if arch and not arch.startswith(("spectformer", "svt")):
             raise UserError(f"{source}: it contains {arch}, which the authors' code does not have")
@@ -130,7 +134,10 @@ def write_hub(args: argparse.Namespace, path: Path) -> str:
     info.model.pretrained_cfg = {key: cfg[key] for key in MODEL_KEYS if key in cfg}
     images = {name: getattr(info, name) for name in PREPROCESSING} | {"input_size": image_shape(info)}
     described = {"label_names": info.class_names, "pretrained_cfg": images}
-    save_for_hf(info.model, path, model_config=described, model_args=kwargs, safe_serialization=True)
+    try:
+        save_for_hf(info.model, path, model_config=described, model_args=kwargs, safe_serialization=True)
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{path}: cannot be written: {one_line(error)}") from error
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config["model_args"].pop("num_classes", None)  # transformers also passes the top-level num_classes
     atomic_write(path / "config.json", json.dumps(config, indent=2))

@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--amp", default="none", choices=["auto", "bf16", "fp16", "none"], help="mixed precision")
     parser.set_defaults(dtype="float32")
     args = parser.parse_args(argv)
-    if not args.check and bool(args.model_path) == bool(args.pretrained and args.arch):
+    if not args.check and (bool(args.model_path) == args.pretrained or (args.pretrained and not args.arch)):
         raise UserError("the teacher is either --model-path CKPT or --pretrained --arch NAME")
     return args
 

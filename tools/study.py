@@ -273,7 +273,7 @@ def write_report(study: Study, lines: dict[tuple[str, int], Line], folder: Path)
     spreads = scores.std(1, correction=min(1, len(seeds) - 1)).tolist()
     rates: dict[str, list[float]] = {"images/s in training": [], "images/s in inference": []}  # nan if not measured
     training, inference = rates.values()
-    equal, head = [], ["cell", "top-1 %", "difference to best", "parameters", "GFLOPs", *rates]
+    equal, head = [], ["cell", "top-1 %", "vs. best", "parameters", "GFLOPs", *rates]
     table = f"| {' | '.join(head)} |\n{'| --- ' * len(head)}|\n"
     for cell, mean, spread in zip(study.cells, means, spreads, strict=True):
         of_cell, args = [lines[cell, seed] for seed in seeds], study.args[cell]
