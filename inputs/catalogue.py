@@ -86,5 +86,6 @@ def build_dataset(
     except OSError as error:
         raise UserError(f"{where}: {one_line(error)}") from error
     if len(dataset) == 0:
-        raise UserError(f"{where}: contains no images")
+        reason = f"; {dataset.left_out[0]}" if dataset.left_out else ""
+        raise UserError(f"{where}: contains no images{reason}")
     return dataset if classes is None else choose_classes(dataset, classes)

@@ -477,6 +477,11 @@ def test_shards_lose_no_sample_without_a_word(tmp_path):
 def test_missing_and_damaged_shards_are_named(tmp_path):
     with pytest.raises(UserError, match=r"expected shards birds-train\*.tar"):
         build_dataset("wds/birds", tmp_path, "train")
+    with tarfile.open(tmp_path / "cats-train-0.tar", "w") as tar:
+        for name in ("1.png", "1.json"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(UserError, match=r"contains no images; .*/1.png \(there is no .cls file\)"):
+        build_dataset("wds/cats", tmp_path, "train")
     (tmp_path / "train-0.tar").write_bytes(b"no shard" * 100)
     with pytest.raises(UserError, match="train-0.tar: not a readable shard"):
         build_dataset("wds/", tmp_path, "train")
