@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from detection.coco import NUCLEI, CocoImages, open_split
 from detection.sampler import GroupedSampler
 from detection.transforms import TrainTransform
-from inputs.loader import Batch, EvalLoader, KeyedSamples, Loader
+from inputs.loader import Batch, EvalLoader, KeyedSamples, TrainLoader
 from runtime.processes import Distributed
 from utils import UserError
 
@@ -34,7 +34,7 @@ def data_path(args: argparse.Namespace) -> str:
     return args.data_path or str(NUCLEI)
 
 
-def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tuple[Loader, EvalLoader]:
+def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tuple[TrainLoader, EvalLoader]:
     """Build the training and validation loaders.
 
     Raises:
@@ -52,7 +52,7 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tupl
     update = (args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter)
     sampler = GroupedSampler(len(train_set), *update, groups=train_set.groups)
     samples = DetectionSamples(train_set, TrainTransform(args), seed=args.seed, skip_bad_images=args.skip_bad_images)
-    train = Loader(samples, sampler, dist, args.num_workers, args.pin_mem)
+    train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
     return train, build_eval_loader(val_set, args, dist)
 
 

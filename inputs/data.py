@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from inputs.catalogue import build_dataset, dataset_spec
 from inputs.images import ImageDataset, divide_classes
 from inputs.label_maps import check_label_maps
-from inputs.loader import EvalLoader, KeyedImages, Loader
+from inputs.loader import EvalLoader, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
 from inputs.token_labels import TokenLabelTransform
 from inputs.transforms import RandomErasing, eval_transform, train_transform
@@ -31,7 +31,7 @@ REPEATS = 3  # of each sample in repeated augmentation
 class Data:
     """The loaders of a run, and the image settings that its checkpoints contain."""
 
-    train: Loader | None
+    train: TrainLoader | None
     val: EvalLoader
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -85,7 +85,7 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         label_maps=args.token_label_data,
         erasing=RandomErasing(args.reprob, args.remode, args.recount) if args.reprob > 0 else None,
     )
-    data.train = Loader(samples, sampler, dist, args.num_workers, args.pin_mem)
+    data.train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
     return data
 
 

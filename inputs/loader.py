@@ -172,7 +172,10 @@ class _Batches:
 
 
 class Loader:
-    """This rank's batches, loaded by worker processes and moved to the device. Its length is their number per epoch."""
+    """This rank's batches, loaded by worker processes and moved to the device. Its length is their number per epoch.
+
+    `TrainLoader` and `EvalLoader` define the order of the samples.
+    """
 
     def __init__(
         self,
@@ -203,11 +206,8 @@ class Loader:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from micro-step `start_step`; raises UserError for an unreadable file."""
-        return self._load(self.sampler.epoch(epoch, start_step))
-
     def _load(self, batches: Iterable[list[SampleKey]]) -> Iterator[Batch]:
+        """Yield the batches with these samples; raises UserError for an unreadable file."""
         self._batches.keys = batches
         loaded_batches = iter(self._loader)
         if self._loader.num_workers > 0:
@@ -236,6 +236,16 @@ def _end_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+class TrainLoader(Loader):
+    """This rank's training batches, in the order of a `KeyedSampler`."""
+
+    sampler: KeyedSampler
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from micro-step `start_step`; raises UserError for an unreadable file."""
+        return self._load(self.sampler.epoch(epoch, start_step))
 
 
 class EvalLoader(Loader):

@@ -13,7 +13,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from inputs.data import balanced_probabilities
 from inputs.images import ImageArrays
-from inputs.loader import EvalLoader, KeyedImages, Loader
+from inputs.loader import EvalLoader, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
 from inputs.transforms import RandomErasing, eval_transform, train_transform
 from runtime.processes import Distributed
@@ -36,20 +36,20 @@ class Counted(ImageArrays):
         return super().source(index)
 
 
-def make_loader(workers=0, rank=0, world=1, dataset=None, repeats=1, reprob=0.0, seed=3) -> Loader:
+def make_loader(workers=0, rank=0, world=1, dataset=None, repeats=1, reprob=0.0, seed=3) -> TrainLoader:
     dataset = dataset or Counted()
     batch = GLOBAL_BATCH // world
     transform = train_transform(36, aa="rand-m9-mstd0.5-inc1")
     sampler = KeyedSampler(len(dataset), batch, seed, rank, world, repeats=repeats)
     dist = Distributed(rank=rank, world_size=world)
-    return Loader(KeyedImages(dataset, transform, seed, erasing=RandomErasing(reprob)), sampler, dist, workers)
+    return TrainLoader(KeyedImages(dataset, transform, seed, erasing=RandomErasing(reprob)), sampler, dist, workers)
 
 
 def digest(image: torch.Tensor) -> str:
     return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
-def rank_trace(loader: Loader, epoch: int, start: int = 0) -> list[list[tuple]]:
+def rank_trace(loader: TrainLoader, epoch: int, start: int = 0) -> list[list[tuple]]:
     return [
         [
             (int(index), int(target), digest(image))

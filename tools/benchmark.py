@@ -28,7 +28,7 @@ from timm.data import create_dataset, create_loader
 from torch import Tensor
 
 from inputs.catalogue import build_dataset
-from inputs.loader import Batch, KeyedImages, Loader
+from inputs.loader import Batch, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
 from inputs.transforms import RandomErasing, train_transform
 from models import set_cpu_kernels
@@ -210,7 +210,7 @@ def compare_loaders(folder: str, settings: Settings, workers: int, rounds: int) 
     return {"loader": {"workers": workers, "images": images, "images_per_s": rates, "ratio": ratio}}
 
 
-def own_loader(folder: str, settings: Settings, workers: int) -> Loader:
+def own_loader(folder: str, settings: Settings, workers: int) -> TrainLoader:
     """Build this project's training loader on `folder`/val."""
     dataset = build_dataset("FOLDER", folder, "val")
     samples = KeyedImages(
@@ -218,7 +218,7 @@ def own_loader(folder: str, settings: Settings, workers: int) -> Loader:
     )
     sampler = KeyedSampler(len(dataset), settings.batch_size, seed=0)
     dist = Distributed(device=torch.device(settings.device))
-    return Loader(samples, sampler, dist, workers, settings.device == "cuda")
+    return TrainLoader(samples, sampler, dist, workers, settings.device == "cuda")
 
 
 def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, steps: int) -> dict:

@@ -201,25 +201,24 @@ class Trace:
 
 def trace_reads(path: str) -> None:
     """For every sample: that it is read; for every step: the samples that were trained on."""
-    from inputs.loader import EvalLoader, KeyedSamples, Loader
+    from inputs.loader import KeyedSamples, TrainLoader
     from inputs.sampler import SampleKey
 
     trace = Trace(path)
     read = KeyedSamples.__getitem__
-    epoch = Loader.epoch
+    epoch = TrainLoader.epoch
 
     def reading(self: KeyedSamples, key: SampleKey) -> Any:
         trace(kind="read", epoch=key.epoch, index=key.index, path=self.dataset.path(key.index))
         return read(self, key)
 
-    def stepping(self: Loader, number: int = 0, start_step: int = 0) -> Any:
+    def stepping(self: TrainLoader, number: int, start_step: int = 0) -> Any:
         for step, batch in enumerate(epoch(self, number, start_step), start_step):
-            if not isinstance(self, EvalLoader):
-                trace(kind="batch", epoch=number, step=step, indices=batch.indices.tolist())
+            trace(kind="batch", epoch=number, step=step, indices=batch.indices.tolist())
             yield batch
 
     KeyedSamples.__getitem__ = reading
-    Loader.epoch = stepping
+    TrainLoader.epoch = stepping
 
 
 # ---------------------------------------------------------------------------------------------- disks
