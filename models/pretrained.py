@@ -90,9 +90,7 @@ def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwa
         ModelError: if the model does not exist or does not accept the arguments.
     """
     name = resolve_arch(arch)
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ModelError(f"{name}: no such model" + (f"; did you mean {close[0]}?" if close else ""))
+    check_model(name)
     arguments = dict(model_kwargs)
     try:
         if input_size is not None and get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
@@ -102,6 +100,13 @@ def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwa
             return timm.create_model(name, num_classes=num_classes, **arguments)
     except (TypeError, ValueError, AssertionError, AttributeError, RuntimeError, OverflowError) as error:
         raise ModelError(f"{name} with {arguments}: {' '.join(str(error).split())}") from error
+
+
+def check_model(name: str) -> None:
+    """Raise ModelError, which names the most similar model, if no model is registered under this name."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ModelError(f"{name}: no such model" + (f"; did you mean {close[0]}?" if close else ""))
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,7 @@ def load_checkpoint(
 
 
 def model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> str:
-    """Return the registered name of a checkpoint's model; CheckpointError if there is none or `arch` contradicts it."""
+    """Return the name of a checkpoint's model; CheckpointError if there is none or `arch` contradicts it."""
     own, asked = (
         None if name is None else re.sub(r"^svt_(?=[sbl]$)", "svt_h_", resolve_arch(name))  # svt_s is short for svt_h_s
         for name in (checkpoint.get("arch"), arch)

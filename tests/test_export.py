@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 from models import load_checkpoint
 from models.checkpoints import METADATA_KEYS, CheckpointError, read_checkpoint
 from models.convert import to_ours
+from models.pretrained import ModelError
 from runtime import checkpoints
 from tools import export
 from utils import MachineError, UserError
@@ -86,6 +87,10 @@ def test_arch_names_the_model_of_a_file_that_does_not(tmp_path):
     written = write(tmp_path / "c.pth", "safetensors", tmp_path / "e.safetensors", "--arch", "spectformer_ti")
     assert read_checkpoint(written)["arch"] == "spectformer_ti"
     write(tmp_path / "c.pth", "original", tmp_path / "o.pth", "--arch", "SpectFormer-Ti")
+    for name, path in [("safetensors", "t.safetensors"), ("original", "t.pth")]:
+        with pytest.raises(ModelError, match="spectformer_tii: no such model; did you mean spectformer_ti?"):
+            write(tmp_path / "c.pth", name, tmp_path / path, "--arch", "spectformer_tii")
+        assert not (tmp_path / path).exists()
     untrained.save(tmp_path / "d.pth")
     with pytest.raises(CheckpointError, match="it contains spectformer_ti, not svt_h_s"):
         write(tmp_path / "d.pth", "safetensors", tmp_path / "f.safetensors", "--arch", "svt_h_s")

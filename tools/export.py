@@ -39,7 +39,7 @@ from models.base import ImageModel
 from models.checkpoints import METADATA_KEYS, read_checkpoint, weights_of
 from models.convert import to_original, to_ours
 from models.layers import FeedForward
-from models.pretrained import PREPROCESSING, find_checkpoint, model_name
+from models.pretrained import PREPROCESSING, check_model, find_checkpoint, model_name
 from runtime import checkpoints
 from runtime.cli import run_cli
 from training.arguments import Parser, suggestion
@@ -91,7 +91,10 @@ def write_weights(args: argparse.Namespace, path: Path) -> str:
     source = find_checkpoint(args.checkpoint)
     state = read_checkpoint(source)
     weights = weights_of(state, args.ema, source)
-    arch = model_name(state, args.arch, source) if args.arch else state.get("arch")
+    arch = state.get("arch")
+    if args.arch:
+        arch = model_name(state, args.arch, source)
+        check_model(arch)
     if args.to[0] == "original":
         if arch and not arch.startswith(("spectformer", "svt")):
             raise UserError(f"{source}: it contains {arch}, which the authors' code does not have")
