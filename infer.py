@@ -118,8 +118,8 @@ def with_trained_data(args: argparse.Namespace, loaded: models.LoadedModel) -> a
     trained = loaded.checkpoint.get("args") or {}
     data_set = args.data_set or trained.get("data_set") or "IMNET"
     csv_columns = args.csv_columns or trained.get("csv_columns") or ("file", "label")
-    is_split_alike = data_set == trained.get("data_set") and len(csv_columns) == 2  # a third column is the split
-    val_split = trained.get("val_split") if args.val_split is None and is_split_alike else None
+    keeps_split = data_set == trained.get("data_set") and len(csv_columns) == 2  # a third column is the split
+    val_split = trained.get("val_split") if args.val_split is None and keeps_split else None
     settled = {
         "data_set": data_set,
         "val_split": args.val_split or (tuple(val_split) if val_split else None),

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils import UserError, atomic_write, make_directory, one_line
+from utils import UserError, atomic_write, make_directory
 
 
 def check_output(path: Path, suffixes: Sequence[str] = (".json",), flag: str = "--output") -> None:
@@ -52,7 +52,7 @@ def write_parquet(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any
 
 def as_label(text: str, longest: int = 24) -> str:
     """Convert text to a figure label: one line, truncated, and not interpreted as mathematics."""
-    text = one_line(text)
+    text = " ".join(text.split())
     return (text if len(text) <= longest else f"{text[: longest - 1]}…").replace("$", r"\$")
 
 

@@ -112,7 +112,7 @@ def init_distributed(device: str = "auto") -> Distributed:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N" (one process only).
 
     Raises:
-        UserError: the device does not exist, the environment is invalid, or the processes cannot connect.
+        UserError: the device does not exist, or the processes cannot connect.
     """
     global _control
     rank, world_size, local_rank = rank_in_job()

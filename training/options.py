@@ -205,7 +205,7 @@ def parse_args(
 
     Raises:
         UserError: an argument is unknown or malformed, or two arguments contradict each other.
-        CheckpointError: --finetune's file is unreadable, or its model arguments would make timm read other files.
+        CheckpointError: --finetune's file is unreadable, or model arguments would make timm read other files.
     """
     words = sys.argv[1:] if argv is None else argv
     # torch.distributed.launch without --use_env adds --local-rank; LOCAL_RANK has the same value.
@@ -257,7 +257,7 @@ def finetuned_model(args: Settings) -> Settings:
         path = str(find_checkpoint(path))
         state = peek(path)
     except CheckpointError:
-        if not args["resume"]:  # a run that resumes does not need the file; its args.yaml contains the model
+        if not args["resume"]:  # a run that resumes reads no weights from it
             raise
     model = {name: args[name] or state.get(name) for name in ("arch", "input_size")}
     model |= {"finetune": path, "model_kwargs": args["model_kwargs"]}
