@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from runtime.processes import Distributed
@@ -22,8 +23,8 @@ def evaluation_batches(loader: Any, dist: Distributed, stop: StopSignals | None 
     batches = iter(loader)
     shown = dist.is_main and sys.stderr.isatty()
     for _ in tqdm(range(loader.rounds), "evaluation", disable=not shown, leave=False, unit=" batches", bar_format=BAR):
-        if stop is not None and (signum := max(dist.gather_objects(stop.signum or 0))):
-            raise Interrupted(signum)
+        if stop is not None and dist.sum(torch.tensor(stop.signum or 0)):  # on the CPU, so it never waits for a GPU
+            raise Interrupted(max(dist.gather_objects(stop.signum or 0)))
         batch = next(batches, None)
         if batch is not None:
             yield batch
