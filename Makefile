@@ -81,7 +81,7 @@ test-fast: $(VENV)/installed-tests  ## run the tests that take less than 0.25 s 
 	$(RUN) -m pytest -q -n 2 -m "not slow"
 
 reliability: $(VENV)/installed-tests  ## run the tests of docs/reliability.md at full counts
-	RELIABILITY=full $(RUN) -m pytest -q -n 2 --dist worksteal tests/reliability
+	RELIABILITY=full $(RUN) -m pytest -q -n 2 --dist worksteal --timeout 0 tests/reliability
 
 lint: $(VENV)/installed-tests  ## check format and lint rules
 	$(RUN) -m ruff format --check .

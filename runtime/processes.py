@@ -140,6 +140,8 @@ def init_distributed(device: str = "auto") -> Distributed:
         except (RuntimeError, OSError, ValueError) as error:  # gloo's own errors are plain RuntimeErrors
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"the {world_size} processes did not meet at {address}: {one_line(error)}") from error
+        # A rank that failed while others still connect to each other would leave them waiting for CONTROL_TIMEOUT.
+        torch_dist.barrier(group=_control)
     return Distributed(rank, world_size, chosen)
 
 
