@@ -35,16 +35,8 @@ from models import set_cpu_kernels
 from models.flops import count_flops
 from models.mixers import build_mixer
 from runtime.cli import run_cli
-from runtime.processes import Distributed
-from tools.contenders import (
-    DTYPES,
-    Contender,
-    Runner,
-    Settings,
-    measure,
-    speed_ratio,
-    time_in_turns,
-)
+from runtime.processes import Distributed, init_distributed
+from tools.contenders import DTYPES, Runner, Settings, measure, parse_label, speed_ratio, time_in_turns
 from tools.machine import describe_machine
 from training.arguments import POSITIVE, WORKERS, Parser
 from training.model import count_parameters
@@ -53,9 +45,9 @@ from utils import UserError, atomic_write
 
 PARTS = ("inference", "training")
 MIXERS = ("spectral", "scattering_channel", "scattering_channel_token", "attention")
-CHANNELS = 64  # of the mixers' grids
-SEEDS = (0, 1, 2)  # for --exactness
-RATE = 5e-4  # peak learning rate of --exactness, as in the published recipes
+GRIDS, CHANNELS = (7, 14, 28, 56), 64  # sides and channels of the mixers' grids
+SEEDS, STEPS = (0, 1, 2), 50  # training runs of --exactness, and steps of each
+RATE = 5e-4  # their peak learning rate, as in the published recipes
 # The augmentation of both loaders.
 RECIPE = {"color_jitter": 0.4, "interpolation": "bicubic"}
 POLICY, ERASING = "rand-m9-mstd0.5-inc1", 0.25
@@ -88,18 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Run one comparison, print it, and return its settings and results."""
-    if args.layers and args.device == "cuda":
-        raise UserError("--layers compares the CPU kernels of the mixers: use --device cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device")
-    set_up_device(torch.device(args.device))
+    set_up_device(init_distributed(args.device).device)
     settings = Settings(args.device, args.dtype, batch_size=args.batch_size, img_size=args.img_size)
     if args.layers:
-        result = compare_layers(args.grids, settings, args.rounds)
+        result = compare_layers(settings, args.rounds)
     elif args.loader:
         result = compare_loaders(args.loader, settings, args.workers, args.rounds)
     elif args.exactness:
-        result = compare_exactness(args.models, args.exactness, settings, args.steps)
+        result = compare_exactness(args.models, args.exactness, settings)
     else:
         result = compare_models(args.models, settings, args.rounds, args.parts)
     return {"settings": asdict(settings), "rounds": args.rounds} | result
@@ -112,7 +100,6 @@ def build_parser() -> Parser:
     add("--layers", action="store_true", help="compare this project's mixers with and without CPU kernels")
     add("--loader", metavar="DIR", help="compare the input pipeline with timm's on DIR/val")
     add("--exactness", metavar="DIR", help="compare half precision with float32 on DIR/val")
-    add("--steps", type=POSITIVE, default=50, metavar="N", help="training steps of --exactness")
     add("--suite", choices=["cpu"], help="the runs that docs/performance.md reports")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on")
     add("--dtype", choices=DTYPES, default="float32", help="autocast dtype; the weights stay float32")
@@ -120,8 +107,6 @@ def build_parser() -> Parser:
     add("--img-size", type=POSITIVE, default=224, metavar="N", help="image side in pixels")
     add("--rounds", type=POSITIVE, default=5, metavar="N", help="measurements of each contender")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"{' '.join(PARTS)} (default: both)")
-    grids = "sides of the grids of --layers (default: 7 14 28 56)"
-    add("--grids", nargs="+", type=POSITIVE, default=(7, 14, 28, 56), metavar="N", help=grids)
     add("--workers", type=WORKERS, default=2, metavar="N", help="loader workers of --loader")
     add("--json", type=Path, metavar="FILE", help="also write all results, with machine and versions, to FILE")
     return parser
@@ -129,16 +114,16 @@ def build_parser() -> Parser:
 
 def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts: Sequence[str]) -> dict:
     """Measure each model, and compare its speed with each of the others; prints and returns the results."""
-    contenders = [Contender.parse(label, settings) for label in labels]
-    if any(contender.settings.onnx for contender in contenders) and (settings.device == "cuda" or "training" in parts):
+    contenders = {label: parse_label(label, settings) for label in labels}
+    if any(own.onnx for own in contenders.values()) and (settings.device == "cuda" or "training" in parts):
         raise UserError("onnx:NAME needs --parts inference and --device cpu")
     rows = {}
     print(f"{'model':36}{'Mparam':>8}{'GMAC':>8}")
-    for contender in contenders:
-        model = contender.build()
+    for label, own in contenders.items():
+        model = own.build()
         row = {"parameters": count_parameters(model), "gmacs": count_flops(model, settings.img_size) / 1e9}
-        rows[contender.label] = {"settings": asdict(contender.settings)} | row
-        print(f"{contender.label:36}{row['parameters'] / 1e6:8.1f}{row['gmacs']:8.2f}")
+        rows[label] = {"settings": asdict(own)} | row
+        print(f"{label:36}{row['parameters'] / 1e6:8.1f}{row['gmacs']:8.2f}")
     ratios = {}
     for part, seconds, memory in measure(contenders, rounds, parts):
         print(f"\n{part:36}{'images/s':>12}{'MiB':>8}   speed relative to each model, in the same order")
@@ -151,11 +136,11 @@ def compare_models(labels: Sequence[str], settings: Settings, rounds: int, parts
     return {"models": rows, "ratios": ratios}
 
 
-def compare_layers(grids: Sequence[int], settings: Settings, rounds: int) -> dict:
+def compare_layers(settings: Settings, rounds: int) -> dict:
     """Compare mixers with and without CPU kernels on square grids; smaller grids get larger batches."""
     rows = []
     print(f"{'mixer':26}{'grid':>6}{'batch':>6}{'part':>12}{'ms':>9}{'plain':>9}{'ratio':>7}")
-    for side, mixer in product(grids, MIXERS):
+    for side, mixer in product(GRIDS, MIXERS):
         batch = max(1, settings.batch_size * 56**2 // max(side, 28) ** 2)
         x = torch.randn(batch, side, side, CHANNELS, device=settings.device)
         layer = build_mixer(mixer, CHANNELS, (side, side), CHANNELS // 32).to(settings.device)
@@ -221,25 +206,25 @@ def own_loader(folder: str, settings: Settings, workers: int) -> TrainLoader:
     return TrainLoader(samples, sampler, dist, workers, settings.device == "cuda")
 
 
-def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, steps: int) -> dict:
+def compare_exactness(labels: Sequence[str], folder: str, settings: Settings) -> dict:
     """Compare half precision with float32 for each contender and seed, starting from the same weights.
 
     "logit_error" is the L2 norm of the difference between the logits, divided by the norm of the float32 logits.
-    "loss_gap" is the mean absolute difference between the training losses over `steps` steps on the same batches of
+    "loss_gap" is the mean absolute difference between the training losses over `STEPS` steps on the same batches of
     `folder`/val.
     """
     if settings.dtype == "float32":
         raise UserError("--exactness needs --dtype bfloat16 or float16, to compare with float32")
     loader = own_loader(folder, settings, workers=0)
-    batches = list(islice((batch for epoch in count() for batch in loader.epoch(epoch)), steps))
+    batches = list(islice((batch for epoch in count() for batch in loader.epoch(epoch)), STEPS))
     print(f"{'model, against float32':32}{'logits':>24}{'losses':>24}")
     rows = {}
     for label in labels:
-        half = Contender.parse(label, settings)
-        full = replace(half, settings=replace(half.settings, dtype="float32"))
+        half = parse_label(label, settings)
+        full = replace(half, dtype="float32")
         rows[label] = row = {"logit_error": [], "loss_gap": []}
         for seed in SEEDS:
-            (logits, losses), (exact, expected) = (outputs(contender, seed, batches) for contender in (half, full))
+            (logits, losses), (exact, expected) = (outputs(own, seed, batches) for own in (half, full))
             row["logit_error"].append(((logits - exact).norm() / exact.norm()).item())
             row["loss_gap"].append((losses - expected).abs().mean().item())
         cells = (" ".join(f"{value:.4f}" for value in values) for values in row.values())
@@ -247,13 +232,13 @@ def compare_exactness(labels: Sequence[str], folder: str, settings: Settings, st
     return {"exactness": rows}
 
 
-def outputs(contender: Contender, seed: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+def outputs(settings: Settings, seed: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """Return the logits of the first batch before training, and the loss of one training step per batch.
 
     The weights depend on the seed. The learning rate grows linearly to `RATE`.
     """
     torch.manual_seed(seed)
-    runner = Runner(contender)
+    runner = Runner(settings)
     runner.images = batches[0].images
     runner.model.eval()
     logits = runner.inference().float()

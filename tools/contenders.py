@@ -1,20 +1,16 @@
-"""Models to compare in speed and memory, and the measurements; each model runs in its own process."""
+"""Settings of models to compare in speed and memory, and the measurements; each model runs in its own process."""
 
 import multiprocessing
 import re
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Self
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -26,13 +22,12 @@ from training.precision import set_up_device
 from utils import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Settings that a contender's name may have: plain and onnx as a prefix, the others as suffixes.
+# Settings that a model's label may have: plain and onnx as a prefix, the others as suffixes.
 OWN_SETTINGS = {name: {"dtype": name} for name in DTYPES} | {
     "compile": {"compile": True},
     "plain": {"cpu_kernels": False},
     "onnx": {"onnx": True},
 }
-WARM_UP = {"cpu": 1, "cuda": 5}  # untimed calls before the first round
 
 Seconds = dict[str, list[float]]  # name -> seconds in each round
 
@@ -48,50 +43,40 @@ class Settings:
     onnx: bool = False  # run in onnxruntime
     batch_size: int = 16
     img_size: int = 224
+    arch: str = ""  # the model, if one is measured
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device, DTYPES[self.dtype], enabled=self.dtype != "float32")
 
-
-@dataclass(frozen=True)
-class Contender:
-    """A model to measure, with its settings; `label` is what the user wrote."""
-
-    label: str
-    arch: str
-    settings: Settings
-
-    @classmethod
-    def parse(cls, label: str, settings: Settings) -> Self:
-        """Parse [plain:|onnx:]NAME[@SETTING[,SETTING...]]; raises UserError for an unknown model or setting."""
-        prefix, _, rest = label.rpartition(":")
-        arch, *words = re.split("[@,]", rest)
-        for word in (*words, prefix) if prefix else words:
-            if word not in OWN_SETTINGS:
-                raise UserError(f"{label}: unknown setting {word!r}; choose from {', '.join(OWN_SETTINGS)}")
-            settings = replace(settings, **OWN_SETTINGS[word])
-        if not timm.is_model(arch):
-            raise UserError(f"{label}: neither timm nor this project has a model {arch!r}")
-        return cls(label, arch, settings)
-
     def build(self) -> nn.Module:
         """Build the model with random weights, and without stochastic depth, because its rate differs by model."""
-        models.set_cpu_kernels(self.settings.cpu_kernels)
-        model = models.create_model(self.arch, 1000, (self.settings.img_size, self.settings.img_size), {})
+        models.set_cpu_kernels(self.cpu_kernels)
+        model = models.create_model(self.arch, 1000, (self.img_size, self.img_size), {})
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
-        return model.to(self.settings.device)
+        return model.to(self.device)
+
+
+def parse_label(label: str, settings: Settings) -> Settings:
+    """Parse [plain:|onnx:]NAME[@SETTING[,SETTING...]]; raises UserError for an unknown setting."""
+    prefix, _, rest = label.rpartition(":")
+    arch, *words = re.split("[@,]", rest)
+    for word in (*words, prefix) if prefix else words:
+        if word not in OWN_SETTINGS:
+            raise UserError(f"{label}: unknown setting {word!r}; choose from {', '.join(OWN_SETTINGS)}")
+        settings = replace(settings, **OWN_SETTINGS[word])
+    return replace(settings, arch=arch)
 
 
 class Runner:
-    """A contender with everything needed for a training step and for inference."""
+    """A model with everything needed for a training step and for inference."""
 
-    def __init__(self, contender: Contender):
+    def __init__(self, settings: Settings):
         self._memory_before = resident_peak()
-        self.settings = settings = contender.settings
+        self.settings = settings
         set_up_device(torch.device(settings.device))
-        self.model = contender.build()
+        self.model = settings.build()
         self.forward = in_onnxruntime(self.model, settings.img_size) if settings.onnx else self.model
         if settings.compile:
             self.model.compile()
@@ -143,19 +128,18 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - began
 
 
-def time_in_turns(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> Seconds:
+def time_in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device: str) -> Seconds:
     """Time each function once per round, in turns; see `take_turns`."""
-    return take_turns({name: partial(seconds_of, run, device) for name, run in runs.items()}, rounds, device)
+    return take_turns({name: partial(seconds_of, run, device) for name, run in runs.items()}, rounds)
 
 
-def take_turns(runs: dict[str, Callable[[], float]], rounds: int, device: str) -> Seconds:
+def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
     """Warm up, then call each function once per round; returns their results, which are seconds.
 
     Every other round has the opposite order, so that other load on the machine slows all of them equally.
     """
     for run in runs.values():
-        for _ in range(WARM_UP[device]):
-            run()
+        run()
     seconds: Seconds = {name: [] for name in runs}
     for turn in range(rounds):
         for name in list(runs)[:: -1 if turn % 2 else 1]:
@@ -168,44 +152,30 @@ def speed_ratio(seconds: Seconds, one: str, other: str) -> float:
     return statistics.median(seconds[other]) / statistics.median(seconds[one])
 
 
-# ------------------------------------------------------------------------------------------- one process per contender
-
-
 def measure(
-    contenders: Sequence[Contender], rounds: int, parts: Sequence[str]
+    contenders: Mapping[str, Settings], rounds: int, parts: Sequence[str]
 ) -> Iterator[tuple[str, Seconds, dict[str, float]]]:
-    """Yield each part with its seconds and peak memory in MiB by contender: inference, then training (more memory).
+    """Yield each part with its seconds and peak memory in MiB by label: inference, then training (more memory).
 
-    Each contender has its own process because memory that other models have freed would speed up the next one.
-
-    Raises:
-        UserError: the process of a contender died, for example because it ran out of memory.
+    Each model has its own process because memory that other models have freed would speed up the next one.
     """
-    context, ignore_interrupt = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
     memory: dict[str, float] = {}
 
-    def run(contender: Contender, part: str) -> float:
-        try:
-            measured = pools[contender].submit(_measure, contender, part).result()
-        except BrokenProcessPool:
-            raise UserError(f"{contender.label}: the process that measured it died (out of memory?)") from None
-        seconds, memory[contender.label] = measured
+    def run(label: str, part: str) -> float:
+        seconds, memory[label] = pools[label].submit(_measure, contenders[label], part).result()
         return seconds
 
     with ExitStack() as stack:
-        pools = {
-            contender: stack.enter_context(ProcessPoolExecutor(1, context, signal.signal, ignore_interrupt))
-            for contender in contenders
-        }
+        spawn = multiprocessing.get_context("spawn")
+        pools = {label: stack.enter_context(ProcessPoolExecutor(1, spawn)) for label in contenders}
         for part in sorted(parts):
-            runs = {contender.label: partial(run, contender, part) for contender in contenders}
-            yield part, take_turns(runs, rounds, contenders[0].settings.device), memory
+            yield part, take_turns({label: partial(run, label, part) for label in contenders}, rounds), memory
 
 
-def _measure(contender: Contender, part: str) -> tuple[float, float]:
-    """Return seconds and peak memory; runs in the contender's process."""
-    runner = _runner(contender)
+def _measure(settings: Settings, part: str) -> tuple[float, float]:
+    """Return seconds and peak memory; runs in the model's process."""
+    runner = _runner(settings)
     return runner.seconds(part), runner.peak_memory()
 
 
-_runner = cache(Runner)  # build the contender once per process
+_runner = cache(Runner)  # build the model once per process

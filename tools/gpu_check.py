@@ -34,7 +34,7 @@ from models.layers import SPECTRAL_PRECISIONS
 from models.mixers import build_mixer
 from runtime.cli import run_cli
 from tools.benchmark import layer_step
-from tools.contenders import Contender, Runner, Settings, take_turns, time_in_turns
+from tools.contenders import Runner, Settings, take_turns, time_in_turns
 from tools.machine import describe_machine
 from training.arguments import Parser
 from training.precision import set_up_device
@@ -126,22 +126,21 @@ def reported_errors(report: Callable, name: str, **figures: Any) -> Iterator[Non
 def eager(device: str, small: bool, output: Path, report: Callable, compile: bool = False) -> None:
     """Time training and inference of this project's and timm's models in bf16."""
     batch, side, rounds = (2, 32, 1) if small else (128, 224, 15)
-    settings = Settings(device, "bfloat16", compile, batch_size=batch, img_size=side)
     for name in ("test_vit",) if small else MODELS:
         torch.compiler.reset()
         with reported_errors(report, name, compiled=compile):
-            report(name, compiled=compile, batch=batch, **speeds(Contender.parse(name, settings), rounds))
+            settings = Settings(device, "bfloat16", compile, batch_size=batch, img_size=side, arch=name)
+            report(name, compiled=compile, batch=batch, **speeds(settings, rounds))
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
-def speeds(contender: Contender, rounds: int) -> dict[str, float]:
-    """Measure images/s in training and inference, and the peak memory."""
-    runner, settings = Runner(contender), contender.settings
-    parts = {part: partial(runner.seconds, part) for part in ("training", "inference")}
-    medians = {part: statistics.median(times) for part, times in take_turns(parts, rounds, settings.device).items()}
-    rates = {f"{part}_images_per_s": settings.batch_size / seconds for part, seconds in medians.items()}
+def speeds(settings: Settings, rounds: int) -> dict[str, float]:
+    """Measure images/s in training and inference, and the peak memory; the model is freed afterwards."""
+    runner = Runner(settings)
+    seconds = take_turns({part: partial(runner.seconds, part) for part in ("training", "inference")}, rounds)
+    rates = {f"{part}_images_per_s": settings.batch_size / statistics.median(seconds[part]) for part in seconds}
     return rates | {"peak_mib": runner.peak_memory()}
 
 
