@@ -5,7 +5,7 @@ from pathlib import Path
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
 from inputs.folders import validation_part
-from inputs.images import ImageDataset, ImageFiles
+from inputs.images import ImageDataset, file_dataset
 from utils import UserError, one_line
 
 Row = tuple[str, str, str]  # path, label, split
@@ -45,7 +45,8 @@ def csv_table(options: DatasetOptions) -> ImageDataset:
         raise UserError(
             "--data-set CSV needs --val-path, --val-split or a split column in --csv-columns, to validate on"
         )
-    dataset = ImageFiles([file for file, _, _ in rows], [label_of[row[1]] for row in rows], class_names, left_out)
+    labels = [label_of[name] for _, name, _ in rows]
+    dataset = file_dataset([file for file, _, _ in rows], labels, class_names, left_out=left_out)
     return dataset if options.val_split is None else validation_part(dataset, options)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from inputs.dataset_options import DatasetOptions
-from inputs.images import ImageArrays, ImageDataset
+from inputs.images import ImageDataset, array_dataset
 
 
 def digits(options: DatasetOptions) -> ImageDataset:
@@ -16,4 +16,4 @@ def digits(options: DatasetOptions) -> ImageDataset:
     split = train_test_split(np.arange(len(images)), test_size=360, random_state=0, stratify=found.target)
     chosen = np.sort(split[0 if options.train else 1])
     class_names = [str(name) for name in found.target_names]
-    return ImageArrays(f"DIGITS/{options.split}", images[chosen], found.target[chosen], class_names)
+    return array_dataset(f"DIGITS/{options.split}", images[chosen], found.target[chosen], class_names)

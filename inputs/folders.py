@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
-from inputs.images import ImageDataset, ImageFiles, divide_classes, is_image_name
+from inputs.images import ImageDataset, divide_classes, file_dataset, is_image_name
 from utils import UserError
 
 
@@ -58,7 +58,7 @@ def _image_folder(folder: Path) -> ImageDataset:
         paths += images
         labels += [label] * len(images)
         left_out += [f"{path} (not an image file name)" for path in files if not is_image_name(path)]
-    return ImageFiles(paths, labels, classes, left_out)
+    return file_dataset(paths, labels, classes, left_out=left_out)
 
 
 def walk_files(folder: str | os.PathLike) -> Iterator[str]:

@@ -10,21 +10,11 @@ from typing import BinaryIO
 import numpy as np
 
 from inputs.dataset_options import DatasetOptions
-from inputs.images import BadImage, ImageArrays, ImageDataset
+from inputs.images import BadImage, ImageDataset
 from utils import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
-
-
-class ImageRows(ImageArrays):
-    """Images in a table with one column, an undecoded Image: encoded bytes or a path."""
-
-    def source(self, index: int) -> str | BinaryIO:
-        (stored,) = self._images[index].values()
-        if stored is None:
-            raise BadImage(f"{self.path(index)}: no image in this row")
-        return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
 
 
 def hugging_face(options: DatasetOptions) -> ImageDataset:
@@ -62,9 +52,19 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
         class_names = list(getattr(features[label], "names", None) or ())
         class_names += [str(i) for i in range(len(class_names), int(labels.max(initial=-1)) + 1)]
         images = rows.select_columns([image]).cast_column(image, Image(decode=False))
-        return ImageRows(f"{options.name}/{split}", images, labels, class_names)
     except Exception as error:  # builders may raise anything
         raise UserError(f"--data-set {options.name}: {one_line(error)}") from error
+
+    def path(index: int) -> str:
+        return f"{options.name}/{split}[{index}]"
+
+    def source(index: int) -> str | BinaryIO:
+        stored = images[index][image]  # not decoded: encoded bytes or a path
+        if stored is None:
+            raise BadImage(f"{path(index)}: no image in this row")
+        return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
+
+    return ImageDataset(labels, class_names, path, source)
 
 
 def import_package() -> ModuleType:

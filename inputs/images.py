@@ -2,9 +2,9 @@
 
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -81,86 +81,67 @@ def _eight_bits(image: Image.Image, pixel_range: Sequence[float] | None) -> Imag
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
-class ImageDataset(ABC):
+@dataclass(eq=False)
+class ImageDataset:
     """A data set of images with one class label each.
 
     Attributes:
         labels: (N,) int64.
         class_names: the name of each label.
+        path: returns the file of the image with an index, or another name if it has no file.
+        source: returns the input for `read_image`; raises `BadImage`.
         left_out: files that are not used, each with the reason.
+        upright: see `read_image`.
     """
 
-    def __init__(self, labels: Sequence[int], class_names: Sequence[str], left_out: Sequence[str] = ()):
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.class_names = tuple(class_names)
-        self.left_out = left_out
+    labels: Sequence[int] | np.ndarray
+    class_names: Sequence[str]
+    path: Callable[[int], str]
+    source: Callable[[int], str | BinaryIO | Image.Image]
+    left_out: Sequence[str] = ()
+    upright: bool = False
+
+    def __post_init__(self) -> None:
+        self.labels = np.asarray(self.labels, dtype=np.int64)
+        self.class_names = tuple(self.class_names)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @abstractmethod
-    def path(self, index: int) -> str:
-        """The file of the image, or another name if it has no file."""
-
-    @abstractmethod
-    def source(self, index: int) -> str | BinaryIO | Image.Image:
-        """The input for `read_image`; raises `BadImage`."""
 
     def load(
         self, index: int, channels: int = 3, pixel_range: Sequence[float] | None = None
     ) -> tuple[Image.Image, int]:
         """The image, decoded by `read_image`, and its label; raises `BadImage`."""
         source, name = self.source(index), self.path(index)
-        return read_image(source, name, channels=channels, pixel_range=pixel_range), int(self.labels[index])
+        return read_image(source, name, self.upright, channels, pixel_range), int(self.labels[index])
+
+    def subset(self, indices: np.ndarray) -> "ImageDataset":
+        """The images at the given indices."""
+
+        def chosen(of: Callable) -> Callable:
+            return lambda index: of(int(indices[index]))
+
+        return replace(self, labels=self.labels[indices], path=chosen(self.path), source=chosen(self.source))
 
 
-class ImageFiles(ImageDataset):
-    """Images in files."""
+def file_dataset(
+    paths: Sequence[str | os.PathLike], labels: Sequence[int], class_names: Sequence[str], **options: Any
+) -> ImageDataset:
+    """Images in files; `options` are left_out and upright."""
+    encoded = np.array([os.fsencode(path) for path in paths])  # forked workers share it, unlike a million strings
 
-    def __init__(
-        self, paths: Sequence[str], labels: Sequence[int], class_names: Sequence[str], left_out: Sequence[str] = ()
-    ):
-        super().__init__(labels, class_names, left_out)
-        # An array instead of a million strings, so that forked workers share its memory.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+    def path(index: int) -> str:
+        return os.fsdecode(encoded[index])
 
-    def path(self, index: int) -> str:
-        return os.fsdecode(self._paths[index])
-
-    source = path
+    return ImageDataset(labels, class_names, path, path, **options)
 
 
-class ImageArrays(ImageDataset):
-    """Images in memory, (N, H, W) or (N, H, W, 3) of uint8."""
-
-    def __init__(self, name: str, images: np.ndarray, labels: Sequence[int], class_names: Sequence[str]):
-        super().__init__(labels, class_names)
-        self._name = name
-        self._images = images
-
-    def path(self, index: int) -> str:
-        return f"{self._name}[{index}]"
-
-    def source(self, index: int) -> Image.Image:
-        return Image.fromarray(self._images[index])
+def array_dataset(name: str, images: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> ImageDataset:
+    """Images in memory, (N, H, W) or (N, H, W, 3) of uint8, named ``name[index]``."""
+    return ImageDataset(labels, class_names, f"{name}[{{}}]".format, lambda index: Image.fromarray(images[index]))
 
 
-class Subset(ImageDataset):
-    """The images of a data set at the given indices."""
-
-    def __init__(self, dataset: ImageDataset, indices: np.ndarray):
-        super().__init__(dataset.labels[indices], dataset.class_names, dataset.left_out)
-        self._dataset = dataset
-        self._indices = indices
-
-    def path(self, index: int) -> str:
-        return self._dataset.path(int(self._indices[index]))
-
-    def source(self, index: int) -> str | BinaryIO | Image.Image:
-        return self._dataset.source(int(self._indices[index]))
-
-
-def choose_classes(dataset: ImageDataset, classes: Sequence[str]) -> Subset:
+def choose_classes(dataset: ImageDataset, classes: Sequence[str]) -> ImageDataset:
     """Select the images of some classes, by name or number, and label them 0, 1, … in the given order.
 
     Raises:
@@ -169,15 +150,15 @@ def choose_classes(dataset: ImageDataset, classes: Sequence[str]) -> Subset:
     chosen = [_class_number(dataset.class_names, name) for name in classes]
     if len(set(chosen)) != len(chosen):
         raise UserError(f"--classes {','.join(classes)}: a class is named twice")
-    subset = Subset(dataset, np.flatnonzero(np.isin(dataset.labels, chosen)))
+    subset = dataset.subset(np.flatnonzero(np.isin(dataset.labels, chosen)))
     new_label = np.full(len(dataset.class_names), -1)
     new_label[chosen] = range(len(chosen))
-    subset.labels = new_label[subset.labels]
-    subset.class_names = tuple(dataset.class_names[old] for old in chosen)
-    return subset
+    return replace(subset, labels=new_label[subset.labels], class_names=[dataset.class_names[old] for old in chosen])
 
 
-def divide_classes(dataset: ImageDataset, share: float, *key: int | str, left: int = 0) -> tuple[Subset, Subset]:
+def divide_classes(
+    dataset: ImageDataset, share: float, *key: int | str, left: int = 0
+) -> tuple[ImageDataset, ImageDataset]:
     """Split off a share of each class, at least one image, and leave at least `left` images of each class.
 
     The choice depends only on `key` and the name of the class.
@@ -187,7 +168,7 @@ def divide_classes(dataset: ImageDataset, share: float, *key: int | str, left: i
         found = np.flatnonzero(dataset.labels == label)
         shuffled = np.random.default_rng(key_seed(*key, name)).permutation(found)
         chosen[shuffled[: min(max(round(share * len(found)), 1), len(found) - left)]] = True
-    return Subset(dataset, np.flatnonzero(chosen)), Subset(dataset, np.flatnonzero(~chosen))
+    return dataset.subset(np.flatnonzero(chosen)), dataset.subset(np.flatnonzero(~chosen))
 
 
 def _class_number(class_names: Sequence[str], name: str) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs.dataset_options import DatasetOptions
-from inputs.images import ImageDataset, ImageFiles
+from inputs.images import ImageDataset, file_dataset
 
 RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # of --inat-category
 
@@ -27,7 +27,7 @@ def inaturalist(options: DatasetOptions) -> ImageDataset:
         labels = [label_of[category_names[category_of[image["id"]]]] for image in wanted["images"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise options.missing(f"iNaturalist's annotations, but an entry is incomplete ({error!r})") from error
-    return ImageFiles(paths, labels, class_names)
+    return file_dataset(paths, labels, class_names)
 
 
 def _read_json(options: DatasetOptions, file: str) -> Any:

@@ -8,34 +8,15 @@ import io
 import os
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
-from inputs.images import BadImage, ImageDataset, ImageFiles, is_image_name
+from inputs.images import BadImage, ImageDataset, file_dataset, is_image_name
 from utils import UserError, one_line
-
-
-class TarImages(ImageFiles):
-    """Images in uncompressed tar files."""
-
-    def __init__(self, shards: Sequence[Path], positions: Sequence[tuple[int, int, int]], *files: Sequence):
-        """positions: (shard number, offset, size in bytes) of each image. files: the arguments of `ImageFiles`."""
-        super().__init__(*files)
-        self._shards = shards
-        self._positions = np.array(positions, dtype=np.int64)
-
-    def source(self, index: int) -> BinaryIO:
-        shard, offset, size = self._positions[index]
-        try:
-            with open(self._shards[shard], "rb") as file:
-                file.seek(offset)
-                return io.BytesIO(file.read(size))
-        except OSError as error:
-            raise BadImage(f"{self.path(index)}: {error.strerror}") from error
 
 
 def web_shards(options: DatasetOptions) -> ImageDataset:
@@ -43,13 +24,26 @@ def web_shards(options: DatasetOptions) -> ImageDataset:
 
     A sample consists of an image, KEY.jpg or another format, and its class number in KEY.cls.
     """
-    own = _shards(options, options.split_names)
-    if not own:
+    shards = _shards(options, options.split_names)
+    if not shards:
         raise options.missing(f"shards {_pattern(options.name, options.split)} on a local disk")
-    paths, positions, labels, left_out = _index(own)
-    _, _, other_labels, _ = _index(_shards(options, SPLIT_NAMES["val" if options.train else "train"]))
-    class_count = max(labels + other_labels, default=-1) + 1
-    return TarImages(own, positions, paths, labels, [str(i) for i in range(class_count)], left_out)
+    found, left_out = _index(shards)
+    others, _ = _index(_shards(options, SPLIT_NAMES["val" if options.train else "train"]))
+    class_count = max((label for _, label, *_ in found + others), default=-1) + 1
+    positions = np.array([position for _, _, *position in found], dtype=np.int64)
+
+    def source(index: int) -> BinaryIO:
+        shard, offset, size = positions[index]
+        try:
+            with open(shards[shard], "rb") as file:
+                file.seek(offset)
+                return io.BytesIO(file.read(size))
+        except OSError as error:
+            raise BadImage(f"{dataset.path(index)}: {error.strerror}") from error
+
+    paths, labels = [path for path, *_ in found], [label for _, label, *_ in found]
+    dataset = file_dataset(paths, labels, [str(i) for i in range(class_count)], left_out=left_out)
+    return replace(dataset, source=source)
 
 
 def _shards(options: DatasetOptions, splits: Sequence[str]) -> list[Path]:
@@ -63,40 +57,34 @@ def _pattern(name: str, split: str) -> str:
     return f"{prefix}-{split}*.tar" if prefix else f"{split}*.tar"
 
 
-def _index(shards: Sequence[Path]) -> tuple[list[str], list[tuple[int, int, int]], list[int], list[str]]:
-    """The paths, positions and labels of the images as in `TarImages`, and the files that are left out."""
-    paths, positions, labels, left_out = [], [], [], []
+def _index(shards: Sequence[Path]) -> tuple[list[tuple[str, int, int, int, int]], list[str]]:
+    """(path, label, shard number, offset, size in bytes) of each image, and the files that are left out."""
+    found, left_out = [], []
     for number, shard in enumerate(shards):
+        samples: dict[str, dict[str, tarfile.TarInfo]] = {}  # the image and the .cls file by their common name
         try:
             with tarfile.open(shard, mode="r:") as tar:
-                images, classes, unused = _group_members(tar)
-                for key in [key for key in images if key in classes]:
-                    image = images.pop(key)
-                    paths.append(f"{shard}/{image.name}")
-                    positions.append((number, image.offset_data, image.size))
-                    labels.append(_class_number(tar, classes.pop(key)))
+                for member in tar:
+                    key, suffix = os.path.splitext(member.name)
+                    kind = "image" if is_image_name(member.name) else suffix.lower()
+                    hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
+                    if hidden or not member.isfile() or kind not in ("image", ".cls"):
+                        continue
+                    if samples.setdefault(key, {}).setdefault(kind, member) is not member:
+                        left_out.append(f"{shard}/{member.name} (a second file of its sample)")
+                for sample in samples.values():
+                    if len(sample) == 2:
+                        image, label = sample["image"], _class_number(tar, sample[".cls"])
+                        found.append((f"{shard}/{image.name}", label, number, image.offset_data, image.size))
+                    else:
+                        (alone,) = sample.values()
+                        left_out.append(f"{shard}/{alone.name} (no image or no .cls file of its sample)")
         except (OSError, tarfile.TarError, ValueError) as error:
             raise UserError(f"{shard}: not a readable shard: {one_line(error)}") from error
-        left_out += [f"{shard}/{member.name} (a second file of its sample)" for member in unused]
-        left_out += [f"{shard}/{member.name} (there is no .cls file)" for member in images.values()]
-        left_out += [f"{shard}/{member.name} (there is no image)" for member in classes.values()]
-    return paths, positions, labels, left_out
+    return found, left_out
 
 
-def _group_members(tar: tarfile.TarFile) -> tuple[dict[str, TarInfo], dict[str, TarInfo], list[TarInfo]]:
-    """The images and the .cls files by the sample's key, the path without its last suffix, and repeated files."""
-    images, classes, repeated = {}, {}, []
-    for member in tar:
-        key, suffix = os.path.splitext(member.name)
-        hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
-        if member.isfile() and not hidden and (is_image_name(member.name) or suffix.lower() == ".cls"):
-            group = images if is_image_name(member.name) else classes
-            if group.setdefault(key, member) is not member:
-                repeated.append(member)
-    return images, classes, repeated
-
-
-def _class_number(tar: tarfile.TarFile, member: TarInfo) -> int:
+def _class_number(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
     text = tar.extractfile(member).read()
     if not text.strip().isdigit():
         raise ValueError(f"{member.name}: {text[:40]!r} is not a class number")

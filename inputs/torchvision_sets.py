@@ -7,7 +7,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet, S
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
 from inputs.folders import class_folders, split_folder
-from inputs.images import ImageArrays, ImageDataset, ImageFiles
+from inputs.images import ImageDataset, array_dataset, file_dataset
 from utils import UserError, one_line
 
 # The folder that torchvision reads in --data-path, and its required content.
@@ -26,7 +26,7 @@ def cifar(options: DatasetOptions) -> ImageDataset:
     """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009), the Python version."""
     builder = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}[options.name]
     data = _open(builder, builder.base_folder, options, train=options.train, download=options.download)
-    return ImageArrays(f"{options.name}/{options.split}", data.data, data.targets, data.classes)
+    return array_dataset(f"{options.name}/{options.split}", data.data, data.targets, data.classes)
 
 
 def flowers(options: DatasetOptions) -> ImageDataset:
@@ -40,9 +40,9 @@ def flowers(options: DatasetOptions) -> ImageDataset:
         _open(Flowers102, "flowers-102", options, split=split, download=options.download)
         for split in (("train", "val") if options.train else ("test",))
     ]
-    paths = [str(path) for part in parts for path in part._image_files]
+    paths = [path for part in parts for path in part._image_files]
     labels = [label for part in parts for label in part._labels]
-    return ImageFiles(paths, labels, Flowers102.classes)
+    return file_dataset(paths, labels, Flowers102.classes)
 
 
 def cars(options: DatasetOptions) -> ImageDataset:
@@ -51,7 +51,7 @@ def cars(options: DatasetOptions) -> ImageDataset:
         return _cars_with_pickle(options)
     data = _open(StanfordCars, "stanford_cars", options, split="train" if options.train else "test")
     paths, labels = zip(*data._samples, strict=True)
-    return ImageFiles(paths, labels, data.classes)
+    return file_dataset(paths, labels, data.classes)
 
 
 def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
@@ -75,8 +75,8 @@ def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
         raise UserError(f"{path}: expected {expected}: {one_line(error)}") from error
     split = "train" if options.train else "test"
     folder = split_folder(options.root, (split, f"cars_{split}")) or options.root
-    files = [str(folder / file) for file, _ in chosen]
-    return ImageFiles(files, [label for _, label in chosen], [f"{i + 1:03d}" for i in range(last - first + 1)])
+    files = [folder / file for file, _ in chosen]
+    return file_dataset(files, [label for _, label in chosen], [f"{i + 1:03d}" for i in range(last - first + 1)])
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -92,7 +92,7 @@ def pets(options: DatasetOptions) -> ImageDataset:
     """Oxford-IIIT Pets: the training set is trainval, and validation uses test."""
     split = "trainval" if options.train else "test"
     data = _open(OxfordIIITPet, "oxford-iiit-pet", options, split=split, download=options.download)
-    return ImageFiles([str(path) for path in data._images], data._labels, data.classes)
+    return file_dataset(data._images, data._labels, data.classes)
 
 
 def _open(builder: type, folder: str, options: DatasetOptions, **arguments: str | bool) -> VisionDataset:

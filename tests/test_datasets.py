@@ -469,8 +469,8 @@ def test_shards_lose_no_sample_without_a_word(tmp_path):
     assert samples(found) == [(0, 0), (1, 1), (2, 2)]
     assert [reason.partition(" (")[2] for reason in found.left_out] == [
         "a second file of its sample)",
-        "there is no .cls file)",
-        "there is no image)",
+        "no image or no .cls file of its sample)",
+        "no image or no .cls file of its sample)",
     ]
 
 
@@ -480,7 +480,7 @@ def test_missing_and_damaged_shards_are_named(tmp_path):
     with tarfile.open(tmp_path / "cats-train-0.tar", "w") as tar:
         for name in ("1.png", "1.json"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(UserError, match=r"contains no images; .*/1.png \(there is no .cls file\)"):
+    with pytest.raises(UserError, match=r"contains no images; .*/1.png \(no image or no .cls file of its sample\)"):
         build_dataset("wds/cats", tmp_path, "train")
     (tmp_path / "train-0.tar").write_bytes(b"no shard" * 100)
     with pytest.raises(UserError, match="train-0.tar: not a readable shard"):

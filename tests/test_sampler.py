@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from inputs.data import balanced_probabilities
-from inputs.images import ImageArrays
+from inputs.images import ImageDataset, array_dataset
 from inputs.loader import EvalLoader, KeyedImages, TrainLoader
 from inputs.sampler import KeyedSampler
 from inputs.transforms import RandomErasing, eval_transform, train_transform
@@ -23,21 +23,22 @@ GLOBAL_BATCH = 12
 SIZE = 41
 
 
-class Counted(ImageArrays):
-    """Random images that count how often each is read."""
+def counted(size: int = SIZE) -> ImageDataset:
+    """Random images that count in `reads` how often each is read."""
+    images = np.random.RandomState(0).randint(0, 256, (size, 40, 40, 3), dtype=np.uint8)
+    dataset = array_dataset("random", images, np.arange(size) % 3, ["a", "b", "c"])
+    read, dataset.reads = dataset.source, np.zeros(size, dtype=int)
 
-    def __init__(self, size: int = SIZE):
-        images = np.random.RandomState(0).randint(0, 256, (size, 40, 40, 3), dtype=np.uint8)
-        super().__init__("random", images, np.arange(size) % 3, ["a", "b", "c"])
-        self.reads = np.zeros(size, dtype=int)
+    def source(index):
+        dataset.reads[index] += 1
+        return read(index)
 
-    def source(self, index):
-        self.reads[index] += 1
-        return super().source(index)
+    dataset.source = source
+    return dataset
 
 
 def make_loader(workers=0, rank=0, world=1, dataset=None, repeats=1, reprob=0.0, seed=3) -> TrainLoader:
-    dataset = dataset or Counted()
+    dataset = dataset or counted()
     batch = GLOBAL_BATCH // world
     transform = train_transform(36, aa="rand-m9-mstd0.5-inc1")
     sampler = KeyedSampler(len(dataset), batch, seed, rank, world, repeats=repeats)
@@ -100,7 +101,7 @@ def test_epochs_and_seeds_differ_in_order_and_augmentation():
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_mid_epoch_gives_the_rest_and_reads_nothing_that_was_used(workers):
-    dataset = Counted()
+    dataset = counted()
     loader = make_loader(workers, dataset=dataset)
     whole = rank_trace(loader, 1)
     for start in range(len(loader) + 1):
@@ -130,7 +131,7 @@ PINNED = [3, 4, 9, 6, 5, 2, 8, 7, 0, 1]
 
 def test_balanced_sampling_draws_every_class_as_often_by_the_same_arithmetic():
     labels = np.repeat([0, 1, 2], [900, 90, 10])
-    dataset = ImageArrays("", np.zeros((1000, 1, 1), np.uint8), labels, "abc")
+    dataset = array_dataset("", np.zeros((1000, 1, 1), np.uint8), labels, "abc")
     probabilities = balanced_probabilities(dataset)
     samplers = [KeyedSampler(1000, 10, 3, rank, 2, probabilities=probabilities) for rank in range(2)]
     orders = [sampler.order(0) for sampler in samplers]
@@ -189,7 +190,7 @@ def test_evaluation_takes_every_image_exactly_once():
 
 def test_evaluation_loaders_read_every_image_exactly_once():
     size, world, batch = 11, 4, 3
-    dataset = KeyedImages(Counted(size), eval_transform(36))
+    dataset = KeyedImages(counted(size), eval_transform(36))
     loaders = [EvalLoader(dataset, batch, Distributed(rank=rank, world_size=world)) for rank in range(world)]
     indices = [index for loader in loaders for batch in loader for index in batch.indices.tolist()]
     assert sorted(indices) == list(range(size))

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.ops import roi_align
 
-from inputs.images import ImageFiles
+from inputs.images import file_dataset
 from inputs.label_maps import MAP_SHAPE, check_label_maps, encode_label_map, read_label_map
 from inputs.token_labels import GEOMETRIC_OPS, TokenLabelTransform, dense_targets, region_logits
 from training.classification import build_criterion
@@ -270,7 +270,7 @@ def test_missing_and_unfitting_maps_are_named_before_training(tmp_path):
 
     def check(images: int, root=tmp_path, classes=10) -> None:
         paths, labels = [f"/data/a/{i}.JPEG" for i in range(images)], [0] * images
-        check_label_maps(ImageFiles(paths, labels, "0123456789"[:classes]), root)
+        check_label_maps(file_dataset(paths, labels, "0123456789"[:classes]), root)
 
     check(30)
     with pytest.raises(UserError, match="names class 9, and there are 9"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inputs.images import ImageArrays
+from inputs.images import array_dataset
 from tools import save_images
 
 TOOLS = [
@@ -37,7 +37,7 @@ def test_a_tool_is_run_as_a_module_leaves_the_path_alone_and_helps_in_eighty_col
 
 def test_images_are_saved_in_folders_of_their_classes_and_nowhere_else(tmp_path, monkeypatch):
     images = np.arange(4, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
-    dataset = ImageArrays("MINE/val", images, [0, 1, 2, 0], ("cat", "..", "a/b"))
+    dataset = array_dataset("MINE/val", images, [0, 1, 2, 0], ("cat", "..", "a/b"))
     monkeypatch.setattr(save_images, "build_dataset", lambda *args, **kwargs: dataset)
     save_images.main(["--count", "9", "--output", str(tmp_path / "out")])
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))

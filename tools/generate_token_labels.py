@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from inputs.catalogue import build_dataset
-from inputs.images import ImageDataset, Subset
+from inputs.images import ImageDataset
 from inputs.label_maps import MAP_SIZE, check_label_maps, encode_label_map, image_map_path
 from inputs.loader import EvalLoader, KeyedImages
 from models import load_checkpoint
@@ -118,7 +118,7 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
 
     for folder in {paths[index].parent for index in wanted}:
         make_directory(folder)
-    loader = EvalLoader(samples(Subset(dataset, wanted)), args.batch_size, dist, args.num_workers, pin_memory=True)
+    loader = EvalLoader(samples(dataset.subset(wanted)), args.batch_size, dist, args.num_workers, pin_memory=True)
     bar = tqdm(desc="writing maps", total=-(-len(wanted) // dist.world_size), unit=" maps", disable=not dist.is_main)
     with ThreadPoolExecutor(WRITERS) as pool, bar:
         for batch in loader:

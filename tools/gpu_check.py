@@ -29,7 +29,7 @@ import main_spectformer
 import models
 from inputs import catalogue
 from inputs.dataset_options import DatasetOptions
-from inputs.images import ImageArrays
+from inputs.images import ImageDataset, array_dataset
 from models.layers import SPECTRAL_PRECISIONS
 from models.mixers import build_mixer
 from runtime.cli import run_cli
@@ -144,7 +144,7 @@ def speeds(settings: Settings, rounds: int) -> dict[str, float]:
     return rates | {"peak_mib": runner.peak_memory()}
 
 
-def gratings(options: DatasetOptions, count: int) -> ImageArrays:
+def gratings(options: DatasetOptions, count: int) -> ImageDataset:
     """Generate noisy gratings of 64 px, classified by orientation; they need no files and no network."""
     rng = np.random.default_rng(options.split == "train")
     labels = np.arange(count if options.split == "train" else count // 8) % CLASSES
@@ -153,7 +153,7 @@ def gratings(options: DatasetOptions, count: int) -> ImageArrays:
     waves = 0.4 * (np.multiply.outer(np.sin(angles), rows) + np.multiply.outer(np.cos(angles), columns))
     images = 128 + 40 * np.cos(waves + phases[:, None, None]) + rng.normal(0, 40, waves.shape)
     names = [f"{180 * label // CLASSES} degrees" for label in range(CLASSES)]
-    return ImageArrays(f"GRATINGS/{options.split}", images.clip(0, 255).astype(np.uint8), labels, names)
+    return array_dataset(f"GRATINGS/{options.split}", images.clip(0, 255).astype(np.uint8), labels, names)
 
 
 def train(device: str, small: bool, output: Path, report: Callable) -> None:

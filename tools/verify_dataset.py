@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from inputs.catalogue import build_dataset
 from inputs.folders import walk_files
-from inputs.images import BadImage, ImageDataset, ImageFiles, is_image_name
+from inputs.images import BadImage, ImageDataset, file_dataset, is_image_name
 from runtime.cli import run_cli
 from training.arguments import WORKERS, Parser
 from training.options import default_workers
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths = [path for path in walk_files(args.folder) if is_image_name(path)]
         if not paths:
             raise UserError(f"--folder {args.folder}: contains no images")
-        parts = {args.folder: ImageFiles(paths, [0] * len(paths), ["unknown"])}
+        parts = {args.folder: file_dataset(paths, [0] * len(paths), ["unknown"])}
     unreadable = []
     for name, dataset in parts.items():
         images, check = range(len(dataset)), partial(problem, dataset)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inputs.images import ImageArrays
+from inputs.images import array_dataset
 from inputs.loader import EvalLoader, KeyedImages
 from inputs.transforms import eval_transform
 from runtime import checkpoints
@@ -31,7 +31,7 @@ def evaluate_sizes(sizes: Sequence[int], batches: Sequence[int], report: str) ->
     transform = eval_transform((8, 8), crop_pct=1.0)
     counts = {}
     for size in sizes:
-        dataset = KeyedImages(ImageArrays("noise", images[:size], labels[:size], list("0123456789")), transform, 0)
+        dataset = KeyedImages(array_dataset("noise", images[:size], labels[:size], list("0123456789")), transform, 0)
         for batch in batches:
             loader = EvalLoader(dataset, batch, dist)
             found = evaluate(model, loader, dist, Precision(dist.device, torch.float64, None))
