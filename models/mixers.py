@@ -19,8 +19,8 @@ from .spectral_gate import SpectralGate
 Options = Mapping[str, Mapping[str, object]]  # mixer name -> the mixer's own options
 
 
-def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int, **options: str) -> nn.Module:
-    return ScatteringMixer(dim, grid, mixing, **options)
+def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int) -> nn.Module:
+    return ScatteringMixer(dim, grid, mixing)
 
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {

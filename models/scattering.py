@@ -7,7 +7,7 @@ from .blending import EinsteinBlending, TensorBlending, resize_planes, resize_to
 from .cpu.scattering import scatter
 from .layers import GridMixer
 from .resampling import Grid, resize_grid
-from .wavelet import WAVELET_BACKENDS, padded_grid
+from .wavelet import analyse, padded_grid, synthesise
 
 CHANNEL_BLOCKS = 4
 # mixing -> the modules applied to the high-pass bands, in order
@@ -34,16 +34,14 @@ class ScatteringMixer(GridMixer):
     blending of the high-pass bands: "channel" or "token", Einstein blending over channels or tokens; "tensor", tensor
     blending; "channel_token", both Einstein blendings; "token_half", Einstein blending over tokens. The last two act
     on half of the channels; the other half passes through a depthwise 3x3 convolution, and the two are interleaved
-    channel by channel. `backend` is a key of `WAVELET_BACKENDS`.
+    channel by channel.
 
     Raises:
-        ValueError: if the backend is unknown, or the number of channels is not divisible into blocks.
+        ValueError: if the number of channels is not divisible into blocks.
     """
 
-    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel", backend: str = "native"):
+    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel"):
         super().__init__()
-        if backend not in WAVELET_BACKENDS:
-            raise ValueError(f"wavelet_backend must be one of {', '.join(WAVELET_BACKENDS)}, not {backend!r}")
         blends = MIXINGS[mixing]
         self.halved = mixing in HALVED
         multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in blends else 1)
@@ -53,7 +51,6 @@ class ScatteringMixer(GridMixer):
         self.mixing = mixing
         channels = dim // 2 if self.halved else dim
         height, width = padded_grid(grid_size)
-        self.wavelet = WAVELET_BACKENDS[backend]()
         self.low_pass = nn.Parameter(0.02 * torch.randn(height, width, channels))
         if "channel_blend" in blends:
             self.channel_blend = EinsteinBlending(CHANNEL_BLOCKS, channels // CHANNEL_BLOCKS, "channels")
@@ -76,12 +73,12 @@ class ScatteringMixer(GridMixer):
         low_pass = resize_low_pass(self.low_pass, padded_grid(x.shape[1:3]))
         if self.mixing == "channel":
             half = self.spectral_precision == "half"
-            if (y := scatter(x, self.wavelet, low_pass, self.channel_blend, half)) is not None:
+            if (y := scatter(x, low_pass, self.channel_blend, half)) is not None:
                 return y
-        low, bands = self.wavelet(self.spectral_input(x))
+        low, bands = analyse(self.spectral_input(x))
         for name in MIXINGS[self.mixing]:
             bands = self.get_submodule(name)(bands)
-        return self.wavelet.inverse(low * low_pass.to(low.dtype), bands, x.shape[1:3])
+        return synthesise(low * low_pass.to(low.dtype), bands, x.shape[1:3])
 
     @staticmethod
     def resize_weights(weights: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:

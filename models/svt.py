@@ -9,7 +9,6 @@ these are SpectFormer's vanilla models with scattering instead of the gate.
 from timm.models import generate_default_cfgs, register_model
 
 from .pyramid import Pyramid, build_pyramid, pyramid_cfgs
-from .scattering import MIXINGS
 from .vanilla import Vanilla, build_vanilla, vanilla_cfgs
 
 SOURCE = {
@@ -24,14 +23,7 @@ default_cfgs = generate_default_cfgs(_pyramids | _aliases | vanilla_cfgs("svt_va
 
 
 def _scattering(mixing: str | None, default: str, arguments: dict) -> dict:
-    """Set `mixer` to scattering, unless `mixers` sets the mixer of every block.
-
-    `wavelet_backend` becomes an option of the scattering mixers.
-    """
-    arguments = dict(arguments)
-    if backend := arguments.pop("wavelet_backend", None):
-        options = {f"scattering_{name}": {"backend": backend} for name in MIXINGS}
-        arguments["mixer_options"] = options | (arguments.get("mixer_options") or {})
+    """Set `mixer` to scattering, unless `mixers` sets the mixer of every block."""
     if mixing is None and arguments.get("mixers") is not None:
         return arguments
     return {"mixer": f"scattering_{mixing or default}"} | arguments
@@ -60,7 +52,7 @@ def svt_h_s(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Py
     """SVT-H-S: 22.1M parameters with the token-label head, 3.9 GFLOPs at 224.
 
     mixing: "channel" (the default, as in the released code), "channel_token" (the published models) or another one
-    from `ScatteringMixer`. wavelet_backend: "native" (the default) or "pytorch_wavelets", which needs that package.
+    from `ScatteringMixer`.
     """
     return build_pyramid("svt_h_s", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
 

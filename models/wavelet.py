@@ -12,13 +12,12 @@ the layout that the blending needs.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .matrices import builder, matrix, multiply
-from .precision import autocast_off, full_precision
+from .precision import autocast_off
 from .resampling import Grid
 
 # near_sym_b: the first half of each symmetric filter of odd length, including its centre.
@@ -146,7 +145,12 @@ def _complex_pair(even: Tensor, odd: Tensor, of_high_rows: bool) -> Iterator[Ten
 
 @torch.fx.wrap
 def analyse(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Transform (B, H, W, C) to the low-pass image and the bands, see `DTCWT`."""
+    """Transform a grid (B, H, W, C) to its low-pass image and its bands, in the dtype of x with autocast off.
+
+    The low-pass image is (B, H', W', C), where H' and W' are H and W rounded up to even numbers. The six complex bands
+    (B, H'/2, W'/2, 6, 2, C) are oriented at 15, 45, 75, 105, 135 and 165 degrees, real part first. Products accumulate
+    in float32. `synthesise` reconstructs x with a relative error of 1e-5 in float32 and 1e-2 in bfloat16.
+    """
     batch, height, width, channels = x.shape
     with autocast_off(x):
         low = multiply(matrix(_low_analysis, height, like=x), x.flatten(2))
@@ -159,7 +163,7 @@ def analyse(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.fx.wrap
 def synthesise(low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
-    """Transform the low-pass image and the bands to (B, H, W, C), see `DTCWT.inverse`."""
+    """Invert `analyse`: return the (B, H, W, C) tokens of the low-pass image and the bands; `grid` is (H, W)."""
     height, width = grid
     batch, channels = low.shape[0], low.shape[3]
     with autocast_off(low):
@@ -169,60 +173,3 @@ def synthesise(low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
         image = multiply(matrix(_low_synthesis, height, like=low), low.view(batch, -1, width * channels))
         image = multiply(matrix(_rows_synthesis, height, like=low), rows, add=image)
         return image.view(batch, height, width, channels)
-
-
-class DTCWT(nn.Module):
-    """Level-1 dual-tree complex wavelet transform of (B, H, W, C), and its inverse, on any grid.
-
-    `forward` returns the low-pass image (B, H', W', C), where H' and W' are H and W rounded up to even numbers, and six
-    complex bands (B, H'/2, W'/2, 6, 2, C), oriented at 15, 45, 75, 105, 135 and 165 degrees, real part first. `inverse`
-    reconstructs the signal with a relative error of 1e-5 in float32 and 1e-2 in bfloat16. Both compute in the input's
-    dtype with autocast off; products accumulate in float32.
-    """
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return analyse(x)
-
-    def inverse(self, low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
-        """Reconstruct the signal (B, H, W, C) from low-pass image and bands; `grid` is (H, W) and may be odd."""
-        return synthesise(low, bands, grid)
-
-
-@lru_cache
-def _library_transforms(dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    try:
-        from pytorch_wavelets import DTCWTForward, DTCWTInverse
-    except ImportError as error:
-        raise ImportError(
-            f"wavelet_backend='pytorch_wavelets': install pytorch_wavelets and setuptools<81 ({error})"
-        ) from error
-    forward = DTCWTForward(J=1, biort="near_sym_b", qshift="qshift_b")
-    inverse = DTCWTInverse(biort="near_sym_b", qshift="qshift_b")
-    return forward.to(device, dtype), inverse.to(device, dtype)
-
-
-class LibraryDTCWT(nn.Module):
-    """`DTCWT` computed by the optional pytorch_wavelets package."""
-
-    def __init__(self):
-        super().__init__()
-        _library_transforms(torch.float32, torch.device("cpu"))  # a missing package raises here
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast_off(x):
-            signal = full_precision(x).permute(0, 3, 1, 2)
-            transform, _ = _library_transforms(signal.dtype, signal.device)
-            low, (high,) = transform(signal)
-            return low.permute(0, 2, 3, 1).to(x.dtype), high.permute(0, 3, 4, 2, 5, 1).to(x.dtype)
-
-    def inverse(self, low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
-        """See `DTCWT.inverse`."""
-        with autocast_off(low):
-            image = full_precision(low).permute(0, 3, 1, 2)
-            high = full_precision(bands).permute(0, 5, 3, 1, 2, 4)
-            _, transform = _library_transforms(image.dtype, image.device)
-            x = transform((image, [high]))
-            return x[:, :, : grid[0], : grid[1]].permute(0, 2, 3, 1).to(low.dtype)
-
-
-WAVELET_BACKENDS = {"native": DTCWT, "pytorch_wavelets": LibraryDTCWT}

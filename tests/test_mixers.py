@@ -8,6 +8,7 @@ from torch import nn
 from models import ARCHITECTURES
 from models.mixers import MIXERS, Attention, ScatteringMixer, SpectralGate, block_mixers, build_mixer, stage_mixers
 from models.other_mixers import AFNO, AveragePooling, DepthwiseConv, FNet, FourierOperator
+from models.wavelet import analyse, synthesise
 
 # Parameters of SVT-H-S with two spectral stages and a token-label head: 21,173,232 plus those of the mixers in the
 # seven spectral blocks. The comments give the paper's name and its number of parameters in millions.
@@ -93,11 +94,11 @@ def test_afno_is_two_complex_layers_in_blocks_shrunk():
 
 def test_tensor_blending_multiplies_each_coefficient_by_its_own_weight():
     mixer, x = strong(ScatteringMixer(8, (6, 4), "tensor")), grid(6, 4, 8)
-    low, bands = mixer.wavelet(x)
+    low, bands = analyse(x)
     assert mixer.tensor_blend.weight.shape == (12, 3, 2, 8)
     real, imaginary = mixer.tensor_blend.weight.permute(1, 2, 0, 3).chunk(2, 2)
     blended = torch.stack((bands[..., 0, :] * real, bands[..., 1, :] * imaginary), -2)
-    expected = mixer.wavelet.inverse(low * mixer.low_pass, blended, (6, 4))
+    expected = synthesise(low * mixer.low_pass, blended, (6, 4))
     assert torch.allclose(mixer(x), expected)
 
 

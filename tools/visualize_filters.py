@@ -120,19 +120,18 @@ def orientation_energies(
     Each energy is (6, h, w): |z|^2 summed over channels and averaged over images. The blended response to zeros, which
     comes from the biases and is the same for all images and orientations, is subtracted first.
     """
+    inputs: list[Tensor] = []  # the bands before blending
+    first_blends = [mixer.get_submodule(MIXINGS[mixer.mixing][0]) for mixer in mixers]
+    hooks = [blend.register_forward_pre_hook(lambda _, bands: inputs.append(*bands)) for blend in first_blends]
+    model(images)
+    for hook in hooks:
+        hook.remove()
     energies = []
-
-    def measure(mixer: ScatteringMixer, _wavelet: nn.Module, _input: tuple, output: tuple[Tensor, Tensor]) -> None:
-        bands = output[1]
+    for mixer, bands in zip(mixers, inputs, strict=True):
         blend = nn.Sequential(*[mixer.get_submodule(name) for name in MIXINGS[mixer.mixing]])
         blended = blend(bands) - blend(torch.zeros_like(bands[:1]))
         both = [band.double().square().sum((-2, -1)).mean(0).permute(2, 0, 1) for band in (bands, blended)]
         energies.append(tuple(both))
-
-    hooks = [mixer.wavelet.register_forward_hook(partial(measure, mixer)) for mixer in mixers]
-    model(images)
-    for hook in hooks:
-        hook.remove()
     return energies
 
 

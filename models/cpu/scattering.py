@@ -14,7 +14,7 @@ from torch import Tensor
 from ..blending import EinsteinBlending, blend_channels
 from ..matrices import matrix
 from ..precision import full_precision, to_autocast
-from ..wavelet import DTCWT, analyse, analysis_matrix, synthesis_matrix, synthesise
+from ..wavelet import analyse, analysis_matrix, synthesis_matrix, synthesise
 from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
 
 # Elements of the transform per slice, 4HWC per image: 4 MiB in float32, the fastest of 2 to 16 MiB.
@@ -23,11 +23,9 @@ SLICE_ELEMENTS = 2**20
 Filters = tuple[Tensor, Tensor]  # the matrices that filter the height and the width
 
 
-def scatter(
-    x: Tensor, wavelet: torch.nn.Module, low_pass: Tensor, blend: EinsteinBlending, half: bool
-) -> Tensor | None:
+def scatter(x: Tensor, low_pass: Tensor, blend: EinsteinBlending, half: bool) -> Tensor | None:
     """Compute `ScatteringMixer` with channel blending on (B, H, W, C); return None if the kernel cannot run."""
-    if type(wavelet) is not DTCWT or not may_run(x, (low_pass, *blend.parameters()), (wavelet, blend), half=half):
+    if not may_run(x, (low_pass, *blend.parameters()), (blend,), half=half):
         return None
     signal = to_autocast(x) if half else full_precision(x)
     return scatter_in_slices(signal, low_pass, *blend.real_layers(), torch.is_grad_enabled())[0]
