@@ -1,11 +1,11 @@
 """The timm interface of both backbones: forward pass, features, classifier, gradient checkpointing, registration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.layers import global_pool_nlc, trunc_normal_
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -251,3 +251,13 @@ def build_variant(
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **arguments,
     )
+
+
+def register(build: Callable[[str, bool, dict], ImageModel], name: str, description: str) -> None:
+    """Register `build(name, pretrained, arguments)` as timm's model `name`, in the module that defines `build`."""
+
+    def model(pretrained: bool = False, **arguments: Any) -> ImageModel:
+        return build(name, pretrained, arguments)
+
+    model.__name__, model.__doc__, model.__module__ = name, description, build.__module__
+    register_model(model)

@@ -6,10 +6,11 @@ paper's figure has alpha = 2: `spectral_depths=(3, 4, 0, 0)` for S. The code of 
 these are SpectFormer's vanilla models with scattering instead of the gate.
 """
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 
-from .pyramid import Pyramid, build_pyramid, pyramid_cfgs
-from .vanilla import Vanilla, build_vanilla, vanilla_cfgs
+from .base import ImageModel, register
+from .pyramid import build_pyramid, pyramid_cfgs
+from .vanilla import build_vanilla, vanilla_cfgs
 
 SOURCE = {
     "paper_ids": "arXiv:2311.01310",
@@ -18,98 +19,41 @@ SOURCE = {
 }
 
 _pyramids = pyramid_cfgs("svt", SOURCE)
-_aliases = {f"svt_{size}": _pyramids[f"svt_h_{size}"] for size in ("s", "b", "l")}
-default_cfgs = generate_default_cfgs(_pyramids | _aliases | vanilla_cfgs("svt_vanilla", SOURCE))
+ALIASES = {f"svt_{size}": f"svt_h_{size}" for size in ("s", "b", "l")}
+_aliased = {alias: _pyramids[name] for alias, name in ALIASES.items()}
+default_cfgs = generate_default_cfgs(_pyramids | _aliased | vanilla_cfgs("svt_vanilla", SOURCE))
+# The parameters of H-S, H-B and H-L include the token-label head, those of H-N and H-Ti a head for 10 classes.
+MODELS = {
+    "svt_h_n": "SVT-H-N, for 32-pixel images: 1.2M parameters, 28 MFLOPs at 32. Not in the paper.",
+    "svt_h_ti": "SVT-H-Ti, for 128-pixel photographs: 2.3M parameters. Not in the paper.",
+    "svt_h_s": "SVT-H-S: 22.1M parameters, 3.9 GFLOPs at 224.",
+    "svt_h_b": "SVT-H-B: 32.9M parameters, 6.3 GFLOPs at 224.",
+    "svt_h_l": "SVT-H-L: 54.6M parameters, 12.7 GFLOPs at 224.",
+    "svt_vanilla_ti": "Vanilla SVT-Ti: 9.1M parameters, 1.8 GFLOPs at 224.",
+    "svt_vanilla_xs": "Vanilla SVT-XS: 20.0M parameters, 4.0 GFLOPs at 224.",
+    "svt_vanilla_s": "Vanilla SVT-S: 32.4M parameters (published: 32.2M), 6.6 GFLOPs at 224.",
+    "svt_vanilla_b": "Vanilla SVT-B: 57.2M parameters (published: 57.6M), 11.5 GFLOPs at 224.",
+    **{alias: f"Another name of `{name}`." for alias, name in ALIASES.items()},
+}
 
 
-def _scattering(mixing: str | None, default: str, arguments: dict) -> dict:
-    """Set `mixer` to scattering, unless `mixers` sets the mixer of every block."""
-    if mixing is None and arguments.get("mixers") is not None:
-        return arguments
-    return {"mixer": f"scattering_{mixing or default}"} | arguments
+def build(name: str, pretrained: bool, arguments: dict) -> ImageModel:
+    """Build the model `name` with arguments of `Pyramid` (H) or `Vanilla`, and with `mixing`.
 
-
-@register_model
-def svt_h_n(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-N, for 32-pixel images: 1.2M parameters (10 classes), 28 MFLOPs at 32. Not in the paper.
-
-    It uses scattering in two stages. It has the arguments of `svt_h_s`; mixing is "channel_token" by default.
+    mixing: a mixing of `ScatteringMixer`. By default, the sizes of the released code (H-S, H-B and H-L) use "channel"
+        in one stage, as that code does, and the other models "channel_token". The published H-S and H-B are
+        "channel_token", and so are the vanilla models, by their number of parameters.
     """
-    return build_pyramid("svt_h_n", pretrained, _scattering(mixing, "channel_token", kwargs))
+    name = ALIASES.get(name, name)
+    released = name in ALIASES.values()
+    mixing = arguments.pop("mixing", None)
+    if mixing is not None or arguments.get("mixers") is None:
+        default = "channel" if released else "channel_token"
+        arguments = {"mixer": f"scattering_{mixing or default}"} | arguments
+    if "vanilla" in name:
+        return build_vanilla(name, pretrained, arguments)
+    return build_pyramid(name, pretrained, arguments, spectral_stages=1 if released else 2)
 
 
-@register_model
-def svt_h_ti(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-Ti, for 128-pixel photographs: 2.3M parameters (10 classes). Not in the paper.
-
-    It uses scattering in two stages. It has the arguments of `svt_h_s`; mixing is "channel_token" by default.
-    """
-    return build_pyramid("svt_h_ti", pretrained, _scattering(mixing, "channel_token", kwargs))
-
-
-@register_model
-def svt_h_s(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-S: 22.1M parameters with the token-label head, 3.9 GFLOPs at 224.
-
-    mixing: "channel" (the default, as in the released code), "channel_token" (the published models) or another one
-    from `ScatteringMixer`.
-    """
-    return build_pyramid("svt_h_s", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
-
-
-@register_model
-def svt_h_b(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-B: 32.9M parameters with the token-label head, 6.3 GFLOPs at 224. Same arguments as `svt_h_s`."""
-    return build_pyramid("svt_h_b", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
-
-
-@register_model
-def svt_h_l(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Pyramid:
-    """SVT-H-L: 54.6M parameters with the token-label head, 12.7 GFLOPs at 224. Same arguments as `svt_h_s`."""
-    return build_pyramid("svt_h_l", pretrained, _scattering(mixing, "channel", kwargs), spectral_stages=1)
-
-
-@register_model
-def svt_s(pretrained: bool = False, **kwargs) -> Pyramid:
-    """Another name of `svt_h_s`."""
-    return svt_h_s(pretrained, **kwargs)
-
-
-@register_model
-def svt_b(pretrained: bool = False, **kwargs) -> Pyramid:
-    """Another name of `svt_h_b`."""
-    return svt_h_b(pretrained, **kwargs)
-
-
-@register_model
-def svt_l(pretrained: bool = False, **kwargs) -> Pyramid:
-    """Another name of `svt_h_l`."""
-    return svt_h_l(pretrained, **kwargs)
-
-
-@register_model
-def svt_vanilla_ti(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
-    """Vanilla SVT-Ti: 9.1M parameters, 1.8 GFLOPs at 224.
-
-    mixing: "channel_token" (the default, which matches the published number of parameters) or another one from
-    `ScatteringMixer`.
-    """
-    return build_vanilla("svt_vanilla_ti", pretrained, _scattering(mixing, "channel_token", kwargs))
-
-
-@register_model
-def svt_vanilla_xs(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
-    """Vanilla SVT-XS: 20.0M parameters, 4.0 GFLOPs at 224. Same arguments as `svt_vanilla_ti`."""
-    return build_vanilla("svt_vanilla_xs", pretrained, _scattering(mixing, "channel_token", kwargs))
-
-
-@register_model
-def svt_vanilla_s(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
-    """Vanilla SVT-S: 32.4M parameters (published: 32.2M), 6.6 GFLOPs at 224. Same arguments as `svt_vanilla_ti`."""
-    return build_vanilla("svt_vanilla_s", pretrained, _scattering(mixing, "channel_token", kwargs))
-
-
-@register_model
-def svt_vanilla_b(pretrained: bool = False, mixing: str | None = None, **kwargs) -> Vanilla:
-    """Vanilla SVT-B: 57.2M parameters (published: 57.6M), 11.5 GFLOPs at 224. Same arguments as `svt_vanilla_ti`."""
-    return build_vanilla("svt_vanilla_b", pretrained, _scattering(mixing, "channel_token", kwargs))
+for _name, _description in MODELS.items():
+    register(build, _name, _description)
