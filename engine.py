@@ -19,16 +19,17 @@ from timm.utils import distribute_bn
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from runtime import checkpoints
 from runtime.processes import init_distributed
 from runtime.provenance import describe_run
 from runtime.run_directory import RunDirectory
 from training.log import describe, log_row, peak_memory, profiler, progress_bar, report, show_progress
 from training.optimizer import images_per_update
 from training.precision import choose_precision, set_up_device
-from training.resume import LAST, checkpoint_state, find_checkpoint, load_average, restore, with_global_batch
+from training.resume import LAST, checkpoint_state, find_checkpoint, restore, with_global_batch
 from training.task import Task
 from training.trainer import Run, Trainer, set_mode
-from utils import Interrupted, NonFiniteError, StopSignals, UserError, seed_step, seeded
+from utils import Interrupted, NonFiniteError, StopSignals, seed_step, seeded
 
 SMALLEST_SCALE = 2.0**-14  # smallest scale of the fp16 loss; an overflow at this scale is an error
 NAMED_FILES = 32  # at most this many sample files in an error message
@@ -45,8 +46,6 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
         UserError: a flag or the checkpoint does not fit the machine or the model, or another run uses the directory.
     """
     dist = init_distributed(args.device)
-    if args.sync_bn and dist.device.type != "cuda":
-        raise UserError("--sync-bn needs CUDA; on a CPU, use --freeze-bn to be independent of the number of processes")
     set_up_device(dist.device, kind.fixed_sizes)
     opened = nullcontext()
     if dist.is_main and not (args.eval or args.dry_run):
@@ -54,16 +53,16 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
     with opened as directory:
         checkpoint = find_checkpoint(args, dist)
         if checkpoint is not None and not args.eval:
-            args = with_global_batch(args, checkpoint, dist, kind.flags.checks)
+            args = with_global_batch(args, checkpoint, dist)
         run = Run(args, dist, choose_precision(args, dist.device), directory, checkpoint)
         task = kind(run)
         with StopSignals(dist.is_main) as stop:
             trainer = Trainer(run, task, stop)
+            if checkpoint is not None:
+                restore(trainer, checkpoint)
             if args.dry_run:
-                dry_run(trainer, run)
+                dry_run(trainer)
             elif args.eval:
-                if checkpoint is not None:
-                    load_average(trainer, checkpoint)
                 report(dist, json.dumps(evaluate(trainer)))
             else:
                 train(trainer, run)
@@ -72,8 +71,6 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
 def train(trainer: Trainer, run: Run) -> None:
     """Train, evaluate and save, epoch by epoch."""
     args, progress = trainer.args, trainer.progress
-    if run.checkpoint is not None:
-        restore(trainer, run.checkpoint)
     if run.directory is not None:
         run.directory.truncate_log(progress.epoch)
         record = describe_run(vars(args), sys.argv, trainer.dist.world_size)
@@ -118,7 +115,7 @@ def stops_early(trainer: Trainer) -> bool:
 def save_last(trainer: Trainer, directory: RunDirectory | None) -> None:
     """Write the checkpoint to resume from."""
     if directory is not None:
-        directory.save_checkpoints([LAST], checkpoint_state(trainer))
+        checkpoints.save(directory.path / LAST, checkpoint_state(trainer))
 
 
 def save_epoch(trainer: Trainer, directory: RunDirectory | None, state: Mapping[str, Any]) -> None:
@@ -165,11 +162,9 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory | None, profile: t
                 save_last(trainer, directory)
 
 
-def dry_run(trainer: Trainer, run: Run) -> None:
+def dry_run(trainer: Trainer) -> None:
     """Run one update and one evaluation batch twice; print the speed of the second time and the memory used."""
     args, dist, task, progress = trainer.args, trainer.dist, trainer.task, trainer.progress
-    if run.checkpoint is not None:
-        restore(trainer, run.checkpoint)
     describe(trainer)
     task.val.rounds = 1
     batches = list(islice(task.train.epoch(progress.epoch, progress.step), args.accum_iter))

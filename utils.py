@@ -4,7 +4,6 @@ This module imports no other module of the project.
 """
 
 import contextlib
-import errno
 import hashlib
 import operator
 import os
@@ -178,24 +177,15 @@ def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):  # some network file systems do not support it
+            os.fsync(directory)
+        os.close(directory)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # it does not exist after the rename
             os.unlink(temporary)
-
-
-def sync_directory(path: Path) -> None:
-    """Flush a directory's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def cannot_write(path: str | os.PathLike, error: OSError) -> MachineError:
@@ -204,16 +194,9 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> MachineError:
 
 
 def make_directory(path: str | os.PathLike) -> None:
-    """Create the directory `path` and its parents if they do not exist.
-
-    Raises:
-        UserError: there is a file with that name.
-        MachineError: the directory cannot be created.
-    """
+    """Create the directory `path` and its parents if they do not exist; raises MachineError if that fails."""
     try:
         os.makedirs(path, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{os.fspath(path)}: cannot be a directory, a file is in its place") from error
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -46,35 +46,31 @@ def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], sta
     atomic_write(path, safetensors.torch.save(separate, metadata | {"format": "pt"}))
 
 
-def newest_first(directory: str | os.PathLike) -> list[tuple[tuple[int, int], float, Path]]:
-    """(epoch, step), time and path of a directory's readable checkpoints, the newest first; others are named on stderr.
-
-    Among equals, the one written last comes first.
-    """
+def newest_first(directory: str | os.PathLike) -> list[tuple[tuple[int, int], Path]]:
+    """(epoch, step) and path of a directory's readable checkpoints, the newest first; others are named on stderr."""
     found = []
-    for path in sorted(Path(directory).glob(CHECKPOINTS)):
+    for path in Path(directory).glob(CHECKPOINTS):
         try:
             state = peek(path)
             if not {"epoch", "step"} <= state.keys():
                 raise CheckpointError(f"{path}: it contains no epoch and step")
-            found.append(((state["epoch"], state["step"]), path.stat().st_mtime, path))
+            found.append(((state["epoch"], state["step"]), path))
         except CheckpointError as error:
             tell(f"passing over {error}")
     return sorted(found, reverse=True)
 
 
-def newest_intact(directory: str | os.PathLike) -> Path | None:
-    """A directory's newest intact checkpoint by (epoch, step); None without checkpoints.
+def newest_intact(directory: str | os.PathLike) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
+    """The path and content of a directory's newest intact checkpoint by (epoch, step); Nones without checkpoints.
 
     Raises:
         UserError: there are checkpoints, but none is intact; a new run would overwrite them.
     """
-    for *_, path in newest_first(directory):
+    for _, path in newest_first(directory):
         try:
-            read_checkpoint(path)
-            return path
+            return path, read_checkpoint(path)
         except CheckpointError as error:
             tell(f"passing over {error}")
     if number := len(list(Path(directory).glob(CHECKPOINTS))):
         raise UserError(f"{directory}: none of its {number} checkpoints is intact; move them away to start again")
-    return None
+    return None, None

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from models.checkpoints import CheckpointError, peek
 from models.pretrained import BEST
 from runtime import checkpoints
 from runtime.provenance import last_arguments, read_yaml
-from runtime.weights_and_biases import WeightsAndBiases
+from runtime.weights_and_biases import start_wandb
 from utils import TEMPORARY_SUFFIX, UserError, atomic_write, cannot_write, make_directory, one_line
 
 try:
@@ -50,15 +49,11 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike, score: str, plots: Mapping[str, Plot], wandb: str | None = None):
         self.path = Path(path)
-        self._score = score
-        self._plots = plots
-        self._project = wandb
-        self._wandb: WeightsAndBiases | None = None
-        self._events: Any = None
+        self._score, self._plots, self._project = score, plots, wandb
+        self._wandb = self._events = None
+        make_directory(self.path)
         with contextlib.ExitStack() as opened:
-            make_directory(self.path)
             opened.callback(lock_directory(self.path).release)
-            opened.callback(self._remove_if_empty)
             # Remove files that a run killed while writing has left; only the owner of the lock writes here.
             for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
                 left.unlink(missing_ok=True)
@@ -69,24 +64,17 @@ class RunDirectory:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Close the event files and unlock the directory; remove it if it is empty."""
+        """Close the event files and unlock the directory."""
         self._opened.close()
 
-    def _remove_if_empty(self) -> None:
-        if os.listdir(self.path) == [LOCK]:
-            with contextlib.suppress(OSError):
-                (self.path / LOCK).unlink()
-                self.path.rmdir()
-
-    # --------------------------------------------------------------------------------------------- arguments
     def write_args(self, record: Mapping[str, Any], resuming: bool = False) -> None:
         """Write the result of `describe_run` to args.yaml.
 
         A run that resumes keeps the existing content, and adds its own command with the changed arguments.
         """
         if self._project is not None:
-            self._wandb = WeightsAndBiases(self._project, self.path, record["args"])
-            self._opened.callback(self._wandb.close)
+            self._wandb = start_wandb(self._project, self.path, record["args"])
+            self._opened.callback(self._wandb.finish)
         if resuming and (self.path / ARGS).exists():
             first = read_yaml(self.path / ARGS, f"{self.path / ARGS}")
             before = last_arguments(first)
@@ -95,7 +83,6 @@ class RunDirectory:
             record = first | {"resumed": [*first.get("resumed", []), now]}
         atomic_write(self.path / ARGS, yaml.safe_dump(record, sort_keys=False, width=100, allow_unicode=True))
 
-    # --------------------------------------------------------------------------------------------------- log
     def truncate_log(self, epoch: int) -> None:
         """Drop the rows of `epoch` and later epochs, which are about to be trained again."""
         kept = [row for row in self._rows if row["epoch"] < epoch]
@@ -116,7 +103,7 @@ class RunDirectory:
         for file, plot in self._plots.items():
             self._draw(file, plot, best_epoch)
         if self._wandb is not None:
-            self._wandb.log(row, [self.path / file for file in self._plots])
+            self._wandb.log(dict(row))
 
     def _write_log(self) -> None:
         atomic_write(self.path / LOG, "".join(json.dumps(row) + "\n" for row in self._rows))
@@ -144,15 +131,6 @@ class RunDirectory:
         figure = draw_curves(self._rows, plot, best_epoch, self.path.resolve().name)
         atomic_write(self.path / file, lambda opened: figure.savefig(opened, format="png"))
 
-    # ------------------------------------------------------------------------------------------- checkpoints
-    def save_checkpoints(self, names: Sequence[str], state: Mapping[str, Any]) -> None:
-        """Write `state` to the first of `names` in this directory, and copy that file to the others, in order."""
-        first, *others = (self.path / name for name in names)
-        checkpoints.save(first, state)
-        for path in others:
-            with open(first, "rb") as file:
-                atomic_write(path, lambda copy, file=file: shutil.copyfileobj(file, copy))
-
     def save_epoch(self, names: Sequence[str], state: Mapping[str, Any], keep_best: int = 1) -> None:
         """Write `state` at the end of an epoch to `names`, and to the best checkpoints if it is one of them.
 
@@ -167,7 +145,8 @@ class RunDirectory:
             best.append(BEST)
         if keep_best > 1 and sum(score >= state[self._score] for score, _ in self._ranked(NUMBERED)) < keep_best:
             best.append(NUMBERED.replace("*", f"{state['epoch'] - 1:04d}"))
-        self.save_checkpoints([*best, *names], state)
+        for name in [*best, *names]:
+            checkpoints.save(self.path / name, state)
         for _, path in self._ranked(NUMBERED)[keep_best:]:
             path.unlink(missing_ok=True)
 

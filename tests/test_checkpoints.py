@@ -172,28 +172,21 @@ def test_arguments_that_make_timm_open_a_url_or_a_file_are_refused():
 
 # --------------------------------------------------------------------------------------- which to resume from
 def test_the_newest_intact_checkpoint_is_found_and_the_damaged_are_named(tmp_path, capsys):
-    assert newest_intact(tmp_path) is None
+    assert newest_intact(tmp_path) == (None, None)
     save(tmp_path / "checkpoint_0001.pth", checkpoint(1))
     save(tmp_path / "checkpoint_best.pth", checkpoint(2))
     save(tmp_path / "checkpoint_last.pth", checkpoint(2, 50))
     torch.save({"model": tensors()}, tmp_path / "checkpoint_weights.pth")
-    os.utime(tmp_path / "checkpoint_0001.pth")
-    assert newest_intact(tmp_path).name == "checkpoint_last.pth"
+    path, state = newest_intact(tmp_path)
+    assert path.name == "checkpoint_last.pth" and same(state, checkpoint(2, 50))
     assert "checkpoint_weights.pth: it contains no epoch" in capsys.readouterr().err
     for name, expected in [("last", "best"), ("best", "0001")]:
         path = tmp_path / f"checkpoint_{name}.pth"
         data = bytearray(path.read_bytes())
         data[data.index(tensors()["head.weight"].numpy().tobytes())] ^= 1
         path.write_bytes(data)
-        assert newest_intact(tmp_path).name == f"checkpoint_{expected}.pth"
+        assert newest_intact(tmp_path)[0].name == f"checkpoint_{expected}.pth"
         assert f"passing over {path}: damaged" in capsys.readouterr().err
     (tmp_path / "checkpoint_0001.pth").write_bytes(b"")
     with pytest.raises(UserError, match=f"^{tmp_path}: none of its 4 checkpoints is intact"):
         newest_intact(tmp_path)
-
-
-def test_of_equals_the_one_written_last_is_taken(tmp_path):
-    for i, name in enumerate(("checkpoint_last.pth", "checkpoint_best.pth")):
-        save(tmp_path / name, checkpoint(2))
-        os.utime(tmp_path / name, (1000 + i, 1000 + i))
-    assert newest_intact(tmp_path).name == "checkpoint_best.pth"

@@ -265,7 +265,7 @@ def test_a_run_saved_on_one_kind_of_device_resumes_on_another(tmp_path, monkeypa
             with monkeypatch.context() as patch:
                 patch.setattr(optimizer, "create_optimizer_v2", lambda *a, f=fused, **k: create(*a, **k | {"fused": f}))
                 train(directory, "--epochs", str(epochs), "--resume", "auto")
-        assert last(directory)["updates"] == 8 and last(directory)["optimizer"]["param_groups"][0]["fused"] is second
+        assert last(directory)["updates"] == 8
 
 
 @pytest.mark.slow
@@ -324,18 +324,18 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
         train(tmp_path / "run", "--epochs", "1", "--resume", str(tmp_path / "weights.pth"))
 
 
-@pytest.mark.parametrize(("processes", "expected"), [(1, (8, 4)), (2, (8, 2)), (3, None), (4, (8, 1)), (8, (4, 1))])
+@pytest.mark.parametrize(("processes", "expected"), [(1, 4), (2, 2), (3, None), (4, 1), (8, None)])
 def test_another_number_of_processes_keeps_the_images_of_an_update(processes, expected):
-    """From 4 processes of 8: mixup wants even batches, nobody gets a larger one than asked for."""
+    """From 4 processes of 8, by accumulation."""
     args = parse_args(FLAGS, ["--batch-size", "8", "--resume", "file.pth"])
     state = {"args": {"batch_size": 8, "accum_iter": 1}, "world_size": 4}
     dist = Distributed(world_size=processes)
     if expected is None:
-        with pytest.raises(UserError, match="updates have 32 images, .*; 3 processes with --batch-size 8 or less"):
-            with_global_batch(args, state, dist, FLAGS.checks)
+        with pytest.raises(UserError, match=f"updates have 32 images, .* so that {processes} processes keep it"):
+            with_global_batch(args, state, dist)
     else:
-        args = with_global_batch(args, state, dist, FLAGS.checks)
-        assert (args.batch_size, args.accum_iter) == expected
+        args = with_global_batch(args, state, dist)
+        assert (args.batch_size, args.accum_iter) == (8, expected)
 
 
 @pytest.mark.slow

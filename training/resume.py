@@ -20,17 +20,11 @@ from runtime.provenance import plain
 from training.log import report
 from training.model import load
 from training.optimizer import images_per_update
-from training.options import Checks
 from training.trainer import Progress, Run, Trainer
 from utils import UserError, one_line
 
 REQUIRED = ("model", "optimizer", "args", "world_size", "epoch", "step", "meters")  # keys needed to resume
-# Options of torch's optimizers that depend on the machine: a run saved on a CPU can resume on CUDA.
-MACHINE_OPTIONS = ("fused", "foreach", "capturable")
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # the state of that schedule
-
-
-# ---------------------------------------------------------------------------------------------- which checkpoint
 
 
 def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, Any] | None:
@@ -46,13 +40,15 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
             raise UserError(f"--output-dir {output}: has another run's {found[0]}; --resume auto continues that run")
         return None
     path = source = output if args.resume == "auto" else Path(args.resume)
+    state = None
     if args.resume == "auto" or source.is_dir():
-        path = dist.gather_objects(newest_intact(source) if dist.is_main else None)[0]
+        path, state = newest_intact(source) if dist.is_main else (None, None)
+        path = dist.gather_objects(path)[0]
         if path is None and args.resume == "auto":
             return None
         if path is None:
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
-    state = read_checkpoint(path)
+    state = state or read_checkpoint(path)
     where = f", epoch {state['epoch']}, step {state.get('step', 0)}" if "epoch" in state else ""
     report(dist, f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
     if args.eval:
@@ -72,15 +68,11 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
     return state
 
 
-def with_global_batch(
-    args: argparse.Namespace, state: Mapping[str, Any], dist: Distributed, checks: Checks
-) -> argparse.Namespace:
-    """Adapt batch size and accumulation so that this number of processes keeps the checkpoint's images per update.
-
-    The batch size does not increase, and passes the task's `checks`.
+def with_global_batch(args: argparse.Namespace, state: Mapping[str, Any], dist: Distributed) -> argparse.Namespace:
+    """Adapt --accum-iter so that another number of processes keeps the checkpoint's images per update.
 
     Raises:
-        UserError: no batch size keeps it, or the command line asks for another number of images.
+        UserError: no --accum-iter keeps it, or the command line asks for another number of images.
     """
     batch, accumulated, processes = state["args"]["batch_size"], state["args"]["accum_iter"], state["world_size"]
     images = batch * accumulated * processes
@@ -90,22 +82,14 @@ def with_global_batch(
         f"{args.resume}: its updates have {images} images, --batch-size {batch} x --accum-iter {accumulated} "
         f"x {processes} processes"
     )
-    share, rest = divmod(images, dist.world_size)
-    sizes = [size for size in range(args.batch_size, 0, -1) if share % size == 0 and not rest]
-    candidates = [argparse.Namespace(**vars(args) | {"batch_size": n, "accum_iter": share // n}) for n in sizes]
-    fitting = [new for new in candidates if not any(check(new) for check, _ in checks)]
-    if not fitting or dist.world_size == processes:
+    accum_iter, rest = divmod(images, args.batch_size * dist.world_size)
+    if rest or dist.world_size == processes:
         raise UserError(
-            f"{before}; {dist.world_size} processes with --batch-size {args.batch_size} or less cannot keep it; "
-            f"--finetune {args.output_dir if args.resume == 'auto' else args.resume} starts a new run from its weights"
+            f"{before}; choose --batch-size and --accum-iter so that {dist.world_size} processes keep it, or start a "
+            f"new run from its weights: --finetune {args.output_dir if args.resume == 'auto' else args.resume}"
         )
-    new = fitting[0]
-    now = f"--batch-size {new.batch_size} --accum-iter {new.accum_iter} x {dist.world_size} processes"
-    report(dist, f"{before}; continuing with {now}")
-    return new
-
-
-# ---------------------------------------------------------------------------------------- what a checkpoint contains
+    report(dist, f"{before}; continuing with --accum-iter {accum_iter} x {dist.world_size} processes")
+    return argparse.Namespace(**vars(args) | {"accum_iter": accum_iter})
 
 
 def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
@@ -134,12 +118,13 @@ def stored_names(score: str) -> dict[str, str]:
     return {item.name: item.name.replace("score", score) for item in fields(Progress)}
 
 
-# ---------------------------------------------------------------------------------------------- restoring it
-
-
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Restore a checkpoint; raises UserError that names any setting that differs."""
-    path, task, progress, optimizer = trainer.args.resume, trainer.task, trainer.progress, trainer.optimizer
+    """Restore a checkpoint; with --eval, only its EMA weights. Raises UserError that names a setting that differs."""
+    path, task, progress = trainer.args.resume, trainer.task, trainer.progress
+    if trainer.args.eval:  # the image size may differ
+        if trainer.ema is not None:
+            load(trainer.ema.module, weights_of(state, ema=True, path=path), path, new_head=False)
+        return
     check_same(state, task.identity(), path)
     flags = [*task.sample_flags, "opt", "model_ema", *(["seed"] if state["step"] else [])]
     check_same(state["args"], {name: getattr(trainer.args, name) for name in flags}, path)
@@ -147,11 +132,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.model.load_state_dict(state["model"])
         if trainer.ema is not None:
             trainer.ema.module.load_state_dict(state["model_ema"])
-        groups = [
-            saved | {name: own[name] for name in MACHINE_OPTIONS if name in own}
-            for saved, own in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
-        ]
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state.get("scaler", {}))
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"--resume {path}: {one_line(error)}") from error
@@ -192,13 +173,6 @@ def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> No
         keeps_head = args.eval or (same and args.classifier == "auto")
         new = load(model, weights, args.finetune, new_head=not keeps_head)
         report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(new) or 'nothing'}")
-
-
-def load_average(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Load the EMA weights to evaluate, if there are any; the image size may differ."""
-    if trainer.ema is not None:
-        path = trainer.args.resume
-        load(trainer.ema.module, weights_of(state, ema=True, path=path), path, new_head=False)
 
 
 def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
