@@ -63,14 +63,8 @@ def _outcome(main: Callable[[Sequence[str] | None], None]) -> tuple[int, str]:
             return MachineError.exit_code, f"error: out of memory: {one_line(error)}"
         if isinstance(error, OSError) and error.errno in SHORTAGES:
             return MachineError.exit_code, f"error: {one_line(error)}"
-        if torch_dist.is_initialized() and _is_lost_connection(error):
+        lost = isinstance(error, torch_dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+        if torch_dist.is_initialized() and lost:  # most likely because another rank ended, which reports the reason
             return 1, f"error: another process of this job ended: {one_line(error)[:200]}"
         return 1, traceback.format_exc().rstrip()
     return 0, ""
-
-
-def _is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed, most likely because another rank ended, which reports the reason."""
-    return isinstance(error, torch_dist.DistError) or (
-        isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE) is not None
-    )

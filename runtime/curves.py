@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -19,29 +18,21 @@ def draw_curves(
     """Draw `plot` from the rows of a log, with a title and the best epoch marked."""
     figure = Figure(figsize=(7, 1.1 + 3.4 * len(plot)), dpi=120, layout="constrained")
     panels = figure.subplots(len(plot), sharex=True, squeeze=False)[:, 0]
+    marker = "." if len(rows) <= 30 else None
     for axes, (label, columns) in zip(panels, plot.items(), strict=True):
-        _draw_panel(axes, columns, rows, best_epoch)
+        for number, (column, name) in enumerate(columns.items()):
+            for key, legend, style in ((column, name, "-"), (column + EMA, f"{name}, EMA", "--")):
+                points = [(row["epoch"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{number}", marker=marker, label=legend)
+        if best_epoch is not None:
+            axes.axvline(best_epoch, color="0.5", linestyle=":", label=f"best: epoch {best_epoch}")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
         axes.set_ylabel(label)
     axes.set_xlabel("Epoch")
     figure.align_ylabels()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
-
-
-def _draw_panel(
-    axes: Axes, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], best_epoch: int | None
-) -> None:
-    marker = "o" if len(rows) <= 30 else None
-    for number, (column, name) in enumerate(columns.items()):
-        for key, legend, style in ((column, name, "-"), (column + EMA, f"{name}, EMA", "--")):
-            points = [(row["epoch"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-            if points:
-                fill = "white" if style == "--" else None  # a single epoch has no line that could be dashed
-                look = {"color": f"C{number}", "marker": marker, "markersize": 3.5, "markerfacecolor": fill}
-                axes.plot(*zip(*points, strict=True), style, label=legend, **look)
-    if best_epoch is not None:
-        axes.axvline(best_epoch, color="0.5", linestyle=":", label=f"best: epoch {best_epoch}")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False)

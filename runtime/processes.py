@@ -146,21 +146,15 @@ def init_distributed(device: str = "auto") -> Distributed:
 
 
 def _choose_device(name: str, world_size: int, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if match is None:
-        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
-    if name == "cpu":
-        return torch.device("cpu")
-    if match.group(1) and world_size > 1:
-        raise UserError(f"--device {name}: each of {world_size} processes uses its own GPU; use --device cuda")
     count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
     # Under Slurm, a task may see only its own GPU (--gpus-per-task).
-    index = int(match.group(1) or (0 if count == 1 and "SLURM_PROCID" in os.environ else local_rank))
-    if index >= count:
-        raise UserError(f"--device {name}: there is no GPU {index}, this machine has {count}")
-    return torch.device("cuda", index)
+    index = number or str(0 if count == 1 and "SLURM_PROCID" in os.environ else local_rank)
+    if kind not in ("auto", "cuda") or index not in map(str, range(count)) or (number and world_size > 1):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda or, for one process, cuda:N; there are {count} GPUs")
+    return torch.device("cuda", int(index))
 
 
 def close_distributed() -> None:

@@ -55,16 +55,14 @@ def last_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """The commit of this code and whether it has local changes; None without git or a repository."""
-
-    def git(*command: str) -> str:
-        words = ["git", "-C", str(Path(__file__).parent), *command]
-        return subprocess.check_output(words, stderr=subprocess.DEVNULL, encoding="utf-8", timeout=20).strip()
-
+    """The commit of this code and whether tracked files have changed; None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, ValueError, subprocess.SubprocessError):
+        described = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return None
+    commit, dirty, _ = described.strip().partition("-dirty")
+    return {"commit": commit, "dirty": bool(dirty)}
 
 
 def plain(value: Any) -> Any:

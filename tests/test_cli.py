@@ -158,9 +158,9 @@ def test_without_data_path_the_digits_are_trained():
         (["--lr", "nan"], "'nan' is not a number"),
         (["--lr=-1"], "--lr"),
         (["--weight-decay"], "--weight-decay"),
-        (["--drop-path", "1.5"], "at most 1"),
-        (["--input-size", "0"], "--input-size: 0 is out of range"),
-        (["--input-size", "1x2x3"], "'1x2x3' is not an image size such as 224 or 192x256"),
+        (["--drop-path", "1.5"], r"\[0, 1\]"),
+        (["--input-size", "0"], r"--input-size: '0' is not an integer in \[1, 9999\]"),
+        (["--input-size", "1x2x3"], "--input-size: '2x3' is not an integer"),
         (["--amp", "fp8"], "fp8"),
         (["--model-kwargs", "depth"], "key=value"),
         (["--model-kwargs", "checkpoint_path='/etc/passwd'"], "--model-kwargs: .*checkpoint_path.* make timm read"),
@@ -179,8 +179,8 @@ def test_without_data_path_the_digits_are_trained():
         (["--classes", "a,,b"], "commas"),
         (["--aa", "rand-q1"], "not a policy"),
         (["--aa", "fancy"], "not a policy"),
-        (["--epochs", "0"], r"at least 1 and at most 1000000\b"),
-        (["--seed", str(2**63)], "at most 9223372036854775807"),
+        (["--epochs", "0"], r"\[1, 1000000\]"),
+        (["--seed", str(2**63)], r"\[0, 9223372036854775807\]"),
         (["--arch", ""], "--arch: it is empty"),
         (["--data-path="], "--data-path: it is empty"),
     ],
@@ -201,10 +201,10 @@ def test_a_mistake_on_the_command_line_is_a_one_line_error(words, expected):
         ("epochs: null", "epochs"),
         ("epochs: [1]", "epochs"),
         ("lr: .nan", "lr"),
-        ("eval: 1", "true or false"),
+        ("eval: 1", "eval"),
         ("arch: ''", "--arch: it is empty"),
         ("sched: linear", "sched"),
-        ("model-kwargs: 3", "mapping"),
+        ("model-kwargs: 3", "key=value"),
         ("cutmix-minmax: [0.1]", "expected 2"),
         ("config: other.yaml", "unknown key 'config'"),
         ("- epochs", "flag: value"),
@@ -294,10 +294,6 @@ def test_the_model_is_that_of_the_weights_to_begin_with_unless_another_is_named(
     checkpoints.save(gone, recorded | {"model_kwargs": {"pretrained": True}})
     with pytest.raises(CheckpointError, match="pretrained would make timm read other files"):
         parse("--finetune", gone)
-
-
-def test_the_rank_that_a_launcher_adds_is_accepted():
-    assert parse("--local-rank=1") == parse("--local_rank=3") == parse()
 
 
 def test_a_runs_own_record_is_read_without_its_places(tmp_path):

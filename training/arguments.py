@@ -1,13 +1,13 @@
 """Command lines: a parser with one-line errors, argument types, tables of flags, and flags from YAML."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,10 +25,7 @@ FlagTable = Mapping[str, Iterable[tuple[str, Any, Any, Any, str]]]
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help at 80 columns that adds each default unless the text mentions it already.
-
-    Paragraphs of the description are wrapped, except for indented ones, such as commands and tables.
-    """
+    """Help at 80 columns that adds each default unless the text mentions it, and wraps only unindented paragraphs."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=28, width=80)
@@ -39,9 +36,7 @@ class HelpFormatter(argparse.HelpFormatter):
         return "\n\n".join(part if part.startswith(" ") else fill(part, width, indent) for part in paragraphs)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        obvious = (
-            action.default is None or isinstance(action.default, bool) or action.default in ("", argparse.SUPPRESS, {})
-        )
+        obvious = isinstance(action.default, bool) or action.default in (None, "", {}, argparse.SUPPRESS)
         return action.help if obvious or "default" in action.help else f"{action.help} (default: %(default)s)"
 
 
@@ -117,23 +112,16 @@ def dashed(word: str) -> str:
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-# ---------------------------------------------------------------------------------------------- types of values
-
-
 def number(kind: type, low: float = -math.inf, high: float = LARGEST, above: bool = False) -> Callable:
     """An argparse type: an int or float within [low, high], or above low if ``above``; no NaN."""
 
     def convert(text: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if value != value:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {'an integer' if kind is int else 'a number'}")
-        if not low <= value <= high or (above and value == low):
-            least = f"{'above' if above else 'at least'} {low} and " if low > -math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it must be {least}at most {high}")
-        return value
+            if low <= value <= high and not (above and value == low):
+                return value
+        noun, bracket = "an integer" if kind is int else "a number", "(" if above else "["
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {noun} in {bracket}{low}, {high}]")
 
     return convert
 
@@ -152,10 +140,9 @@ def text(word: str) -> str:
 
 def image_size(text: str) -> tuple[int, int]:
     """``"224"`` -> (224, 224), ``"192x256"`` -> (192, 256): height and width in pixels."""
-    sides = [number(int, 1, 9999)(side) for side in text.lower().split("x")]
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an image size such as 224 or 192x256")
-    return sides[0], sides[-1]
+    height, _, width = text.lower().partition("x")
+    side = number(int, 1, 9999)
+    return side(height), side(width or height)
 
 
 @functools.cache
@@ -163,7 +150,7 @@ def python_module(path: str) -> str:
     """Import a Python file once, so that it can add to MIXERS, and return its absolute path."""
     name = f"module of {path}"
     try:
-        spec = importlib.util.spec_from_loader(name, SourceFileLoader(name, path))
+        spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:  # user code may raise anything
@@ -208,9 +195,6 @@ def policy(text: str) -> str:
 SEPARATORS = {image_size: "x", class_list: ",", integers: ",", split_share: ":"}
 
 
-# ---------------------------------------------------------------------------------------------- flags from YAML
-
-
 def read_config(path: str | Path, parser: Parser) -> dict[str, Any]:
     """The settings in a YAML file, by attribute of the parsed arguments.
 
@@ -235,32 +219,23 @@ def words_of(content: Mapping[str, Any], parser: Parser) -> list[str]:
     """Convert a mapping of flags to values into words for the parser, which checks them.
 
     Raises:
-        UserError: a key is unknown, or its value does not have the flag's type; the message names the key.
+        UserError: a key is unknown; the message names it.
     """
     settings, words = parser.settings(), []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in settings:
             raise UserError(f"unknown key {str(key)[:40]!r}{suggestion(name, settings)}")
-        words += _words(settings[name], value)
+        action = settings[name]
+        flag = action.option_strings[0]
+        if isinstance(value, bool) and action.nargs == 0:  # a switch, with its --no- twin if it has one
+            words += [flag] if value else action.option_strings[1:]
+        elif isinstance(value, dict):
+            words += [flag, *(f"{part}={item!r}" for part, item in value.items())]
+        elif isinstance(value, list) and action.nargs is not None:
+            words += [flag, *map(str, value)]
+        elif isinstance(value, list) and action.type in SEPARATORS:
+            words.append(f"{flag}={SEPARATORS[action.type].join(map(str, value))}")
+        elif value is not None or action.default is not None:
+            words.append(f"{flag}={value}")
     return words
-
-
-def _words(action: argparse.Action, value: Any) -> list[str]:
-    """The flag and its value as words; raises UserError if the value does not have the flag's type."""
-    flag = action.option_strings[0]
-    if action.nargs == 0:  # a switch, with its --no- twin if it has one
-        if not isinstance(value, bool):
-            raise UserError(f"{action.dest}: {value!r:.80} is not true or false")
-        return [flag] if value else action.option_strings[1:]
-    if isinstance(action, KeyValues):
-        if not isinstance(value, dict):
-            raise UserError(f"{action.dest}: {value!r:.80} is not a mapping of names to values")
-        return [flag, *(f"{key}={item!r}" for key, item in value.items())]
-    if value is None and action.default is None:
-        return []
-    if isinstance(value, list) and action.nargs is not None:
-        return [flag, *map(str, value)]
-    if isinstance(value, list) and action.type in SEPARATORS:
-        value = SEPARATORS[action.type].join(map(str, value))
-    return [f"{flag}={value}"]

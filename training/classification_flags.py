@@ -14,9 +14,6 @@ from training.arguments import ABOVE_ZERO, AMOUNT, FRACTION, FlagTable, class_li
 from training.options import Checks, TaskFlags
 
 DATA_SETS = "DIGITS CIFAR10 CIFAR100 IMNET FOLDER FLOWERS CARS PETS INAT INAT19 CSV hfds/... wds/..."
-# Label maps exclude mixup and cutmix; the published runs with them did not use repeated augmentation.
-TOKEN_LABEL_DEFAULTS = {"mixup": 0.0, "cutmix": 0.0, "repeated_aug": False, "train_interpolation": "random"}
-
 CROP = number(float, 0.01, 1)
 
 TABLE: FlagTable = {
@@ -82,18 +79,13 @@ TABLE: FlagTable = {
 def implied(given: Mapping[str, Any]) -> dict[str, Any]:
     """The values that --token-label, --no-aug and --in-chans 4 imply."""
     values = {}
-    if given.get("token_label"):
-        values |= TOKEN_LABEL_DEFAULTS
+    if given.get("token_label"):  # the published runs with label maps did not use repeated augmentation
+        values |= {"mixup": 0.0, "cutmix": 0.0, "repeated_aug": False, "train_interpolation": "random"}
     if given.get("no_aug"):
         values |= {"mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "repeated_aug": False}
     if given.get("in_chans") == 4:  # Pillow's color operations do not support alpha
         values |= {"aa": ""}
     return values
-
-
-def default_data_set(path: str | None) -> str:
-    """DIGITS without a --data-path, CSV for a table, IMNET for a folder."""
-    return "DIGITS" if not path else "CSV" if path.endswith((".csv", ".tsv")) else "IMNET"
 
 
 def derived(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +94,9 @@ def derived(args: Mapping[str, Any]) -> dict[str, Any]:
     Small images and glyphs are evaluated without cropping.
     """
     found = get_pretrained_cfg(models.resolve_arch(args["arch"]))
-    data_set = args["data_set"] or default_data_set(args["data_path"])
+    data_set, path = args["data_set"], args["data_path"]
+    if data_set is None:
+        data_set = "DIGITS" if path is None else "CSV" if path.endswith((".csv", ".tsv")) else "IMNET"
     crop_pct = 0.875 if found is None else found.crop_pct
     whole = max(args["input_size"]) <= SMALL_INPUT or dataset_spec(data_set).glyphs
     return {"data_set": data_set, "eval_crop_pct": 1.0 if whole else crop_pct}
@@ -113,14 +107,6 @@ def mixes(args: argparse.Namespace) -> bool:
     return bool(args.mixup or args.cutmix or args.cutmix_minmax)
 
 
-def distils(args: argparse.Namespace) -> bool:
-    return args.distillation_type != "none"
-
-
-def is_empty(limits: tuple[float, float] | None) -> bool:
-    return limits is not None and limits[0] >= limits[1]
-
-
 CHECKS: Checks = [
     (lambda a: len(a.csv_columns) not in (2, 3), "--csv-columns takes two or three names: file, label, split"),
     (lambda a: a.in_chans == 2, "--in-chans 2: images have 1, 3 or 4 channels"),
@@ -129,16 +115,15 @@ CHECKS: Checks = [
         "--mean and --std take one number from 0 to 1, or one for each of --in-chans {in_chans} channels",
     ),
     (lambda a: a.val_split and a.val_split[0] == 1, "--val-split 1 leaves nothing to train on"),
-    (lambda a: is_empty(a.pixel_range), "--pixel-range: MIN must be below MAX"),
+    (lambda a: a.pixel_range and a.pixel_range[0] >= a.pixel_range[1], "--pixel-range: MIN must be below MAX"),
     (lambda a: a.in_chans == 4 and a.aa, "--in-chans 4 excludes --aa, which supports only grey and RGB images"),
     (lambda a: a.token_label and mixes(a), "--token-label excludes --mixup and --cutmix: it uses MixToken"),
     (lambda a: a.token_label and (a.bce_loss or a.class_weights != "none"), "--token-label replaces the class loss"),
-    (lambda a: a.token_label and distils(a), "--token-label excludes --distillation-type"),
+    (lambda a: a.token_label and a.distillation_type != "none", "--token-label excludes --distillation-type"),
     (lambda a: a.token_label != bool(a.token_label_data), "--token-label and --token-label-data DIR need each other"),
     (lambda a: mixes(a) and a.batch_size % 2, "--batch-size {batch_size}: mixup and cutmix need it even"),
-    (lambda a: is_empty(a.cutmix_minmax), "--cutmix-minmax: MIN must be below MAX"),
     (
-        lambda a: {bool(a.teacher_model), bool(a.teacher_path)} != {distils(a)},
+        lambda a: {bool(a.teacher_model), bool(a.teacher_path)} != {a.distillation_type != "none"},
         "--distillation-type soft or hard, --teacher-model NAME and --teacher-path PATH need each other",
     ),
 ]

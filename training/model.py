@@ -1,4 +1,4 @@
-"""Prepare a model for training: load its weights, freeze layers, enable gradient checkpointing."""
+"""Prepare a model for training: load its weights, freeze layers, count parameters."""
 
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool
 
 def layers_of(model: nn.Module) -> dict[int, list[str]]:
     """Parameter names by layer, from the stem (0) to the head, according to the model's `group_matcher`."""
-    if not hasattr(model, "group_matcher"):
-        raise UserError("--freeze-at and --layer-decay: this model defines no layers (it has no group_matcher)")
     return group_parameters(model, model.group_matcher(coarse=False))
 
 
@@ -32,13 +30,6 @@ def freeze_layers(model: nn.Module, number: int) -> None:
     frozen = {name for layer in sorted(layers)[:number] for name in layers[layer]}
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in frozen)
-
-
-def enable_grad_checkpointing(model: nn.Module) -> None:
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        raise UserError(f"--grad-checkpointing: this model does not support it ({one_line(error)})") from error
 
 
 def count_parameters(model: nn.Module, trained: bool = False) -> int:

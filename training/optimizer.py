@@ -4,19 +4,17 @@ import argparse
 import warnings
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from runtime.processes import Distributed
-from training.model import layers_of
 from utils import UserError, one_line
 
 LR_BATCH = 512  # --lr is for this many images an update (DeiT)
 MIN_LR, WARMUP_LR, DECAY_EPOCHS = 1e-5, 1e-6, 30  # DeiT's
 SHORTEST_WARMUP = 2  # updates; a shorter --warmup-part counts as 0
-APEX = "https://github.com/NVIDIA/apex (PyPI's package of that name is unrelated)"
 
 
 def images_per_update(args: argparse.Namespace, dist: Distributed) -> int:
@@ -28,31 +26,26 @@ def peak_rate(args: argparse.Namespace, dist: Distributed) -> float:
 
     --lr-scale chooses linear (Goyal et al. 2017) or square-root scaling (Malladi et al. 2022).
     """
+    if args.unscale_lr:
+        return args.lr
     ratio = images_per_update(args, dist) / LR_BATCH
-    return args.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}["none" if args.unscale_lr else args.lr_scale]
+    return args.lr * (ratio if args.lr_scale == "linear" else ratio**0.5)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, dist: Distributed) -> torch.optim.Optimizer:
     """Create timm's optimizer --opt for a model, with the learning rate `peak_rate`.
 
     Raises:
-        UserError: the optimizer is not available, or it does not support a given option.
+        UserError: the optimizer is not available.
     """
     options = {"eps": args.opt_eps}
     if args.opt_betas is not None:
         options["betas"] = tuple(args.opt_betas)
     if args.opt.lower() in ("adam", "adamw") and dist.device.type == "cuda":
         options["fused"] = True
-    if args.layer_decay is not None:
-        layers_of(model)
     if "muon" in args.opt.lower():
         options["fallback_list"] = no_matrices(model)
     try:
-        info = get_optimizer_info(args.opt.lower().split("_")[-1])
-        if info.second_order:
-            raise ValueError("it needs second derivatives, which are not computed")
-        if args.opt_betas is not None and not info.has_betas:
-            raise ValueError("it has no betas; remove --opt-betas")
         return create_optimizer_v2(
             model,
             opt=args.opt,
@@ -62,9 +55,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, dist: Distribute
             layer_decay=args.layer_decay,
             **options,
         )
-    except ImportError as error:
-        raise UserError(f"--opt {args.opt}: {one_line(error)}; install that package, apex from {APEX}") from error
-    except (TypeError, ValueError, AssertionError) as error:
+    except (ImportError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
 
 

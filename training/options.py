@@ -179,11 +179,10 @@ def build_parser(
     parser = Parser(description, usage="%(prog)s [flags]")
     for table in (RUN, flags.table, TRAINING):
         add_flags(parser, table)
-    settings = {action.dest: action for action in parser._actions}
-    settings["num_workers"].default = default_workers()
+    parser.set_defaults(num_workers=default_workers())
     if recipe:
         without_lr = f", or without --lr {recipe_without_lr}" if recipe_without_lr else ""
-        settings["config"].help += f" (default: {recipe}{without_lr}; its values replace the defaults below)"
+        parser.epilog = f"Without --config, the values of {recipe}{without_lr} replace the defaults above."
     return parser
 
 
@@ -194,11 +193,9 @@ def parse_args(
     description: str | None = None,
     recipe_without_lr: str | None = None,
 ) -> argparse.Namespace:
-    """Parse and check the command line of a main script.
+    """Parse and check the command line of a main script, by default `sys.argv[1:]`.
 
     Args:
-        flags: the task's flags.
-        argv: the command line; None for `sys.argv[1:]`.
         recipe: the YAML file to use without --config, relative to the project root.
         description: the first text of --help.
         recipe_without_lr: the YAML file to use with neither --config nor --lr.
@@ -208,8 +205,6 @@ def parse_args(
         CheckpointError: --finetune's file is unreadable, or model arguments would make timm read other files.
     """
     words = sys.argv[1:] if argv is None else argv
-    # torch.distributed.launch without --use_env adds --local-rank; LOCAL_RANK has the same value.
-    words = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]
     parser = build_parser(flags, recipe, description, recipe_without_lr)
     on_line = parser.given(words)
     run_directory = Path(resume) if (resume := on_line.get("resume")) and Path(resume).is_dir() else None

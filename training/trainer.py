@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime.processes import Distributed
 from runtime.run_directory import RunDirectory
-from training.model import enable_grad_checkpointing, freeze_layers
+from training.model import freeze_layers
 from training.optimizer import build_optimizer, build_scheduler
 from training.precision import Precision
 from training.task import Task
@@ -73,7 +73,7 @@ class Trainer:
         self.model: nn.Module = task.model.to(run.dist.device, run.precision.dtype, memory_format=layout)
         freeze_layers(self.model, args.freeze_at)
         if args.grad_checkpointing:
-            enable_grad_checkpointing(self.model)
+            self.model.set_grad_checkpointing(True)
         self.ema: ModelEmaV3 | None = None
         if args.model_ema or (args.eval and run.checkpoint is not None and run.checkpoint.get("model_ema")):
             self.ema = ModelEmaV3(self.model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
