@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 from detection.coco import NUCLEI, CocoImages, open_split
 from detection.sampler import GroupedSampler
 from detection.transforms import TrainTransform
+from inputs.images import ImageDataset
 from inputs.loader import Batch, EvalLoader, KeyedSamples, TrainLoader
 from runtime.processes import Distributed
 from utils import UserError
@@ -56,6 +57,9 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tupl
     return train, build_eval_loader(val_set, args, dist)
 
 
-def build_eval_loader(dataset: CocoImages, args: argparse.Namespace, dist: Distributed) -> EvalLoader:
+def build_eval_loader(
+    dataset: CocoImages | ImageDataset, args: argparse.Namespace, dist: Distributed, skip_bad_images: bool = False
+) -> EvalLoader:
     """Build a loader with batch size 1, because padding an image in a batch changes its predictions."""
-    return EvalLoader(DetectionSamples(dataset), 1, dist, args.num_workers, args.pin_mem)
+    samples = DetectionSamples(dataset, skip_bad_images=skip_bad_images, replacements=0)
+    return EvalLoader(samples, 1, dist, args.num_workers, args.pin_mem)

@@ -12,10 +12,10 @@ from detection.loading import LoadedDetector
 from detection.report import write_report
 from detection.task import predict
 from inference.evaluate import default_output, setting
-from inference.output_files import check_results, write_json
+from inference.output_files import check_output, write_json
 from runtime.processes import Distributed
 from training.precision import choose_precision
-from utils import UserError, atomic_write, say
+from utils import UserError, atomic_write, make_directory, say
 
 
 def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
@@ -29,7 +29,9 @@ def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: Loade
         raise UserError(f"{dataset.file}: its categories ({theirs}) or their ids differ from {loaded.path}'s ({ours})")
     output = args.output or default_output(args, loaded.path)
     if dist.is_main:
-        check_results(output, args.report)
+        check_output(output)
+        if args.report is not None:
+            make_directory(args.report)
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
     began = time.perf_counter()
     results = predict(model, build_eval_loader(dataset, args, dist), dist, precision)

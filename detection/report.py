@@ -1,16 +1,16 @@
 """Report on a detector: AP by category and by size, precision-recall curves, and the worst images."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import COCOeval_faster
-from faster_coco_eval.core import mask as coco_masks
+from faster_coco_eval import COCO, COCOeval_faster
 from matplotlib.figure import Figure
 
 from detection.coco import CocoImages
-from detection.coco_metrics import AREAS, NOTHING, Result
+from detection.coco_metrics import AREAS, NOTHING, Result, results_of
 from detection.drawing import draw_objects
 from inference.output_files import save_figure, write_csv
 
@@ -37,17 +37,13 @@ def write_report(
         rows = category_rows(precision, names)
         write_csv(folder / f"{kind}_by_category.csv", ["category", "AP", "AP50", "AP75", *AREAS[1:]], rows)
         save_figure(folder / f"{kind}_precision_recall.png", draw_precision_recall(precision[..., 0], kind))
-    by_image: dict[int, list[Result]] = {}
-    for result in results:
-        if result["score"] >= min_score:
-            by_image.setdefault(result["image_id"], []).append(result)
-    found_in = [by_image.get(dataset.entry(index)["id"], []) for index in range(len(dataset))]
-    mistakes = [count_mistakes(dataset.annotations(index), found) for index, found in enumerate(found_in)]
-    worst = sorted(range(len(dataset)), key=lambda index: -sum(mistakes[index]))[:WORST]
-    for rank, index in enumerate(worst, 1):
-        if any(mistakes[index]):
-            path = folder / f"worst_{rank:02d}_{Path(dataset.path(index)).stem}.png"
-            save_figure(path, draw_image(dataset, index, found_in[index], *mistakes[index]))
+    shown = [result for result in results if result["score"] >= min_score]
+    missed, wrong = count_mistakes(dataset.ground_truth(), shown)
+    index_of = {dataset.entry(index)["id"]: index for index in range(len(dataset))}
+    for rank, (image, _) in enumerate((missed + wrong).most_common(WORST), 1):
+        found = [result for result in shown if result["image_id"] == image]
+        path = folder / f"worst_{rank:02d}_{Path(dataset.path(index_of[image])).stem}.png"
+        save_figure(path, draw_image(dataset, index_of[image], found, missed[image], wrong[image]))
 
 
 def category_rows(precision: np.ndarray, names: Sequence[str]) -> list[list[Any]]:
@@ -78,22 +74,16 @@ def draw_precision_recall(precision: np.ndarray, kind: str) -> Figure:
     return figure
 
 
-def count_mistakes(objects: Sequence[dict[str, Any]], results: Sequence[Result]) -> tuple[int, int]:
-    """Count an image's missed objects and wrong predictions by boxes; predictions in a crowd are not wrong."""
-    crowds = np.array([entry["iscrowd"] for entry in objects], dtype=np.uint8)
-    results = sorted(results, key=lambda result: -result["score"])
-    matches = np.zeros((len(results), len(objects)))
-    if len(results) and len(objects):
-        overlaps = coco_masks.iou([r["bbox"] for r in results], [entry["bbox"] for entry in objects], crowds)
-        labels, found = (np.array([entry["category_id"] for entry in entries]) for entries in (objects, results))
-        matches = np.where((found[:, None] == labels) & (overlaps >= MATCH), overlaps, 0)
-    is_open, wrong = crowds == 0, 0
-    for row in matches:
-        if (row * is_open).any():
-            is_open[(row * is_open).argmax()] = False
-        elif not (row * crowds).any():
-            wrong += 1
-    return int(is_open.sum()), wrong
+def count_mistakes(ground_truth: dict[str, Any], results: Sequence[Result]) -> tuple[Counter[int], Counter[int]]:
+    """Count missed objects and wrong predictions by image id; predictions in a crowd are not wrong."""
+    truth = COCO(ground_truth, use_deepcopy=True)
+    found = COCOeval_faster(truth, truth.loadRes(results_of(results, "box")), "bbox", extra_calc=True)
+    found.params.iouThrs, found.params.maxDets = np.array([MATCH]), [len(results)]
+    found.evaluate()
+    found.accumulate()  # marks false negatives and positives
+    missed = Counter(entry["image_id"] for entry in truth.anns.values() if "fn" in entry and not entry["iscrowd"])
+    wrong = Counter(entry["image_id"] for entry in found.cocoDt.anns.values() if "fp" in entry)
+    return missed, wrong
 
 
 def draw_image(dataset: CocoImages, index: int, results: Sequence[Result], missed: int, wrong: int) -> Figure:

@@ -17,10 +17,10 @@ from runtime.processes import Distributed
 from training.classification import evaluate
 from training.options import data_name
 from training.precision import choose_precision
-from utils import UserError, say
+from utils import UserError, make_directory, say
 
 from .confusion_report import class_accuracies, write_report
-from .output_files import check_results, write_json
+from .output_files import check_output, write_json
 
 
 def average_mirrored(model: nn.Module) -> None:
@@ -38,7 +38,9 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     data, present = open_data(args, dist, loaded)
     output = args.output or default_output(args, loaded.path)
     if dist.is_main:
-        check_results(output, args.report)
+        check_output(output)
+        if args.report is not None:
+            make_directory(args.report)
     model = loaded.model.to(dist.device)
     data.val.dataset.labels = np.array(present)[data.val.dataset.labels]
     columns = torch.tensor(present, device=dist.device)

@@ -11,25 +11,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils import UserError, atomic_write, make_directory
+from utils import UserError, atomic_write
 
 
-def check_output(path: Path, suffixes: Sequence[str] = (".json",), flag: str = "--output") -> None:
+def check_output(path: Path | None, suffixes: Sequence[str] = (".json",), flag: str = "--output") -> None:
     """Raise UserError if a file has an unknown suffix or no writable folder, or needs pyarrow, which is missing."""
+    if path is None:
+        return
     if path.suffix not in suffixes:
         raise UserError(f"{flag} {path}: the file name must end in {' or '.join(suffixes)}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{flag} {path}: Parquet files need pyarrow; run pip install pyarrow")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{flag} {path}: the folder {path.parent} does not exist or is not writable")
-
-
-def check_results(output: Path | None, report: Path | None) -> None:
-    """Check that an evaluation's results can be written, and create the report folder."""
-    if output is not None:
-        check_output(output)
-    if report is not None:
-        make_directory(report)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,43 +1,25 @@
 """Predict the most likely classes of images, and explain the predictions."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from inputs.data import eval_loader
 from inputs.folders import walk_files
-from inputs.images import BadImage, is_image_name, read_image
+from inputs.images import file_dataset, is_image_name
+from inputs.loader import EvalLoader
 from models import LoadedModel
 from runtime.processes import Distributed
 from training.precision import as_input, choose_precision
-from utils import UserError, atomic_write, say, tell
+from utils import UserError, atomic_write, say
 
 from .explanations import class_evidence, displayable, draw_overlay, overlay_paths
 from .output_files import check_output, save_figure, write_csv, write_json, write_parquet
-
-FORMATS = (".json", ".csv", ".parquet")
-
-
-class Photographs(Dataset):
-    """Image files, rotated by their EXIF orientation and transformed; (index, error) for an unreadable file."""
-
-    def __init__(self, paths: Sequence[Path], transform: Callable[..., Tensor], **decoding: Any):
-        """`decoding` is passed to `read_image`."""
-        self._paths, self._transform, self._decoding = paths, transform, decoding
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | BadImage]:
-        try:
-            return index, self._transform(read_image(self._paths[index], upright=True, **self._decoding))
-        except BadImage as error:
-            return index, error
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -59,12 +41,10 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def report_unreadable(bad: Sequence[BadImage], total: int) -> None:
-    """List the images that could not be read, and raise UserError if there are any."""
-    for error in bad:
-        tell(str(error))
-    if bad:
-        raise UserError(f"{len(bad)} of {total} images could not be read (listed above)")
+def report_unreadable(loader: EvalLoader) -> None:
+    """Raise UserError if the loader could not read some of the images; it has printed them."""
+    if loader.skipped:
+        raise UserError(f"{len(loader.skipped)} of {len(loader.dataset)} images could not be read (listed above)")
 
 
 @torch.no_grad()
@@ -75,13 +55,9 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         UserError: at the end, if some of the images could not be read.
     """
     files = image_files(args.image)
-    overlays = []
-    if args.explain is not None:
-        overlays = overlay_paths(files, Path(args.explain))
-    if args.output is not None:
-        check_output(args.output, FORMATS)
-    if args.embeddings is not None:
-        check_output(args.embeddings, (".npy",), "--embeddings")
+    overlays = [] if args.explain is None else overlay_paths(files, Path(args.explain))
+    check_output(args.output, (".json", ".csv", ".parquet"))
+    check_output(args.embeddings, (".npy",), "--embeddings")
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
     classifier_inputs: list[Tensor] = []
     if args.embeddings is not None:
@@ -91,18 +67,14 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         with precision.autocast():
             return model(as_input(images, precision)).float()
 
-    records, embeddings, bad = [], [], []
-    photographs = Photographs(files, loaded.transform, channels=len(loaded.mean), pixel_range=args.pixel_range)
-    loader = DataLoader(photographs, args.batch_size, num_workers=args.num_workers, collate_fn=list)
+    records, embeddings = [], []
+    photographs = file_dataset(files, [0] * len(files), ["unknown"], upright=True)
+    loader = eval_loader(args, dist, photographs, loaded.mean, loaded.std, loaded.interpolation)
     for batch in loader:
-        bad += [error for _, error in batch if isinstance(error, BadImage)]
-        images = {index: image.to(dist.device) for index, image in batch if isinstance(image, Tensor)}
-        if not images:
-            continue
         classifier_inputs.clear()
-        best = predict(torch.stack(list(images.values()))).softmax(1).topk(min(args.topk, loaded.num_classes))
+        best = predict(batch.images).softmax(1).topk(min(args.topk, loaded.num_classes))
         embeddings += [inputs.float().cpu() for inputs in classifier_inputs[:1]]  # the second are --tta's mirrored ones
-        for (index, image), probabilities, classes in zip(images.items(), *best, strict=True):
+        for index, image, probabilities, classes in zip(batch.indices.tolist(), batch.images, *best, strict=True):
             record = describe_prediction(files[index], probabilities.tolist(), classes.tolist(), loaded)
             records.append(record)
             if not args.quiet:
@@ -112,7 +84,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
                 title = one_line_of(record | {"image": files[index].name})
                 save_figure(overlays[index], draw_overlay(displayable(image, loaded), heat, title))
     write_predictions(args, loaded, records, embeddings)
-    report_unreadable(bad, len(files))
+    report_unreadable(loader)
 
 
 def describe_prediction(

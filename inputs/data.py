@@ -105,12 +105,24 @@ def build_eval(
     """
     dataset = _open(args, split)
     report_left_out(dataset, dist)
+    val = eval_loader(args, dist, dataset, mean, std, interpolation)
+    return Data(None, val, dataset.class_names, tuple(mean), tuple(std), args.eval_crop_pct, interpolation)
+
+
+def eval_loader(
+    args: argparse.Namespace,
+    dist: Distributed,
+    dataset: ImageDataset,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str,
+) -> EvalLoader:
+    """Build a loader that reads every image of a data set once, without augmentation."""
     transform = eval_transform(args.input_size, crop_pct=args.eval_crop_pct, interpolation=interpolation)
     samples = KeyedImages(
         dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std, pixel_range=args.pixel_range
     )
-    val = EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
-    return Data(None, val, dataset.class_names, tuple(mean), tuple(std), args.eval_crop_pct, interpolation)
+    return EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
 
 
 def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:

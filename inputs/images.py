@@ -108,12 +108,13 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(
-        self, index: int, channels: int = 3, pixel_range: Sequence[float] | None = None
-    ) -> tuple[Image.Image, int]:
-        """The image, decoded by `read_image`, and its label; raises `BadImage`."""
-        source, name = self.source(index), self.path(index)
-        return read_image(source, name, self.upright, channels, pixel_range), int(self.labels[index])
+    def image(self, index: int, channels: int = 3, pixel_range: Sequence[float] | None = None) -> Image.Image:
+        """The image, decoded by `read_image`; raises `BadImage`."""
+        return read_image(self.source(index), self.path(index), self.upright, channels, pixel_range)
+
+    def load(self, index: int, *decoding: Any) -> tuple[Image.Image, int]:
+        """The image, decoded with the arguments of `image`, and its label; raises `BadImage`."""
+        return self.image(index, *decoding), int(self.labels[index])
 
     def subset(self, indices: np.ndarray) -> "ImageDataset":
         """The images at the given indices."""

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -127,9 +128,9 @@ def test_no_prediction_gives_zeros_and_more_than_coco_takes_count_where_they_are
 
 def test_mistakes_are_missed_objects_and_wrong_predictions_outside_crowds():
     objects = [
-        {"category_id": 1, "bbox": [0, 0, 10, 10], "iscrowd": 0},
-        {"category_id": 1, "bbox": [50, 50, 10, 10], "iscrowd": 0},
-        {"category_id": 1, "bbox": [100, 0, 50, 50], "iscrowd": 1},
+        {"id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "iscrowd": 0},
+        {"id": 2, "category_id": 1, "bbox": [50, 50, 10, 10], "iscrowd": 0},
+        {"id": 3, "category_id": 1, "bbox": [100, 0, 50, 50], "iscrowd": 1},
     ]
     results = [
         {"category_id": 1, "bbox": [1, 0, 10, 10], "score": 0.9},
@@ -137,7 +138,10 @@ def test_mistakes_are_missed_objects_and_wrong_predictions_outside_crowds():
         {"category_id": 1, "bbox": [110, 10, 10, 10], "score": 0.7},  # in the crowd
         {"category_id": 2, "bbox": [50, 50, 10, 10], "score": 0.6},  # another category
     ]
-    assert count_mistakes(objects, results) == (1, 2)
+    truth = {"images": [{"id": 7}], "categories": [{"id": 1}, {"id": 2}]}
+    truth["annotations"] = [entry | {"image_id": 7, "area": math.prod(entry["bbox"][2:])} for entry in objects]
+    assert count_mistakes(truth, [result | {"image_id": 7} for result in results]) == ({7: 1}, {7: 2})
+    assert count_mistakes(truth, []) == ({7: 2}, {})
 
 
 # ------------------------------------------------------------------------------------------------ annotation files
