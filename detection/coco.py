@@ -180,15 +180,7 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Decode polygons or run lengths to uint8 (height, width) of zeros and ones; ValueError for another size."""
-    if isinstance(segmentation, list):
-        if min(map(len, segmentation)) < 6:  # the decoder takes four numbers for a box
-            raise ValueError("a polygon has fewer than three points")
-        encoded = coco_masks.merge(coco_masks.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        encoded = coco_masks.frPyObjects(segmentation, *segmentation["size"])
-    else:
-        encoded = segmentation
-    mask = coco_masks.decode(encoded)
+    mask = coco_masks.decode(coco_masks.segmToRle(segmentation, width, height))
     if mask.shape != (height, width):
         raise ValueError(f"its size is {mask.shape[1]}x{mask.shape[0]}, not {width}x{height}")
     return mask
