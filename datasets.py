@@ -4,6 +4,6 @@ This is not Hugging Face's package of the same name; use ``--data-set hfds/...``
 (`inputs.hugging_face`).
 """
 
-from inputs.data import Data, build_data, build_eval
+from inputs.data import build_data, eval_loader
 
-__all__ = ["Data", "build_data", "build_eval"]
+__all__ = ["build_data", "eval_loader"]

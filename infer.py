@@ -124,8 +124,8 @@ def with_trained_data(args: argparse.Namespace, loaded: models.LoadedModel) -> a
         "data_set": data_set,
         "val_split": args.val_split or (tuple(val_split) if val_split else None),
         "input_size": loaded.input_size,
-        "skip_bad_images": args.skip_bad_images or args.image is not None,  # prediction lists them
         "eval_crop_pct": loaded.crop_pct,
+        "skip_bad_images": args.skip_bad_images or args.image is not None,  # prediction lists them
         "pixel_range": trained.get("pixel_range"),
         "csv_columns": csv_columns,
         "val_path": None,

@@ -11,8 +11,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from inputs.data import Data, build_eval
+from inputs.data import eval_loader, open_split
+from inputs.images import ImageDataset, choose_classes
 from models import LoadedModel
+from models.pretrained import PREPROCESSING
 from runtime.processes import Distributed
 from training.classification import evaluate
 from training.options import data_name
@@ -35,14 +37,16 @@ def average_mirrored(model: nn.Module) -> None:
 
 def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> None:
     """Evaluate on all processes. The main process prints the results and writes them to files on request."""
-    data, present = open_data(args, dist, loaded)
+    dataset, present = open_data(args, dist, loaded)
     output = args.output or default_output(args, loaded.path)
     if dist.is_main:
         check_output(output)
         if args.report is not None:
             make_directory(args.report)
     model = loaded.model.to(dist.device)
-    data.val.dataset.labels = np.array(present)[data.val.dataset.labels]
+    dataset.labels = np.array(present)[dataset.labels]
+    preprocessing = {name: getattr(loaded, name) for name in PREPROCESSING}
+    loader = eval_loader(args, dist, dataset, preprocessing)
     columns = torch.tensor(present, device=dist.device)
     own: list[np.ndarray] = []  # (3, B) per batch: true class, prediction, best of the classes in the data
 
@@ -51,7 +55,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         own.append(torch.stack([targets, logits.argmax(1), among_present]).cpu().numpy())
 
     began = time.perf_counter()
-    results = evaluate(model, data.val, dist, choose_precision(args, dist.device), watch=watch)
+    results = evaluate(model, loader, dist, choose_precision(args, dist.device), watch=watch)
     seconds = time.perf_counter() - began
     gathered = dist.gather_objects(own)
     if not dist.is_main:
@@ -60,8 +64,7 @@ def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     classes = loaded.num_classes
     confusion = np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
     results["mean_per_class"] = 100 * float(np.nanmean(class_accuracies(confusion)))
-    results |= {"images_per_second": results["images"] / seconds, "seconds": seconds}
-    results |= {name: getattr(data, name) for name in ("crop_pct", "interpolation", "mean", "std")}
+    results |= preprocessing | {"images_per_second": results["images"] / seconds, "seconds": seconds}
     name = f"{loaded.arch}{' (EMA)' if loaded.ema else ''}{' with mirrored images' if args.tta else ''}"
     height, width = loaded.input_size
     source = data_name(args.data_set, args.data_path)
@@ -106,7 +109,7 @@ def default_output(args: argparse.Namespace, path: Path) -> Path | None:
     return path.with_name(f"{path.stem}_{data}{'_test' if args.split == 'test' else ''}.json")
 
 
-def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> tuple[Data, list[int]]:
+def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> tuple[ImageDataset, Sequence[int]]:
     """Open the data; return it with the model's index of each of its classes.
 
     Classes are matched by name, and the data may lack some of the model's classes. If the checkpoint has no class
@@ -116,23 +119,18 @@ def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) 
     Raises:
         UserError: if the data has classes that the model does not know.
     """
-
-    def build(classes: Sequence[str] | None) -> Data:
-        opened = argparse.Namespace(**vars(args) | {"classes": classes})
-        preprocessing = {"mean": loaded.mean, "std": loaded.std, "interpolation": loaded.interpolation}
-        return build_eval(opened, dist, split=args.split, **preprocessing)
-
-    data, known = build(args.classes), loaded.class_names
+    dataset, known = open_split(args, dist, args.split), loaded.class_names
     trained_on = (loaded.checkpoint.get("args") or {}).get("classes")
-    if args.classes is None and trained_on and (common := [name for name in known if name in data.class_names]):
-        data = build(common)
-    unknown = [name for name in data.class_names if name not in known]
+    if args.classes is None and trained_on and (common := [name for name in known if name in dataset.class_names]):
+        dataset = choose_classes(dataset, common)
+    unknown = [name for name in dataset.class_names if name not in known]
     if not unknown:
-        return data, [known.index(name) for name in data.class_names]
-    if loaded.checkpoint.get("class_names") is None and data.num_classes == loaded.num_classes:
-        return data, list(range(loaded.num_classes))
+        return dataset, [known.index(name) for name in dataset.class_names]
+    number = len(dataset.class_names)
+    if loaded.checkpoint.get("class_names") is None and number == loaded.num_classes:
+        return dataset, range(number)
     shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
     raise UserError(
-        f"--data-set {args.data_set}: {loaded.path} does not know {len(unknown)} of its {data.num_classes} classes: "
+        f"--data-set {args.data_set}: {loaded.path} does not know {len(unknown)} of its {number} classes: "
         f"{shown}; use --classes to evaluate only some"
     )

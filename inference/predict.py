@@ -14,6 +14,7 @@ from inputs.folders import walk_files
 from inputs.images import file_dataset, is_image_name
 from inputs.loader import EvalLoader
 from models import LoadedModel
+from models.pretrained import PREPROCESSING
 from runtime.processes import Distributed
 from training.precision import as_input, choose_precision
 from utils import UserError, atomic_write, say
@@ -69,7 +70,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
 
     records, embeddings = [], []
     photographs = file_dataset(files, [0] * len(files), ["unknown"], upright=True)
-    loader = eval_loader(args, dist, photographs, loaded.mean, loaded.std, loaded.interpolation)
+    loader = eval_loader(args, dist, photographs, {name: getattr(loaded, name) for name in PREPROCESSING})
     for batch in loader:
         classifier_inputs.clear()
         best = predict(batch.images).softmax(1).topk(min(args.topk, loaded.num_classes))

@@ -6,8 +6,8 @@ and training can resume from the middle of an epoch without reading any sample t
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -27,38 +27,20 @@ DATASET_FLAGS = ("classes", "inat_category", "val_split", "val_path", "csv_colum
 REPEATS = 3  # of each sample in repeated augmentation
 
 
-@dataclass
-class Data:
-    """The loaders of a run, and the image settings that its checkpoints contain."""
-
-    train: TrainLoader | None
-    val: EvalLoader
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
-    interpolation: str
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-
-def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
-    """Build the loaders for training and validation from the command line.
+def build_data(args: argparse.Namespace, dist: Distributed) -> tuple[TrainLoader, EvalLoader]:
+    """Build the training and validation loaders from the command line.
 
     Raises:
         UserError: see `build_dataset`, `KeyedSampler` and `check_label_maps`.
     """
     if args.download and dist.is_main:
         for split in ("train", "val"):
-            _open(args, split, download=True)
+            open_split(args, dist, split, download=True)
     dist.barrier()
-    train_set, data = _open(args, "train"), build_eval(args, dist, **channel_statistics(args))
-    if train_set.class_names != data.class_names:
-        difference = ", ".join(sorted(set(train_set.class_names) ^ set(data.class_names))[:10])
+    train_set, val_set = (open_split(args, dist, split) for split in ("train", "val"))
+    if train_set.class_names != val_set.class_names:
+        difference = ", ".join(sorted(set(train_set.class_names) ^ set(val_set.class_names))[:10])
         raise UserError(f"--data-set {args.data_set}: classes in only one of training and validation: {difference}")
-    report_left_out(train_set, dist)
     if args.train_part is not None:
         share, seed = args.train_part
         train_set, _ = divide_classes(train_set, share, seed, "train-part")
@@ -67,10 +49,11 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
     update = (args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter)
     probabilities = balanced_probabilities(train_set) if args.balanced_sampling else None
     sampler = KeyedSampler(len(train_set), *update, REPEATS if args.repeated_aug else 1, probabilities)
+    preprocessing = chosen_preprocessing(args)
     transform = train_transform(
         args.input_size,
         glyphs=dataset_spec(args.data_set).glyphs,
-        mean=data.mean,
+        mean=preprocessing["mean"],
         interpolation=args.train_interpolation,
         **{name: getattr(args, name) for name in AUGMENTATION},
     )
@@ -79,59 +62,44 @@ def build_data(args: argparse.Namespace, dist: Distributed) -> Data:
         TokenLabelTransform(transform) if args.token_label_data else transform,
         args.seed,
         args.skip_bad_images,
-        mean=data.mean,
-        std=data.std,
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
         pixel_range=args.pixel_range,
         label_maps=args.token_label_data,
         erasing=RandomErasing(args.reprob, args.remode, args.recount) if args.reprob > 0 else None,
     )
-    data.train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
-    return data
-
-
-def build_eval(
-    args: argparse.Namespace,
-    dist: Distributed,
-    *,
-    split: str = "val",
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
-    interpolation: str = "bicubic",
-) -> Data:
-    """Build only the evaluation loader.
-
-    Args:
-        split: "val" (used for validation during training) or "test".
-    """
-    dataset = _open(args, split)
-    report_left_out(dataset, dist)
-    val = eval_loader(args, dist, dataset, mean, std, interpolation)
-    return Data(None, val, dataset.class_names, tuple(mean), tuple(std), args.eval_crop_pct, interpolation)
+    train = TrainLoader(samples, sampler, dist, args.num_workers, args.pin_mem)
+    return train, eval_loader(args, dist, val_set, preprocessing)
 
 
 def eval_loader(
-    args: argparse.Namespace,
-    dist: Distributed,
-    dataset: ImageDataset,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
+    args: argparse.Namespace, dist: Distributed, dataset: ImageDataset, preprocessing: Mapping[str, Any]
 ) -> EvalLoader:
-    """Build a loader that reads every image of a data set once, without augmentation."""
-    transform = eval_transform(args.input_size, crop_pct=args.eval_crop_pct, interpolation=interpolation)
+    """Build a loader of all images without augmentation.
+
+    Args:
+        preprocessing: mean, std, crop_pct and interpolation.
+    """
+    resizing = {name: preprocessing[name] for name in ("crop_pct", "interpolation")}
     samples = KeyedImages(
-        dataset, transform, 0, args.skip_bad_images, replacements=0, mean=mean, std=std, pixel_range=args.pixel_range
+        dataset,
+        eval_transform(args.input_size, **resizing),
+        skip_bad_images=args.skip_bad_images,
+        replacements=0,
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        pixel_range=args.pixel_range,
     )
     return EvalLoader(samples, args.batch_size, dist, args.num_workers, args.pin_mem)
 
 
-def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of each channel: as given, else ImageNet's (averaged if not RGB)."""
-    statistics = {}
+def chosen_preprocessing(args: argparse.Namespace) -> dict[str, Any]:
+    """The preprocessing of evaluation. Mean and std are by default ImageNet's (averaged if the images are not RGB)."""
+    chosen = {"crop_pct": args.eval_crop_pct, "interpolation": "bicubic"}
     for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         values = getattr(args, name) or (default if args.in_chans == 3 else [round(sum(default) / 3, 4)])
-        statistics[name] = tuple(values) * (args.in_chans // len(values))
-    return statistics
+        chosen[name] = tuple(values) * (args.in_chans // len(values))
+    return chosen
 
 
 def balanced_probabilities(dataset: ImageDataset) -> np.ndarray:
@@ -140,13 +108,11 @@ def balanced_probabilities(dataset: ImageDataset) -> np.ndarray:
     return 1 / (counts[dataset.labels] * np.count_nonzero(counts))
 
 
-def report_left_out(dataset: ImageDataset, dist: Distributed) -> None:
-    """Print how many files are left out, and the first of them."""
+def open_split(args: argparse.Namespace, dist: Distributed, split: str, download: bool = False) -> ImageDataset:
+    """Open the data set of the command line, and print how many files are left out, and the first of them."""
+    options = {name: getattr(args, name) for name in DATASET_FLAGS}
+    dataset = build_dataset(args.data_set, args.data_path, split, download=download, **options)
     if dataset.left_out and dist.is_main:
         count = len(dataset.left_out)
         tell(f"{count} file{'s' * (count > 1)} left out, the first {dataset.left_out[0]}")
-
-
-def _open(args: argparse.Namespace, split: str, download: bool = False) -> ImageDataset:
-    options = {name: getattr(args, name) for name in DATASET_FLAGS}
-    return build_dataset(args.data_set, args.data_path, split, download=download, **options)
+    return dataset

@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,7 +146,8 @@ def damaged(tmp_path):
 
 
 def loaders(folder, **changes):
-    return build_data(arguments(data_set="FOLDER", data_path=folder, batch_size=6, **changes), Distributed())
+    train, val = build_data(arguments(data_set="FOLDER", data_path=folder, batch_size=6, **changes), Distributed())
+    return SimpleNamespace(train=train, val=val)
 
 
 def trace(data, epochs=3):

@@ -10,7 +10,7 @@ from test_datasets import arguments, make_tree
 
 import infer
 from inputs.catalogue import build_dataset
-from inputs.data import build_data
+from inputs.data import build_data, chosen_preprocessing
 from inputs.transforms import train_transform
 from models import load_checkpoint
 from runtime.processes import Distributed
@@ -79,11 +79,12 @@ def test_channels_and_statistics_reach_the_batches(tmp_path):
     make_tree(tmp_path)
     for channels, mean in ((1, (0.449,)), (3, (0.485, 0.456, 0.406)), (4, (0.449,) * 4)):
         aa = "" if channels == 4 else "rand-m9-mstd0.5-inc1"
-        data = build_data(arguments(data_set="FOLDER", data_path=tmp_path, in_chans=channels, aa=aa), Distributed())
-        assert data.mean == pytest.approx(mean)
-        assert next(data.train.epoch(0)).images.shape == next(iter(data.val)).images.shape == (4, channels, 32, 32)
+        args = arguments(data_set="FOLDER", data_path=tmp_path, in_chans=channels, aa=aa)
+        train, val = build_data(args, Distributed())
+        assert chosen_preprocessing(args)["mean"] == pytest.approx(mean)
+        assert next(train.epoch(0)).images.shape == next(iter(val)).images.shape == (4, channels, 32, 32)
     args = arguments(data_set="FOLDER", data_path=tmp_path, mean=[0.0], std=[1.0])
-    pixels = next(iter(build_data(args, Distributed()).val)).images
+    pixels = next(iter(build_data(args, Distributed())[1])).images
     assert pixels[0, :, 16, 16].tolist() == pytest.approx([40 / 255, 100 / 255, 200 / 255])
 
 

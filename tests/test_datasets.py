@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from inputs.catalogue import build_dataset
-from inputs.data import build_data, build_eval
+from inputs.data import build_data
 from inputs.transforms import RandomErasing, eval_transform, train_transform
 from runtime.processes import Distributed
 from training.classification_flags import FLAGS
@@ -168,9 +168,8 @@ def test_a_part_of_each_class_is_trained_on_and_all_is_validated_on(tmp_path):
     found = {}
     for train_part, seed in (((0.3, 0), 0), ((0.3, 0), 5), ((0.3, 1), 0), ((1.0, 0), 0)):
         args = arguments(data_set="FOLDER", data_path=tmp_path, batch_size=2, train_part=train_part, seed=seed)
-        data = build_data(args, Distributed())
-        train = data.train.dataset
-        assert np.bincount(train.labels).tolist() == [10 * train_part[0]] * 2 and len(data.val.dataset) == 20
+        train, val = (loader.dataset for loader in build_data(args, Distributed()))
+        assert np.bincount(train.labels).tolist() == [10 * train_part[0]] * 2 and len(val) == 20
         paths = {train.path(i) for i in range(len(train))}
         assert found.setdefault(train_part, paths) == paths
     assert found[0.3, 0] != found[0.3, 1]
@@ -519,7 +518,7 @@ def test_the_strongest_posterize_of_randaugment_works():
 
 
 def test_images_normalised_on_the_device_are_those_of_timms_transform():
-    val = build_eval(arguments(), Distributed()).val
+    _, val = build_data(arguments(), Distributed())
     batch = next(iter(val))
     transform = create_transform(32, crop_pct=1.0, interpolation="bicubic")
     expected = torch.stack([transform(val.dataset.load(int(index))[0]) for index in batch.indices])
@@ -549,15 +548,14 @@ def test_erasing_is_timms(mode, count):
 
 
 def test_the_flags_make_loaders_that_know_their_data():
-    data = build_data(arguments(batch_size=100, classes=["3", "5", "7"]), Distributed())
-    assert data.class_names == ("3", "5", "7") and data.num_classes == 3
-    assert (data.crop_pct, data.interpolation) == (1.0, "bicubic")
-    assert len(data.train) == len(data.train.dataset) // 100
-    batch = next(data.train.epoch(0))
+    train, val = build_data(arguments(batch_size=100, classes=["3", "5", "7"]), Distributed())
+    assert train.dataset.class_names == val.dataset.class_names == ("3", "5", "7")
+    assert len(train) == len(train.dataset) // 100
+    batch = next(train.epoch(0))
     assert batch.images.shape == (100, 3, 32, 32) and batch.images.dtype == torch.float32
     assert batch.targets.dtype == torch.int64
-    assert batch.targets.tolist() == data.train.dataset.labels[batch.indices].tolist()
-    assert sum(len(batch.targets) for batch in data.val) == len(data.val.dataset)
+    assert batch.targets.tolist() == train.dataset.labels[batch.indices].tolist()
+    assert sum(len(batch.targets) for batch in val) == len(val.dataset)
 
 
 def test_a_training_set_smaller_than_an_update_is_refused_with_both_numbers():
@@ -576,7 +574,8 @@ def test_token_label_maps_come_with_their_images(tmp_path):
             label_map[0] = 10 * ("cat", "dog").index(name) + i
             torch.save(label_map.half(), maps / name / f"{i}.pt")
     args = arguments(data_set="FOLDER", data_path=tmp_path / "images", token_label_data=str(maps))
-    batch = next(build_data(args, Distributed()).train.epoch(0))
+    train, _ = build_data(args, Distributed())
+    batch = next(train.epoch(0))
     assert batch.targets["values"].shape == (4, 5, 18, 18)
     labels, values = batch.targets["label"], batch.targets["values"]
     for index, label, value in zip(batch.indices, labels, values, strict=True):

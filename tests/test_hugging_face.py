@@ -69,9 +69,9 @@ def test_a_data_set_saved_to_disk_is_read_in_place_by_its_columns_kinds(tmp_path
     assert train.class_names == val.class_names == ("cat", "dog")
     assert train.path(1) == f"{name}/train[1]"
     for workers in (0, 2):
-        data = build_data(arguments(data_set=name, batch_size=5, num_workers=workers), Distributed())
-        assert sorted(next(data.train.epoch(0)).indices.tolist()) == [0, 1, 2, 3, 4]
-        assert next(iter(data.val)).targets.tolist() == [1, 0, 1]
+        train, val = build_data(arguments(data_set=name, batch_size=5, num_workers=workers), Distributed())
+        assert sorted(next(train.epoch(0)).indices.tolist()) == [0, 1, 2, 3, 4]
+        assert next(iter(val)).targets.tolist() == [1, 0, 1]
     assert contents(tmp_path) == before
 
 

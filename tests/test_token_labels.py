@@ -287,4 +287,4 @@ def test_missing_and_unfitting_maps_are_named_before_training(tmp_path):
 def test_a_label_size_that_contradicts_the_models_is_refused():
     run = SimpleNamespace(args=SimpleNamespace(token_label=True, token_label_size=14, token_label_crop="right"))
     with pytest.raises(UserError, match=r"--token-label-size 14: .* \(7, 7\)"):
-        build_criterion(run, SimpleNamespace(token_label_size=(7, 7)), SimpleNamespace(num_classes=10))
+        build_criterion(run, SimpleNamespace(token_label_size=(7, 7)), SimpleNamespace(class_names=range(10)))

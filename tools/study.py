@@ -192,7 +192,7 @@ class Cell(Classification):
         arguments = {name: value for name, value in full_model_kwargs(run.args).items() if name not in MIXER_CHOICES}
         arguments |= {"mixers": "/".join(f"none*{len(blocks)}" for blocks in stages)}
         torch.manual_seed(run.args.seed)
-        return create_model(run.args.arch, self.data.num_classes, run.args.input_size, arguments)
+        return create_model(run.args.arch, len(self.class_names), run.args.input_size, arguments)
 
 
 def train(study: Study, jobs: list[tuple[str, int]], results: Path, workers: int | None) -> None:

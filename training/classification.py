@@ -1,7 +1,7 @@
 """The classification task: class labels with mixup and cutmix, token labels, distillation."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,11 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 import models
-from inputs.data import Data, build_data
+from inputs.data import build_data, chosen_preprocessing
+from inputs.images import ImageDataset
 from inputs.loader import Batch, EvalLoader
 from inputs.token_labels import dense_targets
 from models.checkpoints import read_checkpoint, weights_of
-from models.pretrained import PREPROCESSING
 from models.pyramid import sample_mix_box
 from runtime.processes import Distributed
 from runtime.provenance import plain
@@ -46,11 +46,11 @@ class Classification(Task):
     def __init__(self, run: Run):
         self._run = run
         self.args, self.precision = run.args, run.precision
-        self.data = build_data(self.args, run.dist)
-        self.train, self.val = self.data.train, self.data.val
-        self.model = build_model(run, self.data)
-        self._mixup = build_mixup(self.args, self.data)
-        self._criterion = build_criterion(run, self.model, self.data)
+        self.train, self.val = build_data(self.args, run.dist)
+        self.class_names = self.train.dataset.class_names
+        self.model = build_model(run, self.class_names)
+        self._mixup = build_mixup(self.args, len(self.class_names))
+        self._criterion = build_criterion(run, self.model, self.train.dataset)
 
     def set_mode(self, model: nn.Module) -> None:
         """Put the root module alone into training mode for token labels: it then returns token logits too."""
@@ -87,19 +87,19 @@ class Classification(Task):
         return {
             "arch": models.resolve_arch(self.args.arch),
             "model_kwargs": full_model_kwargs(self.args),
-            "num_classes": self.data.num_classes,
+            "num_classes": len(self.class_names),
             "input_size": list(self.args.input_size),
-            "class_names": list(self.data.class_names),
+            "class_names": list(self.class_names),
         }
 
     def record(self) -> dict[str, Any]:
-        return plain({name: getattr(self.data, name) for name in PREPROCESSING})
+        return plain(chosen_preprocessing(self.args))
 
     def describe(self) -> str:
-        data, (height, width) = self.data, self.args.input_size
+        height, width = self.args.input_size
         return (
             f"{data_name(self.args.data_set, self.args.data_path)} at {height}x{width} (evaluation crop "
-            f"{data.crop_pct:g}), {data.num_classes} classes, {len(self.train.dataset)} training and "
+            f"{self.args.eval_crop_pct:g}), {len(self.class_names)} classes, {len(self.train.dataset)} training and "
             f"{len(self.val.dataset)} validation images"
         )
 
@@ -110,17 +110,17 @@ def full_model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     return args.model_kwargs | {name: value for name, value in flags.items() if value}
 
 
-def build_model(run: Run, data: Data) -> nn.Module:
-    """Create the model of --arch for the data's classes, with its initial weights."""
+def build_model(run: Run, class_names: Sequence[str]) -> nn.Module:
+    """Create the model of --arch for these classes, with its initial weights."""
     args = run.args
     torch.manual_seed(args.seed)
     kwargs = {"drop_rate": args.drop, "drop_path_rate": args.drop_path} | full_model_kwargs(args)
-    model = models.create_model(args.arch, data.num_classes, args.input_size, kwargs)
-    load_initial(run, model, data.class_names)
+    model = models.create_model(args.arch, len(class_names), args.input_size, kwargs)
+    load_initial(run, model, class_names)
     return model
 
 
-def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     if not mixes(args):
         return None
     return Mixup(
@@ -131,13 +131,13 @@ def build_mixup(args: argparse.Namespace, data: Data) -> Mixup | None:
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
         label_smoothing=args.smoothing,
-        num_classes=data.num_classes,
+        num_classes=num_classes,
     )
 
 
-def build_criterion(run: Run, model: nn.Module, data: Data) -> Callable[[Tensor, Any, Any], Tensor]:
+def build_criterion(run: Run, model: nn.Module, dataset: ImageDataset) -> Callable[[Tensor, Any, Any], Tensor]:
     """Create the loss on the run's device; call it as ``criterion(images, outputs, targets)``."""
-    args, num_classes = run.args, data.num_classes
+    args, num_classes = run.args, len(dataset.class_names)
     if args.token_label:
         size, swapped = model.token_label_size, args.token_label_crop == "reference"  # grid of the last stage
         if args.token_label_size is not None and size != (args.token_label_size,) * 2:
@@ -150,7 +150,7 @@ def build_criterion(run: Run, model: nn.Module, data: Data) -> Callable[[Tensor,
         return token_criterion
     weights = None
     if args.class_weights == "auto":
-        weights = balanced_class_weights(data.train.dataset.labels, num_classes)
+        weights = balanced_class_weights(dataset.labels, num_classes)
     loss = ClassLoss(args.smoothing, mixes(args), weights, args.bce_loss)
     if args.distillation_type != "none":
         teacher = models.create_model(args.teacher_model, num_classes, args.input_size, {})
