@@ -74,7 +74,7 @@ def test_a_study_killed_in_the_middle_of_a_run_ends_with_the_same_bits(tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tool.main(words(whole, study, workers=2))
     page = (whole / "tiny.md").read_text()
-    assert "| peer | " in page and "1 of 1 seeds" in page and "![Tiny](tiny.png)" in page and " - |" not in page
+    assert "| peer | " in page and "1 of 1 seeds" in page and "![Tiny](tiny.png)" in page and "nan" not in page
     assert (whole / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
     killed.mkdir()
@@ -143,7 +143,7 @@ def test_a_report_has_the_seeds_that_all_cells_have_trained_by_the_present_recip
     scores = {(cell, 0): 70.0 + place for place, cell in enumerate(TINY["cells"])} | {("peer", 1): 10.0}
     tool.main(with_lines(tmp_path, scores))
     page = (tmp_path / "tiny.md").read_text()
-    assert "1 of 2 seeds" in page and "| peer | 71.00 ± 0.00 | best | 1 | 1.0000 | 64 | - |" in page
+    assert "1 of 2 seeds" in page and "| peer | 71.00 ± 0.00 | 1 | 1.0000 | 64 | nan |" in page
     with pytest.raises(UserError, match="no seed of .* in every cell"):
         tool.main([*with_lines(tmp_path, scores), "--epochs", "2"])
     scores.pop(("alpha 1", 0))

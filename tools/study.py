@@ -45,7 +45,7 @@ from tools.machine import processor
 from training.arguments import POSITIVE, Parser, words_of
 from training.classification import Classification, full_model_kwargs
 from training.model import count_parameters
-from training.options import MIXER_CHOICES, available_cores, build_parser, merged_model_kwargs, parse_args
+from training.options import available_cores, build_parser, merged_model_kwargs, parse_args
 from training.precision import choose_precision
 from training.trainer import Run
 from utils import UserError, atomic_write, make_directory, say
@@ -184,15 +184,13 @@ class Cell(Classification):
     def __init__(self, run: Run):
         super().__init__(run)
         if run.checkpoint is None and isinstance(self.model, ImageModel):
-            self.model.load_state_dict(self._without_mixers(run).state_dict(), strict=False)
-
-    def _without_mixers(self, run: Run) -> nn.Module:
-        """Create the model without mixers, with weights that depend only on the seed."""
-        stages = [stage.blocks for stage in self.model.stages] if hasattr(self.model, "stages") else [self.model.blocks]
-        arguments = {name: value for name, value in full_model_kwargs(run.args).items() if name not in MIXER_CHOICES}
-        arguments |= {"mixers": "/".join(f"none*{len(blocks)}" for blocks in stages)}
-        torch.manual_seed(run.args.seed)
-        return create_model(run.args.arch, len(self.class_names), run.args.input_size, arguments)
+            stages = getattr(self.model, "stages", [self.model])
+            own = {"model_kwargs": full_model_kwargs(run.args)}
+            none = {"mixers": "/".join(f"none*{len(stage.blocks)}" for stage in stages)}
+            torch.manual_seed(run.args.seed)
+            arguments = merged_model_kwargs(own, {"model_kwargs": none})
+            model = create_model(run.args.arch, len(self.class_names), run.args.input_size, arguments)
+            self.model.load_state_dict(model.state_dict(), strict=False)
 
 
 def train(study: Study, jobs: list[tuple[str, int]], results: Path, workers: int | None) -> None:
@@ -264,27 +262,22 @@ def least_difference(scores: Tensor) -> float:
 
 
 def write_report(study: Study, lines: dict[tuple[str, int], Line], folder: Path) -> None:
-    """Write STUDY.md (data, budget, machine, table, conclusion) and STUDY.png for the seeds trained in every cell."""
+    """Write STUDY.md (data, budget, machine, table) and STUDY.png for the seeds trained in every cell."""
     seeds = [seed for seed in range(study.seeds) if all((cell, seed) in lines for cell in study.cells)]
     if not seeds:
         raise UserError(f"{folder}: no seed of {study.path} has been trained in every cell")
     scores = torch.tensor([[lines[cell, seed]["acc1"] for seed in seeds] for cell in study.cells])
-    means, least = scores.mean(1).tolist(), least_difference(scores)
-    spreads = scores.std(1, correction=min(1, len(seeds) - 1)).tolist()
+    means, spreads = scores.mean(1).tolist(), scores.std(1, correction=min(1, len(seeds) - 1)).tolist()
     rates: dict[str, list[float]] = {"images/s in training": [], "images/s in inference": []}  # nan if not measured
     training, inference = rates.values()
-    equal, head = [], ["cell", "top-1 %", "vs. best", "parameters", "GFLOPs", *rates]
-    table = f"| {' | '.join(head)} |\n{'| --- ' * len(head)}|\n"
+    table = f"| cell | top-1 % | parameters | GFLOPs | {' | '.join(rates)} |\n{'| --- ' * (4 + len(rates))}|\n"
     for cell, mean, spread in zip(study.cells, means, spreads, strict=True):
         of_cell, args = [lines[cell, seed] for seed in seeds], study.args[cell]
-        line, gap = of_cell[0], max(means) - mean
+        line = of_cell[0]
         training.append(args.epochs * line["images"] / statistics.median(line["seconds"] for line in of_cell))
         inference.append(statistics.median(line.get("inference_images_per_s", math.nan) for line in of_cell))
-        apart = "best" if gap == 0 else f"{-gap:.2f}" if gap >= least else "equal"
-        equal += [cell] if apart == "equal" else []
-        row = [cell, f"{mean:.2f} ± {spread:.2f}", apart, f"{line['parameters']:,}", f"{line['gflops']:.4f}"]
-        row += ["-" if math.isnan(rate) else f"{rate:.0f}" for rate in (training[-1], inference[-1])]
-        table += f"| {' | '.join(row)} |\n"
+        table += f"| {cell} | {mean:.2f} ± {spread:.2f} | {line['parameters']:,} | {line['gflops']:.4f} "
+        table += f"| {training[-1]:.0f} | {inference[-1]:.0f} |\n"
     machines = ", ".join(sorted({line["machine"] for line in lines.values()}))
     title = study.content["title"]
     text = f"""# {title}
@@ -297,12 +290,10 @@ Machine: {machines}; torch {line["torch"]}.
 
 Top-1 accuracy on {line["test_images"]:,} test images after the last epoch, mean ± standard deviation over the seeds.
 All cells have the same data, budget, schedule and augmentation. For each seed they start from the same weights, except
-for their mixers. Cells whose means differ by less than {least:.2f}, twice the standard error of a difference, are
-called equal. Images/s are medians over the seeds; inference uses batches of {args.batch_size} images.
+for their mixers. Twice the standard error of a difference between two means is {least_difference(scores):.2f}.
+Images/s are medians over the seeds; inference uses batches of {args.batch_size} images.
 
 {table}
-Best: {list(study.cells)[means.index(max(means))]}; equal to it: {", ".join(equal) or "none"}.
-
 ![{title}]({study.name}.png)
 """
     atomic_write(folder / f"{study.name}.md", text)
