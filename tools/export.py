@@ -27,7 +27,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 from torch import Tensor, nn
@@ -43,9 +42,8 @@ from models.pretrained import PREPROCESSING, check_model, find_checkpoint, model
 from runtime import checkpoints
 from runtime.cli import run_cli
 from training.arguments import Parser, suggestion
-from training.classification_flags import TABLE
 from training.model import count_parameters
-from training.options import TRAINING, data_name
+from training.options import data_name
 from utils import MachineError, UserError, atomic_write, make_directory, one_line
 
 OPSET = 18  # supported by TensorRT, CoreML's converters and onnxruntime 1.18
@@ -96,8 +94,6 @@ def write_weights(args: argparse.Namespace, path: Path) -> str:
         arch = model_name(state, args.arch, source)
         check_model(arch)
     if args.to[0] == "original":
-        if arch and not arch.startswith(("spectformer", "svt")):
-            raise UserError(f"{source}: it contains {arch}, which the authors' code does not have")
         weights = to_original(to_ours(weights))
     if args.half:
         weights = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
@@ -115,8 +111,7 @@ def write_weights(args: argparse.Namespace, path: Path) -> str:
 # Keys of timm's `pretrained_cfg` that describe the model, not its pretrained weights.
 MODEL_KEYS = ("architecture", "input_size", "fixed_input_size", "num_classes", "pool_size", "first_conv", "classifier")
 # Settings of the run that the model card lists.
-FLAGS = (*TRAINING["optimizer"], *TRAINING["schedule"], *TABLE["augmentation"])
-RECIPE = ("batch_size", *(flag.removeprefix("--").replace("-", "_") for flag, *_ in FLAGS))
+RECIPE = ("epochs", "batch_size", "opt", "lr", "weight_decay", "sched", "drop_path", "aa", "mixup", "cutmix", "reprob")
 USAGE = """
 ```python
 import timm
@@ -137,10 +132,7 @@ def write_hub(args: argparse.Namespace, path: Path) -> str:
     info.model.pretrained_cfg = {key: cfg[key] for key in MODEL_KEYS if key in cfg}
     images = {name: getattr(info, name) for name in PREPROCESSING} | {"input_size": image_shape(info)}
     described = {"label_names": info.class_names, "pretrained_cfg": images}
-    try:
-        save_for_hf(info.model, path, model_config=described, model_args=kwargs, safe_serialization=True)
-    except (OSError, SafetensorError) as error:
-        raise MachineError(f"{path}: cannot be written: {one_line(error)}") from error
+    save_for_hf(info.model, path, model_config=described, model_args=kwargs, safe_serialization=True)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config["model_args"].pop("num_classes", None)  # transformers also passes the top-level num_classes
     atomic_write(path / "config.json", json.dumps(config, indent=2))
@@ -151,10 +143,9 @@ def write_hub(args: argparse.Namespace, path: Path) -> str:
 def model_card(info: LoadedModel, paper: str, folder: Path) -> str:
     """Return the content of README.md: the model, the run that trained it, and `paper` ("arXiv:2304.06446" or "")."""
     settings = info.checkpoint.get("args") or {}
-    data = data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None
     details: dict[str, Any] = {
         "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
-        "Data": data,
+        "Data": data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None,
         "Accuracy": accuracy(info.checkpoint, info.ema),
         "Initial weights": settings.get("finetune") and Path(settings["finetune"]).name,
         "Recipe": {name: settings[name] for name in RECIPE if settings.get(name) is not None},
@@ -162,7 +153,7 @@ def model_card(info: LoadedModel, paper: str, folder: Path) -> str:
     }
     card = {
         "license": "unknown",
-        "description": f"A {info.arch} for image classification" + (f", trained on {data}." if data else "."),
+        "description": f"A {info.arch} for image classification.",
         "details": {name: value for name, value in details.items() if value},
         "usage": USAGE.format(folder=folder),
     }
