@@ -17,13 +17,12 @@ class indices. This is the format of the published maps (label_top5_train_nfnet,
 whose feature map is 18 x 18), e.g. `label_top5_train_nfnet/n01440764/n01440764_18.pt`. Maps are float16, or
 float32 with more than 2,048 classes, whose indices float16 cannot represent.
 
-A second call keeps the existing maps and resumes where the first one stopped. Under torchrun the processes
-share the images. `--check` checks that all maps exist, are intact and fit the data set.
+A second call keeps the existing maps, also another teacher's, and resumes where the first one stopped. Under
+torchrun the processes share the images. `--check` checks that all maps exist, are intact and fit the data set.
 """
 
 import argparse
-import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,9 +47,8 @@ from runtime.processes import Distributed, init_distributed
 from training.arguments import POSITIVE, WORKERS, Parser, class_list, image_size
 from training.options import default_workers
 from training.precision import Precision, choose_precision, set_up_device
-from utils import UserError, atomic_write, make_directory, one_line
+from utils import UserError, atomic_write, make_directory
 
-TEACHER = "teacher.json"  # in the folder of the maps: identifies their teacher
 WRITERS = 16  # threads, which mostly wait for the disk
 
 
@@ -61,16 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = build_dataset(
         args.data_set, args.data_path, "train", inat_category=args.inat_category, classes=args.classes
     )
-    images: dict[Path, str] = {}  # label map -> image
-    for index in range(len(dataset)):
-        path, image = image_map_path(args.output_dir, dataset.path(index)), dataset.path(index)
-        if images.setdefault(path, image) != image:
-            raise UserError(f"{images[path]} and {image} would share the label map {path}; rename one of them")
+    paths = [image_map_path(args.output_dir, dataset.path(index)) for index in range(len(dataset))]
+    path, images = Counter(paths).most_common(1)[0]
+    if images > 1:
+        raise UserError(f"{images} images would share the label map {path}; rename all but one of them")
     if args.check:
         check_label_maps(dataset, args.output_dir, read=len(dataset))
-        print(f"{len(images)} label maps in {args.output_dir}, all intact")
+        print(f"{len(paths)} label maps in {args.output_dir}, all intact")
     else:
-        generate(args, dataset, list(images), dist)
+        generate(args, dataset, paths, dist)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,22 +97,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Path], dist: Distributed) -> None:
-    """Write this process's share of the missing maps.
-
-    Raises:
-        UserError: the existing maps are another teacher's.
-    """
-    model, samples, teacher = load_teacher(args, dataset.class_names)
+    """Write this process's share of the missing maps."""
+    model, samples = load_teacher(args, dataset.class_names)
     model, precision = model.to(dist.device), choose_precision(args, dist.device)
-    make_directory(args.output_dir)
     wanted = np.flatnonzero([not path.exists() for path in paths])
-    record = args.output_dir / TEACHER
-    if dist.is_main and not record.exists():
-        atomic_write(record, teacher)
     dist.barrier()  # so that no process writes maps before all have determined `wanted`
-    if record.read_text() != teacher:
-        raise UserError(f"{record}: the existing maps are another teacher's; choose another --output-dir")
-
     for folder in {paths[index].parent for index in wanted}:
         make_directory(folder)
     loader = EvalLoader(samples(dataset.subset(wanted)), args.batch_size, dist, args.num_workers, pin_memory=True)
@@ -126,7 +112,7 @@ def generate(args: argparse.Namespace, dataset: ImageDataset, paths: Sequence[Pa
             for _ in pool.map(write_map, [paths[wanted[index]] for index in batch.indices.tolist()], maps):
                 bar.update()
     if dist.is_main:
-        print(f"{len(paths)} label maps in {args.output_dir}")
+        print(f"{len(paths)} label maps in {args.output_dir}, {len(wanted)} of them new")
 
 
 def write_map(path: Path, label_map: Tensor) -> None:
@@ -135,8 +121,8 @@ def write_map(path: Path, label_map: Tensor) -> None:
 
 def load_teacher(
     args: argparse.Namespace, class_names: Sequence[str]
-) -> tuple[nn.Module, Callable[[ImageDataset], KeyedImages], str]:
-    """Load the teacher; returns the model, a function that prepares a data set's images for it, and its identity.
+) -> tuple[nn.Module, Callable[[ImageDataset], KeyedImages]]:
+    """Load the teacher; returns the model, and a function that prepares a data set's images for it.
 
     Raises:
         UserError: the teacher does not exist or does not have the data set's classes.
@@ -147,23 +133,18 @@ def load_teacher(
         if cfg is None or cfg.num_classes != len(class_names):
             raise UserError(f"--arch {args.arch}: timm has no pretrained weights of this model for {classes}")
         size = {"img_size": args.input_size} if args.input_size and cfg.fixed_input_size else {}
-        try:
-            model = timm.create_model(args.arch, pretrained=True, **size).eval()
-        except (OSError, RuntimeError, ValueError) as error:  # the download failed, or the size is invalid
-            raise UserError(f"--arch {args.arch} --pretrained: {one_line(error)}") from error
+        model = timm.create_model(args.arch, pretrained=True, **size).eval()
         config = resolve_data_config(model=model)
-        input_size, weights = args.input_size or config["input_size"][1:], cfg.hf_hub_id or cfg.url
+        input_size = args.input_size or config["input_size"][1:]
     else:
         info = load_checkpoint(args.model_path, args.arch, input_size=args.input_size)
         named = info.checkpoint.get("class_names")
         if info.num_classes != len(class_names) or named not in (None, list(class_names)):
             raise UserError(f"--model-path {args.model_path}: its {info.num_classes} classes are not {classes}")
         model, config, input_size = info.model, vars(info), info.input_size
-        weights = hashlib.sha256(info.path.read_bytes()).hexdigest()
     uncropped = {"interpolation": config["interpolation"], "crop_pct": 1.0, "crop_mode": "squash"}
     transform = create_transform(tuple(input_size), **uncropped, use_prefetcher=True)  # to uint8
-    samples = partial(KeyedImages, transform=transform, mean=config["mean"], std=config["std"])
-    return model, samples, json.dumps({"weights": weights, "input_size": input_size, "classes": len(class_names)})
+    return model, partial(KeyedImages, transform=transform, mean=config["mean"], std=config["std"])
 
 
 @torch.inference_mode()
@@ -182,32 +163,25 @@ def position_logits(model: nn.Module, images: Tensor) -> Tensor:
 
     The features of a position pass through the model's token classifier (`aux_head`) if it has one, otherwise through
     its head, which pools and normalises, as a feature map with a single position.
-
-    Raises:
-        UserError: the model has no feature map, or its head needs the whole map.
     """
     prefix = getattr(model, "num_prefix_tokens", 0)
-    try:
-        features = model.forward_features(images)
-        if features.ndim == 3:  # tokens; the position's features also replace the prefix tokens
-            stride = model.feature_info[-1]["reduction"]
-            grid = [side // stride for side in images.shape[2:]]
-            positions = features[:, prefix:]
-            alone = positions.flatten(0, 1)[:, None].expand(-1, 1 + prefix, -1)
-        elif str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
-            grid, positions = features.shape[1:3], features.flatten(1, 2)
-            alone = positions.flatten(0, 1)[:, None, None]
-        else:
-            grid, positions = features.shape[2:], features.flatten(2).mT
-            alone = positions.flatten(0, 1)[:, :, None, None]
-        if getattr(model, "token_label", False):
-            logits = model.aux_head(positions)
-        else:
-            logits = model.forward_head(alone).unflatten(0, positions.shape[:2])
-        return logits.mT.unflatten(2, grid)
-    except (AttributeError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        name = type(model).__name__
-        raise UserError(f"--arch: {name} cannot classify position by position: {one_line(error)[:200]}") from error
+    features = model.forward_features(images)
+    if features.ndim == 3:  # tokens; the position's features also replace the prefix tokens
+        stride = model.feature_info[-1]["reduction"]
+        grid = [side // stride for side in images.shape[2:]]
+        positions = features[:, prefix:]
+        alone = positions.flatten(0, 1)[:, None].expand(-1, 1 + prefix, -1)
+    elif str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
+        grid, positions = features.shape[1:3], features.flatten(1, 2)
+        alone = positions.flatten(0, 1)[:, None, None]
+    else:
+        grid, positions = features.shape[2:], features.flatten(2).mT
+        alone = positions.flatten(0, 1)[:, :, None, None]
+    if getattr(model, "token_label", False):
+        logits = model.aux_head(positions)
+    else:
+        logits = model.forward_head(alone).unflatten(0, positions.shape[:2])
+    return logits.mT.unflatten(2, grid)
 
 
 if __name__ == "__main__":
