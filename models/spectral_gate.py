@@ -75,7 +75,7 @@ def gate_by_products(x: Tensor, complex_weight: Tensor) -> Tensor:
         spectrum = multiply(matrix(height_transform, height, like=x), rows.view(batch, 2 * height, -1))
     spectrum = spectrum.view(batch, 2, height, -1, channels)
     if sliced:
-        parts, inverse = product_in_slices(spectrum, complex_weight), matrix(height_transform, height, like=x).T
+        parts, inverse = product_in_slices([spectrum, complex_weight]), matrix(height_transform, height, like=x).T
     else:
         # The four products of real and imaginary parts, (out, in, H, F, C). The next matrix product sums them.
         real, imaginary = complex_weight.to(x.dtype).unbind(-1)

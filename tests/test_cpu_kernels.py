@@ -164,15 +164,15 @@ def tokens(*shape):
 
 OPERATIONS = {
     "feed_forward": lambda: (
-        *(tokens(3, 5, 6, 4), tokens(6, 4), tokens(6)),
-        *(tokens(6, 1, 3, 3), tokens(6), tokens(4, 6), tokens(4), True),
+        [tokens(3, 5, 6, 4), tokens(6, 4), tokens(6), tokens(6, 1, 3, 3), tokens(6), tokens(4, 6), tokens(4)],
+        True,
     ),
     "scatter": lambda: (
-        *(tokens(2, 5, 6, 4), tokens(6, 6, 4)),
-        *(tokens(2, 4, 4), tokens(2, 4), tokens(2, 4, 4), tokens(2, 4), True),
+        [tokens(2, 5, 6, 4), tokens(6, 6, 4), tokens(2, 4, 4), tokens(2, 4), tokens(2, 4, 4), tokens(2, 4)],
+        True,
     ),
-    "spectral_product": lambda: (tokens(3, 2, 5, 4, 6), tokens(5, 4, 6, 2)),
-    "attend": lambda: (tokens(3, 5, 4), tokens(3, 5, 4), tokens(3, 5, 4)),
+    "spectral_product": lambda: ([tokens(3, 2, 5, 4, 6), tokens(5, 4, 6, 2)],),
+    "attend": lambda: ([tokens(3, 5, 4), tokens(3, 5, 4), tokens(3, 5, 4)],),
 }
 
 

@@ -5,12 +5,12 @@ whole heads, as many as fit into cache, in two thirds of the time, and half the 
 It also has second derivatives, unlike PyTorch's CPU kernel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
+from .kernels import empty_gradients, images_per_slice, in_slices, kernel, may_run, register_gradients
 
 # Scores computed together: 3 MiB in half precision. PyTorch computes heads with more scores.
 SLICE_ELEMENTS = 3 * 2**19
@@ -22,13 +22,14 @@ def attend(qkv: Tensor) -> Tensor | None:
         return None
     if qkv.dtype == torch.float32 and not torch.is_grad_enabled():
         return None  # PyTorch's kernel is as fast
-    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in qkv.unbind(2))
-    return attend_in_slices(q, k, v).unflatten(0, (len(qkv), -1)).transpose(1, 2)
+    heads = [part.transpose(1, 2).flatten(0, 1) for part in qkv.unbind(2)]
+    return attend_in_slices(heads).unflatten(0, (len(qkv), -1)).transpose(1, 2)
 
 
 @kernel("attend")
-def attend_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute softmax(q k^T / sqrt(head_dim)) v for q, k, v of (heads, N, head_dim)."""
+def attend_in_slices(inputs: Sequence[Tensor]) -> Tensor:
+    """Compute `general_attend` for q, k and v of (heads, N, head_dim)."""
+    q, k, v = inputs
     y = v.new_empty(v.shape)
     scale = q.shape[2] ** -0.5
     for q_, k_, v_, out, (shares,) in _in_slices(1, q * scale, k, v, y):
@@ -38,9 +39,10 @@ def attend_in_slices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @kernel("attend_backward")
-def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """Compute the gradients of `attend_in_slices`, recomputing the attention weights."""
-    grads = empty_gradients(q, k, v)
+def attend_backward(grad: Tensor, _: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Compute the gradients of `general_attend`, recomputing the attention weights."""
+    q, k, v = inputs
+    grads = empty_gradients(inputs)
     scale = q.shape[2] ** -0.5
     pieces = _in_slices(2, q * scale, k, v, grad.contiguous(), *grads)
     for q_, k_, v_, g, grad_q, grad_k, grad_v, (shares, grad_scores) in pieces:
@@ -54,17 +56,13 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tenso
     return grads
 
 
-@attend_in_slices.register_fake
-def _empty_result(_q, _k, v):
-    return v.new_empty(v.shape)
-
-
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def general_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(q k^T / sqrt(head_dim)) v for q, k, v of (..., N, head_dim)."""
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
-register_gradients(attend_in_slices, attend_backward, explicit_attention)
+attend_in_slices.register_fake(lambda inputs: inputs[2].new_empty(inputs[2].shape))
+register_gradients(attend_in_slices, attend_backward, general_attend)
 
 
 def _share(q: Tensor, k: Tensor, out: Tensor) -> None:
@@ -78,5 +76,5 @@ def _in_slices(buffers: int, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
     heads, tokens, _ = parts[0].shape
     size = images_per_slice(heads, tokens**2, SLICE_ELEMENTS)
     memory = parts[0].new_empty(buffers, size, tokens, tokens)
-    for slices in zip(*(part.split(size) for part in parts), strict=True):
+    for slices in in_slices(size, *parts):
         yield *slices, memory[:, : len(slices[0])]

@@ -1,13 +1,13 @@
 """The feed-forward network, a few images at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import to_autocast
-from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
+from .kernels import empty_gradients, images_per_slice, in_slices, kernel, may_run, register_gradients
 
 # Elements of a hidden tensor per slice, in inference with a convolution: 8 MiB in float32, the fastest of 4 to 32 MiB.
 # Training uses twice as many, and networks without a convolution twice as many again.
@@ -22,11 +22,11 @@ def feed_forward(layer: nn.Module, x: Tensor) -> Tensor | None:
     """Compute `layers.FeedForward` on (B, H, W, C); return None if the kernel cannot run."""
     if not all(map(_is_known, layer.children())):
         return None
-    depthwise = (None, None) if layer.dwconv is None else (layer.dwconv.weight, layer.dwconv.bias)
-    weights = (layer.fc1.weight, layer.fc1.bias, *depthwise, layer.fc2.weight, layer.fc2.bias)
+    weighted = [layer.fc1, layer.fc2] if layer.dwconv is None else [layer.fc1, layer.dwconv, layer.fc2]
+    weights = [weight for part in weighted for weight in (part.weight, part.bias)]
     if not may_run(x, weights, tuple(layer.children())):
         return None
-    return feed_forward_in_slices(to_autocast(x), *weights, torch.is_grad_enabled())[0]
+    return feed_forward_in_slices([to_autocast(x), *weights], torch.is_grad_enabled())[0]
 
 
 def _is_known(layer: nn.Module) -> bool:
@@ -39,100 +39,77 @@ def _is_known(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and layer.bias is not None
 
 
-def general_feed_forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    depthwise: Tensor | None,
-    depthwise_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor,
-) -> Tensor:
-    """Apply linear, (depthwise 3x3 convolution,) GELU, linear to (B, H, W, C), in the dtype of x."""
-    hidden = F.linear(x, weight1.to(x.dtype), bias1.to(x.dtype))
-    if depthwise is not None:
-        hidden = _convolve(hidden, depthwise.to(x.dtype), depthwise_bias.to(x.dtype))
-    return F.linear(F.gelu(hidden), weight2.to(x.dtype), bias2.to(x.dtype))
+def general_feed_forward(x: Tensor, *weights: Tensor) -> Tensor:
+    """Apply linear, (depthwise 3x3 convolution,) GELU, linear to (B, H, W, C), in the dtype of x.
+
+    `weights` are the weights and biases of these layers, in order.
+    """
+    weight1, bias1, *depthwise, weight2, bias2 = (weight.to(x.dtype) for weight in weights)
+    hidden = F.linear(x, weight1, bias1)
+    if depthwise:
+        hidden = _convolve(hidden, *depthwise)
+    return F.linear(F.gelu(hidden), weight2, bias2)
 
 
 @kernel("feed_forward")
-def feed_forward_in_slices(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    depthwise: Tensor | None,
-    depthwise_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def feed_forward_in_slices(inputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `general_feed_forward`; with `keep`, also return what the backward pass needs, else empty tensors.
 
     It needs the hidden tensor and, without a convolution, its GELU. The backward pass recomputes the convolution's
     output and its GELU, because hidden tensors are the largest of the network.
     """
-    y, hidden, activated = _empty_results(x, weight1, bias1, depthwise, depthwise_bias, weight2, bias2, keep)
-    weight1, bias1, depthwise, depthwise_bias, weight2, bias2 = (
-        weight if weight is None else weight.to(x.dtype)
-        for weight in (weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
-    )
-    pieces = _in_slices(len(weight1), keep, depthwise, x.contiguous(), y, hidden, activated)
+    x, *weights = inputs
+    weight1, bias1, *depthwise, weight2, bias2 = (weight.to(x.dtype) for weight in weights)
+    y, hidden, activated = _empty_results(inputs, keep)
+    pieces = _in_slices(len(weight1), keep, bool(depthwise), x.contiguous(), y, hidden, activated)
     for part, out, kept, kept_activated in pieces:
         if keep:  # write the product directly into the kept tensor
             h = kept
             torch.addmm(bias1, _rows(part), weight1.T, out=_rows(h))
         else:
             h = _linear(part, weight1, bias1)
-        if depthwise is None:
+        if not depthwise:
             a = torch.ops.aten.gelu.out(h, out=kept_activated if keep else h)
         elif _can_fuse(h):
-            a = _convolve_and_activate(h, depthwise, depthwise_bias)
+            a = _convolve_and_activate(h, *depthwise)
         else:
-            a = F.gelu(_convolve(h, depthwise, depthwise_bias))
+            a = F.gelu(_convolve(h, *depthwise))
         out.copy_(_linear(a, weight2, bias2))
     return y, hidden, activated
 
 
 @feed_forward_in_slices.register_fake
-def _empty_results(x, weight1, _bias1, depthwise, _depthwise_bias, weight2, _bias2, keep):
+def _empty_results(inputs, keep):
+    x, weight1, _bias1, *depthwise, weight2, _bias2 = inputs
     hidden = (*x.shape[:3], len(weight1))
-    sizes = (*x.shape[:3], len(weight2)), hidden if keep else (0,), hidden if keep and depthwise is None else (0,)
+    sizes = (*x.shape[:3], len(weight2)), hidden if keep else (0,), hidden if keep and not depthwise else (0,)
     return tuple(x.new_empty(size) for size in sizes)
 
 
 @kernel("feed_forward_backward")
-def feed_forward_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    activated: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    depthwise: Tensor | None,
-    depthwise_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor,
-) -> list[Tensor]:
+def feed_forward_backward(grad: Tensor, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Compute the gradients of the inputs; those of weights accumulate in the weights' precision."""
-    grads = empty_gradients(x, weight1, bias1, depthwise, depthwise_bias, weight2, bias2)
-    grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
-    weight1, depthwise, depthwise_bias, weight2 = (
-        weight if weight is None else weight.to(x.dtype) for weight in (weight1, depthwise, depthwise_bias, weight2)
-    )
-    grad_weight1, grad_bias1, *grad_depthwise, grad_weight2, grad_bias2 = totals
+    hidden, activated = results
+    x, *weights = inputs
+    weight1, _bias1, *depthwise, weight2, _bias2 = (weight.to(x.dtype) for weight in weights)
+    grads = empty_gradients(inputs)
+    grad_x, *totals = grads
+    grad_weight1, grad_bias1, *grad_depthwise, grad_weight2, grad_bias2 = (total.zero_() for total in totals)
     scratch = x.new_empty(0)
-    pieces = _in_slices(len(weight1), True, depthwise, x.contiguous(), hidden, activated, grad.contiguous(), grad_x)
+    pieces = _in_slices(
+        len(weight1), True, bool(depthwise), x.contiguous(), hidden, activated, grad.contiguous(), grad_x
+    )
     for part, h, a, g, out in pieces:
         before_gelu = h
-        if depthwise is not None:
-            before_gelu = _convolve(h, depthwise, depthwise_bias)
+        if depthwise:
+            before_gelu = _convolve(h, *depthwise)
             a = torch.ops.aten.gelu.out(before_gelu, out=scratch.resize_(h.shape))  # overwritten by grad_h below
         grad_weight2 += (_rows(a).T @ _rows(g)).T  # faster than the transposed product
         grad_bias2 += _rows(g).sum(0)
         grad_h = _product(_rows(g), weight2, _rows(scratch.resize_(h.shape))).view(h.shape)
         torch.ops.aten.gelu_backward.grad_input(grad_h, before_gelu, grad_input=grad_h)
-        if depthwise is not None:
-            grad_h, *new = _convolution_backward(grad_h, h, depthwise)
+        if depthwise:
+            grad_h, *new = _convolution_backward(grad_h, h, depthwise[0])
             for total, addend in zip(grad_depthwise, new, strict=True):
                 total += addend
         grad_weight1 += _rows(grad_h).T @ _rows(part)
@@ -145,15 +122,11 @@ def feed_forward_backward(
 register_gradients(feed_forward_in_slices, feed_forward_backward, general_feed_forward, further=2)
 
 
-def _in_slices(
-    hidden_dim: int, training: bool, depthwise: Tensor | None, *grids: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield grids (B, H, W, C) for a few images at a time; empty tensors stay unchanged."""
+def _in_slices(hidden_dim: int, training: bool, depthwise: bool, *grids: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield grids (B, H, W, C) for a few images at a time."""
     batch, height, width, _ = grids[0].shape
-    most = SLICE_ELEMENTS * (2 if training else 1) * (2 if depthwise is None else 1)
-    size = images_per_slice(batch, hidden_dim * height * width, most)
-    for first in range(0, batch, size):
-        yield tuple(grid[first : first + size] if grid.numel() else grid for grid in grids)
+    most = SLICE_ELEMENTS * (2 if training else 1) * (1 if depthwise else 2)
+    return in_slices(images_per_slice(batch, hidden_dim * height * width, most), *grids)
 
 
 def _rows(grid: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,7 @@ def set_cpu_kernels(enable: bool) -> None:
     _enabled = enable
 
 
-def may_run(
-    x: Tensor, weights: Sequence[Tensor | None] = (), layers: tuple[nn.Module, ...] = (), half: bool = True
-) -> bool:
+def may_run(x: Tensor, weights: Sequence[Tensor] = (), layers: Sequence[nn.Module] = (), half: bool = True) -> bool:
     """Return whether a kernel can replace these layers with these weights for the input x.
 
     It cannot if x is not on a CPU, if the call is traced, exported or transformed by torch.func, if a layer has a hook
@@ -42,7 +40,7 @@ def may_run(
         and not torch.jit.is_tracing()
         and not is_exporting()
         and x.device.type == "cpu"
-        and all(tensor is None or _is_plain(tensor) for tensor in (x, *weights))
+        and all(map(_is_plain, (x, *weights)))
         and _fits(autocast_dtype(x) if half else full_dtype(x), weights)
         and not any("forward" in vars(layer) for layer in layers)
         and not are_hooked(layers)
@@ -64,13 +62,13 @@ def is_transformed(tensor: Tensor) -> bool:
     return torch.func.debug_unwrap(tensor) is not tensor or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def _fits(dtype: torch.dtype, weights: Sequence[Tensor | None]) -> bool:
+def _fits(dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
     """Return whether the weights have the given dtype; float32 weights also fit bfloat16."""
     allowed = (dtype, torch.float32) if dtype == torch.bfloat16 else (dtype,)
-    return dtype in DTYPES and all(weight is None or weight.dtype in allowed for weight in weights)
+    return dtype in DTYPES and all(weight.dtype in allowed for weight in weights)
 
 
-def are_hooked(layers: tuple[nn.Module, ...]) -> bool:
+def are_hooked(layers: Sequence[nn.Module]) -> bool:
     """Return whether there is a hook on one of the layers or on all modules; True if that is unknown."""
     return any(getattr(nn.modules.module, f"_global{name}", True) for name in _HOOKS) or any(
         getattr(layer, name, True) for layer in layers for name in _HOOKS
@@ -83,6 +81,12 @@ def images_per_slice(images: int, elements_per_image: int, most: int) -> int:
     return max(1, math.ceil(images / max(1, parts)))
 
 
+def in_slices(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield slices of `size` images of all tensors (B, ...); empty tensors stay unchanged."""
+    for first in range(0, len(tensors[0]), size):
+        yield tuple(tensor[first : first + size] if tensor.numel() else tensor for tensor in tensors)
+
+
 def kernel(name: str) -> Callable[[Callable], Any]:
     """Register a function as a custom operator, which torch.compile calls without tracing it."""
     return torch.library.custom_op(f"{__name__.partition('.')[0]}_cpu::{name}", mutates_args=())
@@ -91,8 +95,8 @@ def kernel(name: str) -> Callable[[Callable], Any]:
 def register_gradients(forward: Any, backward: Any, general: Callable[..., Tensor], further: int = 0) -> None:
     """Register the kernel `backward` as the gradient of the kernel `forward`.
 
-    forward(*inputs) returns its result. If `further` is not 0, forward(*inputs, keep) also returns that many tensors
-    for `backward`, empty unless `keep`. backward(gradient, *further tensors, *inputs) fills `empty_gradients(*inputs)`.
+    forward(inputs) returns its result. If `further` is not 0, forward(inputs, keep) also returns that many tensors for
+    `backward`, empty unless `keep`. backward(gradient, further tensors, inputs) returns the gradients of all inputs.
 
     `general(*inputs)`, the general implementation, is differentiated instead of calling `backward` if the backward pass
     is itself differentiated (`create_graph=True`) or the gradient is transformed by vmap. So kernels need no formulas
@@ -103,36 +107,31 @@ def register_gradients(forward: Any, backward: Any, general: Callable[..., Tenso
         results = output[1:] if further else ()
         ctx.mark_non_differentiable(*results)
         ctx.set_materialize_grads(False)  # avoids allocating zero gradients on every step
-        ctx.save_for_backward(*results, *(tensor for tensor in inputs if not isinstance(tensor, bool)))
+        ctx.save_for_backward(*results, *inputs[0])
 
-    def gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * len(ctx.needs_input_grad)
-        if gradient is None:
-            return nothing
+    def gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[list[Tensor | None] | None, ...]:
         saved = ctx.saved_tensors  # read once: gradient checkpointing allows no second access
-        inputs = saved[further:]
-        if torch.is_grad_enabled() or is_transformed(gradient):
+        results, inputs = saved[:further], saved[further:]
+        if gradient is None:
+            found = [None] * len(inputs)
+        elif torch.is_grad_enabled() or is_transformed(gradient):
             found = _differentiate(general, inputs, gradient)
         else:
-            filled = iter(backward(gradient, *saved))
-            found = [None if tensor is None else next(filled) for tensor in inputs]
-        return (*found, *nothing[len(found) :])  # `keep` has no gradient
+            found = backward(gradient, results, inputs)
+        return (found, None) if further else (found,)  # `keep` has no gradient
 
     forward.register_autograd(gradients, setup_context=setup_context)
-    backward.register_fake(lambda _gradient, *tensors: empty_gradients(*tensors[further:]))
+    backward.register_fake(lambda _gradient, _results, inputs: empty_gradients(inputs))
 
 
-def empty_gradients(*inputs: Tensor | None) -> list[Tensor]:
-    """Allocate the gradients of all inputs that are not None."""
-    return [tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None]
+def empty_gradients(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Allocate the gradients of all inputs."""
+    return [tensor.new_empty(tensor.shape) for tensor in inputs]
 
 
-def _differentiate(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], gradient: Tensor
-) -> list[Tensor | None]:
-    wanted = [tensor is not None and tensor.requires_grad for tensor in inputs]
+def _differentiate(function: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor) -> list[Tensor | None]:
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), autocast_off(gradient):
-        variables = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(function(*inputs), variables, gradient, create_graph=create_graph))
-    return [next(found) if want else None for want in wanted]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, gradient, create_graph=create_graph))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]

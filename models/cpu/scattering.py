@@ -6,7 +6,7 @@ real and imaginary parts that contain all channels. Each block of channels is th
 the matrix products.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..blending import EinsteinBlending, blend_channels
 from ..matrices import matrix
 from ..precision import full_precision, to_autocast
 from ..wavelet import analyse, analysis_matrix, synthesis_matrix, synthesise
-from .kernels import empty_gradients, images_per_slice, kernel, may_run, register_gradients
+from .kernels import empty_gradients, images_per_slice, in_slices, kernel, may_run, register_gradients
 
 # Elements of the transform per slice, 4HWC per image: 4 MiB in float32, the fastest of 2 to 16 MiB.
 SLICE_ELEMENTS = 2**20
@@ -28,15 +28,13 @@ def scatter(x: Tensor, low_pass: Tensor, blend: EinsteinBlending, half: bool) ->
     if not may_run(x, (low_pass, *blend.parameters()), (blend,), half=half):
         return None
     signal = to_autocast(x) if half else full_precision(x)
-    return scatter_in_slices(signal, low_pass, *blend.real_layers(), torch.is_grad_enabled())[0]
+    return scatter_in_slices([signal, low_pass, *blend.real_layers()], torch.is_grad_enabled())[0]
 
 
-def general_scatter(
-    x: Tensor, low_pass: Tensor, layer1: Tensor, bias1: Tensor, layer2: Tensor, bias2: Tensor
-) -> Tensor:
+def general_scatter(x: Tensor, low_pass: Tensor, *layers: Tensor) -> Tensor:
     """Transform tokens (B, H, W, C), multiply by `low_pass` (H', W', C), apply two real layers, transform back."""
     low, bands = analyse(x)
-    return synthesise(low * low_pass.to(x.dtype), blend_channels(bands, layer1, bias1, layer2, bias2), x.shape[1:3])
+    return synthesise(low * low_pass.to(x.dtype), blend_channels(bands, *layers), x.shape[1:3])
 
 
 def _even_then_odd(image: Tensor) -> Tensor:
@@ -131,15 +129,12 @@ def _bands_shape(x: Tensor, layer: Tensor) -> tuple[int, int, int]:
 
 
 @kernel("scatter")
-def scatter_in_slices(
-    x: Tensor, low_pass: Tensor, layer1: Tensor, bias1: Tensor, layer2: Tensor, bias2: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def scatter_in_slices(inputs: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `general_scatter`; with `keep`, also return the coefficients for backward, else empty tensors."""
-    y, low, bands = _empty_results(x, low_pass, layer1, bias1, layer2, bias2, keep)
+    y, low, bands = _empty_results(inputs, keep)
+    x, low_pass, *layers = inputs
     analysis, synthesis = _filters(analysis_matrix, x), _filters(synthesis_matrix, x)
-    low_weight, layer1, bias1, layer2, bias2 = (
-        weight.to(x.dtype) for weight in (_of_low(low_pass), layer1, bias1, layer2, bias2)
-    )
+    low_weight, layer1, bias1, layer2, bias2 = (weight.to(x.dtype) for weight in (_of_low(low_pass), *layers))
     images = 0
     for part, out, kept_low, kept in _in_slices(x.contiguous(), y, low, bands):
         if len(part) != images:
@@ -159,28 +154,21 @@ def scatter_in_slices(
 
 
 @scatter_in_slices.register_fake
-def _empty_results(x, low_pass, layer1, _bias1, _layer2, _bias2, keep):
+def _empty_results(inputs, keep):
+    x, low_pass, layer1, *_ = inputs
     sizes = low_pass.shape, _bands_shape(x, layer1)
     return x.new_empty(x.shape), *(x.new_empty((x.shape[0], *size) if keep else (0,)) for size in sizes)
 
 
 @kernel("scatter_backward")
-def scatter_backward(
-    grad: Tensor,
-    low: Tensor,
-    bands: Tensor,
-    x: Tensor,
-    low_pass: Tensor,
-    layer1: Tensor,
-    bias1: Tensor,
-    layer2: Tensor,
-    bias2: Tensor,
-) -> list[Tensor]:
+def scatter_backward(grad: Tensor, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Compute the gradients of the inputs; those of weights accumulate in the weights' precision."""
-    grads = empty_gradients(x, low_pass, layer1, bias1, layer2, bias2)
-    grad_x, *totals = grads[0], *(total.zero_() for total in grads[1:])
-    grad_low_pass, grad_layer1, grad_bias1, grad_layer2, grad_bias2 = totals
-    low_weight, layer1, bias1, layer2 = (weight.to(x.dtype) for weight in (_of_low(low_pass), layer1, bias1, layer2))
+    low, bands = results
+    x, low_pass, *layers = inputs
+    low_weight, layer1, bias1, layer2, _bias2 = (weight.to(x.dtype) for weight in (_of_low(low_pass), *layers))
+    grads = empty_gradients(inputs)
+    grad_x, grad_low_pass, *totals = grads
+    grad_layer1, grad_bias1, grad_layer2, grad_bias2 = (total.zero_() for total in totals)
     of_split, of_join = (
         tuple(matrix.T.contiguous() for matrix in _filters(build, x)) for build in (analysis_matrix, synthesis_matrix)
     )
@@ -231,13 +219,8 @@ def _of_images(images: int, *weights: Tensor) -> Iterator[Tensor]:
         yield matrix.repeat(images, 1, 1)
 
 
-def _in_slices(x: Tensor, y: Tensor, low: Tensor, bands: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield grids, low-pass images and bands for a few images at a time, at least one image per thread.
-
-    Empty tensors stay unchanged.
-    """
+def _in_slices(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield grids (B, H, W, C) and tensors that belong to them for a few images at a time, at least one per thread."""
     elements = 4 * x[0].numel()
-    size = images_per_slice(len(x), elements, max(SLICE_ELEMENTS, torch.get_num_threads() * elements))
-    for first in range(0, len(x), size):
-        part = slice(first, first + size)
-        yield x[part], y[part], low[part], bands[part]
+    most = max(SLICE_ELEMENTS, torch.get_num_threads() * elements)
+    return in_slices(images_per_slice(len(x), elements, most), x, *others)

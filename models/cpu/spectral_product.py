@@ -1,9 +1,11 @@
 """The product of spectra and a gate's complex weight, a few images at a time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .kernels import empty_gradients, images_per_slice, kernel, register_gradients
+from .kernels import empty_gradients, images_per_slice, in_slices, kernel, register_gradients
 
 # Elements of the spectrum per slice: 2 MiB in half precision.
 SLICE_ELEMENTS = 2**20
@@ -16,28 +18,26 @@ def general_product(spectrum: Tensor, weight: Tensor) -> Tensor:
 
 
 @kernel("spectral_product")
-def product_in_slices(spectrum: Tensor, weight: Tensor) -> Tensor:
+def product_in_slices(inputs: Sequence[Tensor]) -> Tensor:
     """Compute `general_product`."""
+    spectrum, weight = inputs
     y = spectrum.new_empty(spectrum.shape)
     factor = _as_spectrum(weight, spectrum)
-    for part, out in zip(_slices(spectrum), _slices(y), strict=True):
+    for part, out in in_slices(_slice_size(spectrum), spectrum, y):
         _multiply(part, factor, out)
     return y
 
 
-@product_in_slices.register_fake
-def _empty_result(spectrum, _weight):
-    return spectrum.new_empty(spectrum.shape)
-
-
 @kernel("spectral_product_backward")
-def product_backward(grad: Tensor, spectrum: Tensor, weight: Tensor) -> list[Tensor]:
+def product_backward(grad: Tensor, _: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Compute the gradients of `general_product`; the weight's accumulates in the weight's precision."""
-    grad_spectrum, grad_weight = empty_gradients(spectrum, weight)
+    spectrum, weight = inputs
+    grad_spectrum, grad_weight = empty_gradients(inputs)
     factor = _as_spectrum(weight, spectrum)
     total = weight.new_zeros(factor.shape[1:])
-    memory = torch.empty_like(_slices(spectrum)[0])
-    for g, part, out in zip(*map(_slices, (grad.contiguous(), spectrum, grad_spectrum)), strict=True):
+    size = _slice_size(spectrum)
+    memory = spectrum.new_empty(size, *spectrum.shape[1:])
+    for g, part, out in in_slices(size, grad.contiguous(), spectrum, grad_spectrum):
         _multiply(g, factor, out, conjugate=True)
         products = memory[: len(g)]
         _multiply(g, part, products, conjugate=True)
@@ -46,6 +46,7 @@ def product_backward(grad: Tensor, spectrum: Tensor, weight: Tensor) -> list[Ten
     return [grad_spectrum, grad_weight]
 
 
+product_in_slices.register_fake(lambda inputs: inputs[0].new_empty(inputs[0].shape))
 register_gradients(product_in_slices, product_backward, general_product)
 
 
@@ -54,8 +55,8 @@ def _as_spectrum(weight: Tensor, like: Tensor) -> Tensor:
     return weight.to(like.dtype).movedim(-1, 0).contiguous()[None]
 
 
-def _slices(spectrum: Tensor) -> tuple[Tensor, ...]:
-    return spectrum.split(images_per_slice(len(spectrum), spectrum[0].numel(), SLICE_ELEMENTS))
+def _slice_size(spectrum: Tensor) -> int:
+    return images_per_slice(len(spectrum), spectrum[0].numel(), SLICE_ELEMENTS)
 
 
 def _multiply(spectrum: Tensor, other: Tensor, out: Tensor, conjugate: bool = False) -> None:
