@@ -30,7 +30,7 @@ class CocoImages:
         masks: whether the detector needs masks; otherwise, segmentations are ignored.
 
     Raises:
-        UserError: if the file is not in COCO's format, or refers to missing images or categories.
+        UserError: if the file is not in COCO's format, or an annotation refers to a missing image or category.
 
     Attributes:
         groups: uint8 (N,), 1 for an image that is wider than high.
@@ -54,12 +54,6 @@ class CocoImages:
         by_image: dict[int, list[dict]] = {image["id"]: [] for image in images}
         if not images or not categories:
             raise ValueError("no images or no categories")
-        folders = {os.path.dirname(image["file_name"]) for image in images}
-        present = {os.path.join(sub, name) for sub in folders for name in os.listdir(self._folder / sub)}
-        if missing := [image["file_name"] for image in images if image["file_name"] not in present]:
-            raise UserError(
-                f"{self.file}: {len(missing)} of {len(images)} images are missing in {self._folder}: {missing[0]}"
-            )
         for entry in annotations:
             if entry["image_id"] not in by_image or entry["category_id"] not in self._label_of:
                 raise UserError(f"{self.file}: annotation {entry['id']} refers to a missing image or category")

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
@@ -67,9 +66,7 @@ class Detector(nn.Module):
         owned = dict(self.named_modules())
         return {"classifier": tuple(name for name in (f"network.{name}" for name in names) if name in owned)}
 
-    def forward(
-        self, images: list[Tensor], targets: list[Target] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Target | list[Target]:
         return self.network(images, targets)
 
     def features(self, image: Tensor) -> Iterable[Tensor]:
@@ -156,45 +153,32 @@ def build_detector(
         kind_of_default = type(defaults.get(name))
         if not isinstance(value, int | float if kind_of_default is float else kind_of_default):
             raise ValueError(f"torchvision's {network.__name__} does not accept {name}={value!r}")
-    if len(anchor_sizes) != 5:
-        raise ValueError(f"{kind} needs 5 anchor_sizes, one per level, not {len(anchor_sizes)}")
+    width, classes, ratios = fpn_channels, num_classes + 1, (RATIOS,) * len(anchor_sizes)
     norm = partial(nn.GroupNorm, GROUPS) if heads == "v2" else None
     if kind == "retinanet":
-        backbone = Backbone(body, fpn_channels, LastLevelP6P7(body.feature_info.channels()[-1], fpn_channels), None)
-        parts = _retinanet_parts(num_classes, fpn_channels, anchor_sizes, norm)
-        parts |= {"num_classes": num_classes + 1, "detections_per_img": detections}
+        backbone = Backbone(body, width, LastLevelP6P7(body.feature_info.channels()[-1], width), None)
+        octaves = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
+        head = RetinaNetHead(width, 3 * len(RATIOS), classes, norm_layer=norm)
+        if norm is not None:
+            head.regression_head._loss_type = "giou"  # as in torchvision's v2 builder
+        parts = {"num_classes": classes, "anchor_generator": AnchorGenerator(octaves, ratios), "head": head}
+        parts |= {"detections_per_img": detections}
     else:
-        backbone = Backbone(body, fpn_channels, LastLevelMaxPool(), norm)
-        parts = _rcnn_parts(num_classes, fpn_channels, anchor_sizes, norm)
-        parts |= {"box_detections_per_img": detections}
+        backbone = Backbone(body, width, LastLevelMaxPool(), norm)
+        box_width = 4 * width  # channels of the last layer before the predictors
+        parts = {
+            "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in anchor_sizes), ratios),
+            "rpn_head": RPNHead(width, len(RATIOS), conv_depth=1 if norm is None else 2),
+            "box_head": TwoMLPHead(width * 7**2, box_width)
+            if norm is None
+            else FastRCNNConvFCHead((width, 7, 7), [width] * 4, [box_width], norm_layer=norm),
+            "box_predictor": FastRCNNPredictor(box_width, classes),
+            "box_detections_per_img": detections,
+        }
         if kind == "mask_rcnn":
-            parts["mask_head"] = MaskRCNNHeads(fpn_channels, [fpn_channels] * 4, 1, norm_layer=norm)
-            parts["mask_predictor"] = MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes + 1)
+            parts["mask_head"] = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm)
+            parts["mask_predictor"] = MaskRCNNPredictor(width, width, classes)
     detector = network(backbone, **parts, **settings)
     like = detector.transform
     detector.transform = ScaledImages(min_size, max_size, like.image_mean, like.image_std)
     return Detector(detector)
-
-
-def _rcnn_parts(
-    num_classes: int, width: int, anchor_sizes: Sequence[int], norm: Callable[[int], nn.Module] | None
-) -> dict[str, Any]:
-    box_width = 4 * width  # channels of the last layer before the predictors
-    return {
-        "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in anchor_sizes), (RATIOS,) * len(anchor_sizes)),
-        "rpn_head": RPNHead(width, len(RATIOS), conv_depth=1 if norm is None else 2),
-        "box_head": TwoMLPHead(width * 7**2, box_width)
-        if norm is None
-        else FastRCNNConvFCHead((width, 7, 7), [width] * 4, [box_width], norm_layer=norm),
-        "box_predictor": FastRCNNPredictor(box_width, num_classes + 1),
-    }
-
-
-def _retinanet_parts(
-    num_classes: int, width: int, anchor_sizes: Sequence[int], norm: Callable[[int], nn.Module] | None
-) -> dict[str, Any]:
-    octaves = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
-    head = RetinaNetHead(width, 3 * len(RATIOS), num_classes + 1, norm_layer=norm)
-    if norm is not None:
-        head.regression_head._loss_type = "giou"  # as in torchvision's v2 builder
-    return {"anchor_generator": AnchorGenerator(octaves, (RATIOS,) * len(octaves)), "head": head}

@@ -1,5 +1,6 @@
 """Explain a prediction by the parts of the image that support the class."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,16 +27,12 @@ HIDDEN = 4  # rows and columns of cells that are hidden at a time
 def overlay_paths(
     files: Sequence[Path], folder: Path, flag: str = "--explain", suffix: str = "explained"
 ) -> list[Path]:
-    """Return the paths of the overlays; raise UserError if two are the same or one would replace an image."""
+    """Return the paths of the overlays in a new folder; raise UserError if two of them are the same."""
     paths = [folder / f"{file.stem}_{suffix}.png" for file in files]
-    images = {file.resolve() for file in files}
-    taken: dict[Path, Path] = {}
-    for file, path in zip(files, paths, strict=True):
-        if path in taken:
-            raise UserError(f"{flag}: {taken[path]} and {file} have the same name; process them separately")
-        if path.resolve() in images:
-            raise UserError(f"{flag}: the overlay {path} would replace one of the images")
-        taken[path] = file
+    if repeated := [path.name for path, count in Counter(paths).items() if count > 1]:
+        raise UserError(
+            f"{flag}: several images have the same name and overlay, {repeated[0]}; process them separately"
+        )
     make_directory(folder)
     return paths
 
@@ -103,7 +100,5 @@ def draw_overlay(image: Tensor, heat: Tensor, title: str) -> Figure:
     for axes in (left, right):
         axes.set_axis_off()
     figure.suptitle(as_label(title, 100), fontsize=10)
-    bar = figure.colorbar(colours, ax=right, fraction=0.046, pad=0.02, label="relative to the largest")
-    bar.ax.set_facecolor("0.5")  # as over a grey photograph
-    bar.outline.set_visible(False)
+    figure.colorbar(colours, ax=right, fraction=0.046, pad=0.02, label="relative to the largest")
     return figure

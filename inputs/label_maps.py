@@ -46,10 +46,8 @@ def read_label_map(path: str | os.PathLike, num_classes: int) -> Tensor:
     if not isinstance(label_map, Tensor) or label_map.shape != MAP_SHAPE or not label_map.isfinite().all():
         raise UserError(f"{path}: not a label map: expected finite numbers of shape {MAP_SHAPE}")
     index = label_map[1].double()
-    if (index != index.floor()).any() or index.min() < 0:
-        raise UserError(f"{path}: not a label map: its second half is not class indices")
-    if index.max() >= num_classes:
-        raise UserError(f"{path}: this label map names class {int(index.max())}, and there are {num_classes}")
+    if (index != index.floor()).any() or index.min() < 0 or index.max() >= num_classes:
+        raise UserError(f"{path}: not a label map of {num_classes} classes: its indices end at {index.max():g}")
     return label_map
 
 

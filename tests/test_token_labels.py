@@ -238,9 +238,9 @@ def with_index(value: float) -> torch.Tensor:
         (torch.zeros(2, 5, 14, 14), "expected finite numbers of shape"),
         ({"map": torch.zeros(MAP_SHAPE)}, "expected finite"),
         (small_map() * float("nan"), "expected finite"),
-        (with_index(-1), "class indices"),
-        (with_index(0.5), "class indices"),
-        (with_index(10), "names class 10, and there are 10"),
+        (with_index(-1), "of 10 classes"),
+        (with_index(0.5), "of 10 classes"),
+        (with_index(10), "of 10 classes: its indices end at 10"),
         (Path("x"), "damaged"),
     ],
 )
@@ -273,7 +273,7 @@ def test_missing_and_unfitting_maps_are_named_before_training(tmp_path):
         check_label_maps(file_dataset(paths, labels, "0123456789"[:classes]), root)
 
     check(30)
-    with pytest.raises(UserError, match="names class 9, and there are 9"):
+    with pytest.raises(UserError, match="of 9 classes: its indices end at 9"):
         check(30, classes=9)
     with pytest.raises(UserError, match=f"2 of 32 label .*{tmp_path}/a/30.pt;"):
         check(32)
