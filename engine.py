@@ -140,7 +140,7 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory | None, profile: t
             batches.append(next(loaded))
             progress.add(wait_seconds=time.perf_counter() - asked)
             loss = loss + add_gradient(trainer, batches[-1], step)
-            if not ends_update(trainer, step):
+            if (step + 1) % args.accum_iter:
                 continue
 
             done = progress.epoch * trainer.updates_per_epoch + progress.step // args.accum_iter
@@ -184,17 +184,12 @@ def dry_run(trainer: Trainer) -> None:
     )
 
 
-def ends_update(trainer: Trainer, step: int) -> bool:
-    """Whether this micro-step is the last one of its update."""
-    return (step + 1) % trainer.args.accum_iter == 0
-
-
 def add_gradient(trainer: Trainer, batch: Any, step: int) -> Tensor:
     """Add the gradient of a micro-batch to its update; returns the micro-batch's share of the loss."""
-    parallel = trainer.parallel
-    accumulates = not ends_update(trainer, step) and hasattr(parallel, "no_sync")  # DDP sums the gradients once
+    parallel, accum_iter = trainer.parallel, trainer.args.accum_iter
+    accumulates = (step + 1) % accum_iter and hasattr(parallel, "no_sync")  # DDP sums the gradients once
     with parallel.no_sync() if accumulates else nullcontext():
-        loss = step_loss(trainer, batch, trainer.progress.epoch, step) / trainer.args.accum_iter
+        loss = step_loss(trainer, batch, trainer.progress.epoch, step) / accum_iter
         trainer.scaler.scale(loss).backward()
     return loss.detach()
 

@@ -64,13 +64,10 @@ def one_line(error: BaseException | str) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print one or more lines in a single write, so that the lines of several processes do not mix.
+    """Print one or more lines on stdout, in a single write, so that the lines of several processes do not mix.
 
-    A full disk or a closed pipe never ends a run: the rest of the output is dropped.
-
-    Args:
-        text: without the final newline; characters that the stream cannot encode are escaped.
-        stream: None for stdout.
+    Characters that the stream cannot encode are escaped. A full disk or a closed pipe never ends a run: the rest of the
+    output is dropped.
     """
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
@@ -156,12 +153,8 @@ TEMPORARY_SUFFIX = ".tmp"
 def atomic_write(path: str | os.PathLike, data: bytes | str | Callable[[BinaryIO], None]) -> None:
     """Replace `path` by `data` atomically: readers see the complete old or new file, even after a crash.
 
-    Writes a temporary file in the same directory, then calls fsync, rename, and fsync of the directory.
-
-    Args:
-        path: the file; its directory must exist.
-        data: bytes, text (written as UTF-8; undecodable file names are escaped), or a function that writes to the
-            open binary file.
+    Writes a temporary file in the same directory, then calls fsync, rename, and fsync of the directory. `data` is
+    bytes, text (written as UTF-8; undecodable file names are escaped), or a function that writes to the open file.
 
     Raises:
         MachineError: writing failed; the old file is unchanged, and the temporary file is removed.

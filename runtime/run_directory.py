@@ -53,7 +53,14 @@ class RunDirectory:
         self._wandb = self._events = None
         make_directory(self.path)
         with contextlib.ExitStack() as opened:
-            opened.callback(lock_directory(self.path).release)
+            try:
+                opened.enter_context(filelock.FileLock(self.path / LOCK).acquire(timeout=LOCK_PATIENCE))
+            except filelock.Timeout:
+                raise UserError(
+                    f"{self.path}: another run is using it; wait for that run, or choose another --output-dir"
+                ) from None
+            except OSError as error:
+                raise cannot_write(self.path / LOCK, error) from error
             # Remove files that a run killed while writing has left; only the owner of the lock writes here.
             for left in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
                 left.unlink(missing_ok=True)
@@ -157,25 +164,6 @@ class RunDirectory:
             with contextlib.suppress(CheckpointError, KeyError):
                 scored.append((peek(path)[self._score], path))
         return sorted(scored, key=lambda found: -found[0])
-
-
-def lock_directory(directory: Path) -> filelock.BaseFileLock:
-    """Lock a directory for this process; the operating system unlocks it when the process ends in any way.
-
-    Raises:
-        UserError: another process has locked it.
-        MachineError: the lock file cannot be written.
-    """
-    lock = filelock.FileLock(directory / LOCK)
-    try:
-        lock.acquire(timeout=LOCK_PATIENCE)
-    except filelock.Timeout:
-        raise UserError(
-            f"{directory}: another run is using it; wait for that run, or choose another --output-dir"
-        ) from None
-    except OSError as error:
-        raise cannot_write(directory / LOCK, error) from error
-    return lock
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -176,7 +176,6 @@ def test_without_data_path_the_digits_are_trained():
         (["--dtype", "float64", "--amp", "bf16"], "float64"),
         (["--sync-bn", "--freeze-bn"], "--freeze-bn"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["--classes", "a,,b"], "commas"),
         (["--aa", "rand-q1"], "not a policy"),
         (["--aa", "fancy"], "not a policy"),
         (["--epochs", "0"], r"\[1, 1000000\]"),

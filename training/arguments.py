@@ -25,10 +25,7 @@ FlagTable = Mapping[str, Iterable[tuple[str, Any, Any, Any, str]]]
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help at 80 columns that adds each default unless the text mentions it, and wraps only unindented paragraphs."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28, width=80)
+    """Help that adds each default unless the text mentions it, and wraps only unindented paragraphs."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
@@ -47,7 +44,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, usage: str | None = None, prog: str | None = None):
-        super().__init__(prog, usage, description, formatter_class=HelpFormatter, allow_abbrev=False)
+        layout = functools.partial(HelpFormatter, max_help_position=28, width=80)
+        super().__init__(prog, usage, description, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
@@ -160,10 +158,7 @@ def python_module(path: str) -> str:
 
 def class_list(text: str) -> list[str]:
     """``"cat, dog"`` -> ["cat", "dog"]."""
-    classes = [name.strip() for name in str(text).split(",")]
-    if not all(classes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of classes separated by commas")
-    return classes
+    return [name.strip() for name in text.split(",")]
 
 
 def integers(text: str) -> tuple[int, ...]:

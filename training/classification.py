@@ -59,7 +59,7 @@ class Classification(Task):
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Any, dict[str, Any]]:
         """Mixed images, mixed targets, and MixToken's box."""
-        images, targets = self._images(batch), batch.targets
+        images, targets = as_input(batch.images, self.precision, self.args.channels_last), batch.targets
         if self._mixup is not None:
             images, targets = self._mixup(images, targets)
         if not self.args.token_label:
@@ -72,12 +72,9 @@ class Classification(Task):
         images, targets, box = prepared
         return self._criterion(images, model(images, **box), targets)
 
-    def _images(self, batch: Batch) -> Tensor:
-        return as_input(batch.images, self.precision, self.args.channels_last)
-
     @torch.no_grad()
     def finite_samples(self, model: nn.Module, batch: Batch) -> list[tuple[int, bool]]:
-        finite = model(self._images(batch)).isfinite().all(dim=1)
+        finite = model(as_input(batch.images, self.precision)).isfinite().all(dim=1)
         return list(zip(batch.indices.tolist(), finite.tolist(), strict=True))
 
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:

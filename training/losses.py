@@ -112,16 +112,14 @@ class DistillationLoss(nn.Module):
         if taught.shape != student.shape:
             raise UserError(f"--teacher-model: it has {taught.shape[1]} classes, the data {student.shape[1]}")
         with torch.autocast(student.device.type, enabled=False):
-            distilled = self._distilled(full_precision(student), full_precision(taught))
+            student, taught = full_precision(student), full_precision(taught)
+            if self.kind == "hard":
+                distilled = F.cross_entropy(student, taught.argmax(1))
+            else:  # mean over batch and classes, as in DeiT
+                student, taught = (F.log_softmax(logits / self.tau, 1) for logits in (student, taught))
+                divergence = F.kl_div(student, taught, reduction="sum", log_target=True)
+                distilled = divergence * self.tau**2 / student.numel()
         return (1 - self.alpha) * self.base(images, logits, targets) + self.alpha * distilled
-
-    def _distilled(self, student: Tensor, taught: Tensor) -> Tensor:
-        if self.kind == "hard":
-            return F.cross_entropy(student, taught.argmax(1))
-        divergence = F.kl_div(
-            F.log_softmax(student / self.tau, 1), F.log_softmax(taught / self.tau, 1), reduction="sum", log_target=True
-        )
-        return divergence * self.tau**2 / student.numel()  # mean over batch and classes, as in DeiT
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> Tensor:

@@ -60,11 +60,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, dist: Distribute
 
 
 def no_matrices(model: nn.Module) -> list[str]:
-    """The names of parameters that are not matrices of a linear map, which Muon must not update.
-
-    These are spectral filters, low-pass weights, blendings, position embeddings and depthwise kernels. Muon's fallback
-    AdamW trains them.
-    """
+    """The names of parameters that are not matrices of a linear map, such as filters: Muon's fallback trains them."""
     matrices = {
         id(layer.weight)
         for layer in model.modules()

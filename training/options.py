@@ -54,16 +54,12 @@ Checks = Iterable[tuple[Callable[[argparse.Namespace], Any], str]]
 
 @dataclass(frozen=True)
 class TaskFlags:
-    """The flags that a task adds to those of every run.
-
-    table: the flags. implied: the values that the given flags imply for other flags. derived: defaults that depend on
-    all the settings, including the name of the data set. checks: invalid combinations.
-    """
+    """The flags that a task adds to those of every run."""
 
     table: FlagTable
-    implied: Callable[[Mapping[str, Any]], Settings]
-    derived: Callable[[Mapping[str, Any]], Settings]
-    checks: Checks
+    implied: Callable[[Mapping[str, Any]], Settings]  # the values that the given flags imply for other flags
+    derived: Callable[[Mapping[str, Any]], Settings]  # defaults that depend on all settings; one is the data set
+    checks: Checks  # invalid combinations
 
 
 def available_cores() -> int:

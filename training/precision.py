@@ -37,12 +37,7 @@ def as_input(images: Tensor, precision: Precision, channels_last: bool = False) 
 
 
 def set_up_device(device: torch.device, fixed_sizes: bool = True) -> None:
-    """Allow TF32 in float32 matrix products and convolutions on a GPU.
-
-    Args:
-        device: nothing is set for a CPU.
-        fixed_sizes: all images have the same size, so cuDNN may search for the fastest convolution algorithms.
-    """
+    """Allow TF32 in float32 products and convolutions on a GPU; for images of one size, let cuDNN search algorithms."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True

@@ -16,31 +16,20 @@ class Task(ABC):
 
     Every process builds the task from its `Run`. The engine moves the model to the run's device and precision, wraps
     it for several processes, and is responsible for updates, checkpoints, logs and signals.
-
-    Attributes:
-        flags: the command-line flags of the task.
-        ranked_by: the result of `evaluate` that ranks checkpoints; larger is better.
-        score_format: the format string that prints a value of `ranked_by`.
-        shown: results of `evaluate` that the console shows after each epoch.
-        plots: the plots in the run directory, by file name.
-        sample_flags: flags that, with the seed, determine a run's samples; they must not change on resume.
-        fixed_sizes: whether all images of a run have the same size.
-        model: the model to train, with its initial weights.
-        train: the training loader; ``train.epoch(epoch, first micro-step)`` yields batches. Its length is the number of
-            micro-steps per epoch; its `skipped` maps the unreadable files found so far to the reasons.
-        val: the loader that `evaluate` reads; its `dataset` is that of all processes. A dry run sets `rounds` to 1.
     """
 
     flags: ClassVar[TaskFlags]
-    ranked_by: ClassVar[str]
-    score_format: str
-    shown: ClassVar[Sequence[str]]
-    plots: ClassVar[Mapping[str, Plot]]
-    sample_flags: ClassVar[Sequence[str]]
-    fixed_sizes: ClassVar[bool] = True
-    model: nn.Module
+    ranked_by: ClassVar[str]  # the result of `evaluate` that ranks checkpoints; larger is better
+    score_format: str  # the format string that prints that result
+    shown: ClassVar[Sequence[str]]  # results of `evaluate` that the console shows after each epoch
+    plots: ClassVar[Mapping[str, Plot]]  # in the run directory, by file name
+    sample_flags: ClassVar[Sequence[str]]  # they determine a run's samples, so they must not change on resume
+    fixed_sizes: ClassVar[bool] = True  # whether all images of a run have the same size
+    model: nn.Module  # the model to train, with its initial weights
+    # `train.epoch(epoch, first micro-step)` yields batches. The length of `train` is the number of micro-steps per
+    # epoch; its `skipped` maps the unreadable files found so far to the reasons.
     train: Any
-    val: Any
+    val: Any  # the loader that `evaluate` reads; its `dataset` is that of all processes. A dry run sets `rounds` to 1.
 
     def set_mode(self, model: nn.Module) -> None:  # noqa: B027 (most tasks need nothing)
         """Adjust the training or evaluation mode that the engine has set."""

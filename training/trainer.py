@@ -20,36 +20,28 @@ from utils import StopSignals
 
 @dataclass(frozen=True)
 class Run:
-    """The resources of a run.
-
-    args: the parsed command line; dist: the job's processes; directory: where this process writes, None with --eval and
-    --dry-run and except on the main process; checkpoint: the checkpoint to resume from, None for a new run.
-    """
+    """The resources of a run."""
 
     args: argparse.Namespace
     dist: Distributed
     precision: Precision
-    directory: RunDirectory | None
-    checkpoint: dict[str, Any] | None
+    directory: RunDirectory | None  # only on the main process, without --eval and --dry-run
+    checkpoint: dict[str, Any] | None  # the checkpoint to resume from
 
 
 @dataclass
 class Progress:
-    """The progress of a run, saved in every checkpoint.
-
-    `step` is the number of finished micro-steps in `epoch`, and `meters` contains their sums: updates, overflows, loss,
-    norm, seconds, wait_seconds. `updates` counts all updates of the weights. `score` is that of the last finished
-    epoch; `averaged` is True if the average of the weights (EMA) reached it.
-    """
+    """The progress of a run, saved in every checkpoint."""
 
     epoch: int = 0
-    step: int = 0
-    updates: int = 0
+    step: int = 0  # finished micro-steps in the epoch
+    updates: int = 0  # of the weights, in all epochs
+    # Sums over those micro-steps: updates, overflows, loss, norm, seconds, wait_seconds.
     meters: dict[str, float] = field(default_factory=dict)
-    score: float = 0.0
+    score: float = 0.0  # of the last finished epoch
     best_score: float = 0.0
     best_epoch: int = -1
-    averaged: bool = False
+    averaged: bool = False  # whether the average of the weights (EMA) reached `score`
 
     def add(self, **amounts: float) -> None:
         for name, amount in amounts.items():
@@ -69,6 +61,8 @@ class Trainer:
         args = run.args
         self.args, self.dist, self.precision = args, run.dist, run.precision
         self.task, self.stop, self.progress = task, stop, Progress()
+        self.epochs = args.epochs + args.cooldown_epochs
+        self.updates_per_epoch = len(task.train) // args.accum_iter
         layout = torch.channels_last if args.channels_last else torch.preserve_format
         self.model: nn.Module = task.model.to(run.dist.device, run.precision.dtype, memory_format=layout)
         freeze_layers(self.model, args.freeze_at)
@@ -89,14 +83,6 @@ class Trainer:
     def lr(self) -> float:
         """The learning rate of the layers that --layer-decay leaves unchanged."""
         return max(group["lr"] for group in self.optimizer.param_groups)
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return len(self.task.train) // self.args.accum_iter
-
-    @property
-    def epochs(self) -> int:
-        return self.args.epochs + self.args.cooldown_epochs
 
 
 def set_mode(task: Task, model: nn.Module, args: argparse.Namespace) -> None:
