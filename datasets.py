@@ -1,8 +1,4 @@
-"""The data of a run, see `inputs.data`.
-
-This is not Hugging Face's package of the same name; use ``--data-set hfds/...`` for its data sets
-(`inputs.hugging_face`).
-"""
+"""The data of a run, see `inputs.data`. Hugging Face's package of this name is for ``--data-set hfds/...`` alone."""
 
 from inputs.data import build_data, eval_loader
 

@@ -65,16 +65,16 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
             elif args.eval:
                 report(dist, json.dumps(evaluate(trainer)))
             else:
-                train(trainer, run)
+                train(trainer)
 
 
-def train(trainer: Trainer, run: Run) -> None:
+def train(trainer: Trainer) -> None:
     """Train, evaluate and save, epoch by epoch."""
-    args, progress = trainer.args, trainer.progress
-    if run.directory is not None:
-        run.directory.truncate_log(progress.epoch)
+    args, progress, directory = trainer.args, trainer.progress, trainer.directory
+    if directory is not None:
+        directory.truncate_log(progress.epoch)
         record = describe_run(vars(args), sys.argv, trainer.dist.world_size)
-        run.directory.write_args(record, resuming=run.checkpoint is not None)
+        directory.write_args(record, resuming=trainer.checkpoint is not None)
     describe(trainer)
     if progress.epoch >= trainer.epochs:
         report(trainer.dist, f"nothing left to train: {progress.epoch} epochs are done; a larger --epochs continues")
@@ -82,15 +82,15 @@ def train(trainer: Trainer, run: Run) -> None:
         report(trainer.dist, f"nothing left to train: --early-stop {args.early_stop} ended this run")
     if progress.epoch > 0 and progress.step == 0:
         # The run may have crashed between writing the files of an epoch.
-        save_epoch(trainer, run.directory, run.checkpoint)
+        save_epoch(trainer, trainer.checkpoint)
 
     with profiler(trainer) as profile:
         while progress.epoch < trainer.epochs and not stops_early(trainer):
             try:
-                train_one_epoch(trainer, run.directory, profile)
+                train_one_epoch(trainer, profile)
                 results = evaluate(trainer)
             except Interrupted:
-                save_last(trainer, run.directory)
+                save_last(trainer)
                 command = shlex.join(["python", sys.argv[0], "--resume", args.output_dir])
                 report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
                 raise
@@ -99,9 +99,9 @@ def train(trainer: Trainer, run: Run) -> None:
             progress.end_epoch(*max((results[score], False), (results.get(f"{score}_ema", -math.inf), True)))
             trainer.scheduler.step(progress.epoch - 1, progress.score)  # the plateau schedule uses the score
             # After a crash between these two, the epoch is repeated and writes the same files again.
-            if run.directory is not None:
-                run.directory.log_row(row, progress.best_epoch)
-            save_epoch(trainer, run.directory, checkpoint_state(trainer))
+            if directory is not None:
+                directory.log_row(row, progress.best_epoch)
+            save_epoch(trainer, checkpoint_state(trainer))
     best = trainer.task.score_format.format(progress.best_score)
     report(trainer.dist, f"best {best} in epoch {progress.best_epoch}; see {args.output_dir}")
 
@@ -112,22 +112,23 @@ def stops_early(trainer: Trainer) -> bool:
     return 0 < patience < progress.epoch - progress.best_epoch
 
 
-def save_last(trainer: Trainer, directory: RunDirectory | None) -> None:
+def save_last(trainer: Trainer) -> None:
     """Write the checkpoint to resume from."""
-    if directory is not None:
-        checkpoints.save(directory.path / LAST, checkpoint_state(trainer))
+    if trainer.directory is not None:
+        checkpoints.save(trainer.directory.path / LAST, checkpoint_state(trainer))
 
 
-def save_epoch(trainer: Trainer, directory: RunDirectory | None, state: Mapping[str, Any]) -> None:
+def save_epoch(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Write the checkpoints of a finished epoch from `state`; calling this twice changes nothing."""
     args, epoch = trainer.args, trainer.progress.epoch
     kept = args.checkpoint_epochs and epoch % args.checkpoint_epochs == 0
-    if directory is not None:
-        directory.save_epoch([f"checkpoint_{epoch:04d}.pth", LAST] if kept else [LAST], state, args.keep_best)
+    names = [f"checkpoint_{epoch:04d}.pth", LAST] if kept else [LAST]
+    if trainer.directory is not None:
+        trainer.directory.save_epoch(names, state, args.keep_best)
     trainer.dist.barrier()  # other ranks wait here, since the timeout of the next collective is shorter
 
 
-def train_one_epoch(trainer: Trainer, directory: RunDirectory | None, profile: torch.profiler.profile | None) -> None:
+def train_one_epoch(trainer: Trainer, profile: torch.profiler.profile | None) -> None:
     """Train from `progress.step` to the end of `progress.epoch`; may raise Interrupted between two updates."""
     args, progress, dist, task = trainer.args, trainer.progress, trainer.dist, trainer.task
     set_mode(task, trainer.model, args)
@@ -159,7 +160,7 @@ def train_one_epoch(trainer: Trainer, directory: RunDirectory | None, profile: t
             if stopping:
                 raise Interrupted(max(dist.gather_objects(trainer.stop.signum or 0)))
             if args.checkpoint_steps and progress.step // args.accum_iter % args.checkpoint_steps == 0:
-                save_last(trainer, directory)
+                save_last(trainer)
 
 
 def dry_run(trainer: Trainer) -> None:

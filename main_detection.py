@@ -7,11 +7,11 @@ from detection.task import Detection
 from runtime.cli import run_cli
 from training.options import parse_args
 
-RECIPE = "configs/detection/mask_rcnn_1x.yaml"
+RECIPES = ("configs/detection/mask_rcnn_1x.yaml",)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    engine.fit(Detection, parse_args(Detection.flags, argv, RECIPE, __doc__))
+    engine.fit(Detection, parse_args(Detection.flags, argv, RECIPES, __doc__))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from runtime.cli import run_cli
 from training.classification import Classification
 from training.options import parse_args
 
-RECIPE = "configs/svt/svt_s.yaml"
+RECIPES = ("configs/svt/svt_s.yaml",)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    engine.fit(Classification, parse_args(Classification.flags, argv, RECIPE, __doc__))
+    engine.fit(Classification, parse_args(Classification.flags, argv, RECIPES, __doc__))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from runtime.cli import run_cli
 from training.classification import Classification
 from training.options import parse_args
 
-RECIPE = "configs/transfer/transfer.yaml"  # as published, for eight GPUs and hundreds of epochs
-ONE_MACHINE = "configs/one_machine_finetune.yaml"  # without --lr on the command line
+# As published, for eight GPUs and hundreds of epochs; and for one machine, without --lr on the command line.
+RECIPES = ("configs/transfer/transfer.yaml", "configs/one_machine_finetune.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    engine.fit(Classification, parse_args(Classification.flags, argv, RECIPE, __doc__, ONE_MACHINE))
+    engine.fit(Classification, parse_args(Classification.flags, argv, RECIPES, __doc__))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def start_wandb(project: str, directory: Path, settings: Mapping[str, Any]) -> A
     """Start the W&B run of a run directory, or continue it. Without an account or network, set `WANDB_MODE=offline`.
 
     Raises:
-        UserError: the wandb package is not installed or reports an error.
+        UserError: the wandb package is not installed.
     """
     try:
         import wandb
@@ -21,12 +21,8 @@ def start_wandb(project: str, directory: Path, settings: Mapping[str, Any]) -> A
         raise UserError(f"--wandb {project} needs pip install wandb ({one_line(error)})") from error
     path = directory / RUN_ID
     known = path.read_text(encoding="utf-8").strip() if path.exists() else None
-    try:
-        run = wandb.init(
-            project=project, dir=directory, name=directory.name, id=known, resume="allow", config=dict(settings)
-        )
-    except (wandb.errors.Error, ValueError) as error:
-        raise UserError(f"--wandb {project}: {one_line(error)}") from error
+    name, config = directory.name, dict(settings)
+    run = wandb.init(project=project, dir=directory, name=name, id=known, resume="allow", config=config)
     atomic_write(path, f"{run.id}\n")
     run.define_metric("*", step_metric="epoch")  # a repeated epoch is logged twice
     return run

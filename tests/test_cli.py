@@ -27,7 +27,7 @@ MAINS = (main_spectformer, main_svt, main_transfer)
 
 
 def parse(*words, main=main_spectformer):
-    return parse_args(flags_of(main), words, main.RECIPE, recipe_without_lr=getattr(main, "ONE_MACHINE", None))
+    return parse_args(flags_of(main), words, main.RECIPES)
 
 
 def flags_of(main):
@@ -254,9 +254,7 @@ def test_the_evaluation_crop_is_the_models_own_whichever_main_runs_it():
 
 @pytest.mark.parametrize("main", [*MAINS, main_detection])
 def test_help_fits_eighty_columns(main):
-    first, *lines = (
-        build_parser(flags_of(main), main.RECIPE, main.__doc__, "configs/other.yaml").format_help().splitlines()
-    )
+    first, *lines = build_parser(flags_of(main), main.RECIPES, main.__doc__).format_help().splitlines()
     assert first.endswith(" [flags]") and max(map(len, lines)) <= 80
 
 

@@ -410,7 +410,7 @@ def test_a_run_logs_the_numbers_of_boxes_and_masks_and_ranks_by_masks(trained):
 @pytest.mark.slow
 def test_the_rate_warms_up_by_updates_and_falls_after_its_milestone(trained):
     """The recipe's schedule over 12 epochs of 100 updates: 500 updates of warm-up, a tenth after epochs 8 and 11."""
-    args = parse_args(Detection.flags, ["--data-set", "NUCLEI"], main_detection.RECIPE)
+    args = parse_args(Detection.flags, ["--data-set", "NUCLEI"], main_detection.RECIPES)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.lr)
     scheduler, rates = build_scheduler(args, optimizer, updates_per_epoch=100), []
     for update in range(1200):

@@ -99,12 +99,6 @@ def test_the_teacher_is_not_trained():
     assert all(weight.grad is None for weight in criterion.teacher.parameters())
 
 
-def test_impossible_distillation_is_refused():
-    with pytest.raises(UserError, match="--teacher-model: it has 24 classes, the data 10"):
-        criterion = DistillationLoss(ClassLoss(), teacher(), "hard")
-        criterion(IMAGES, draw(4, 10), torch.arange(4))
-
-
 # -------------------------------------------------------------------------------------------------- precision
 
 

@@ -25,7 +25,7 @@ def no_curves(monkeypatch):
 
 
 def transfer(*words):
-    return parse_args(FLAGS, words, main_transfer.RECIPE, recipe_without_lr=main_transfer.ONE_MACHINE)
+    return parse_args(FLAGS, words, main_transfer.RECIPES)
 
 
 def photographs(folder, splits=("train", "val")):
@@ -39,13 +39,13 @@ def photographs(folder, splits=("train", "val")):
 
 def test_transfer_without_a_rate_follows_the_one_machine_recipe_and_with_one_the_published():
     chosen = transfer("--epochs", "3", "--batch-size", "8")
-    assert chosen.config == main_transfer.ONE_MACHINE
+    assert chosen.config == main_transfer.RECIPES[1]
     assert (chosen.opt, chosen.lr_scale, chosen.epochs, chosen.batch_size) == ("nmuon", "sqrt", 3, 8)
     published = transfer("--lr", "0.0001", "--weight-decay", "1e-4", "--warmup-epochs", "5", "--epochs", "1000")
-    assert published.config == main_transfer.RECIPE
+    assert published.config == main_transfer.RECIPES[0]
     kept = {"opt": "adamw", "lr_scale": "linear", "classifier": "new", "layer_decay": None, "sched_on_updates": False}
     assert {name: getattr(published, name) for name in kept} == kept
-    assert transfer("--config", main_transfer.RECIPE).lr == 1e-4
+    assert transfer("--config", main_transfer.RECIPES[0]).lr == 1e-4
 
 
 @pytest.mark.slow

@@ -194,9 +194,6 @@ def test_args_yaml_tells_how_to_run_it_again(tmp_path):
 class FakeWandb:
     """What of the package is used: the runs it was asked for, by id, and what was logged."""
 
-    class errors:  # noqa: N801 (a module there)
-        Error = RuntimeError
-
     def __init__(self):
         self.asked, self.rows, self.ended = [], [], 0
         self.id = "abc"

@@ -212,6 +212,5 @@ def count(logits: Tensor, targets: Tensor) -> Tensor:
     loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
     best = logits.topk(min(5, logits.shape[1])).indices
     hits = best == targets[:, None]
-    return torch.stack(
-        [loss.double(), hits[:, :1].sum().double(), hits.sum().double(), loss.new_full((), len(targets)).double()]
-    )
+    sums = [loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(targets))]
+    return torch.stack([value.double() for value in sums])

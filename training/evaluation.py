@@ -1,6 +1,5 @@
 """Synchronized evaluation: all processes evaluate batch by batch and stop together."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +20,8 @@ def evaluation_batches(loader: Any, dist: Distributed, stop: StopSignals | None 
         Interrupted: between two batches, on every process, if any of them received a signal.
     """
     batches = iter(loader)
-    shown = dist.is_main and sys.stderr.isatty()
-    for _ in tqdm(range(loader.rounds), "evaluation", disable=not shown, leave=False, unit=" batches", bar_format=BAR):
+    off = None if dist.is_main else True  # None: only without a terminal
+    for _ in tqdm(range(loader.rounds), "evaluation", disable=off, leave=False, unit=" batches", bar_format=BAR):
         if stop is not None and dist.sum(torch.tensor(stop.signum or 0)):  # on the CPU, so it never waits for a GPU
             raise Interrupted(max(dist.gather_objects(stop.signum or 0)))
         batch = next(batches, None)

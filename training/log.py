@@ -48,7 +48,7 @@ def describe(trainer: Trainer) -> None:
 
 
 def progress_bar(trainer: Trainer) -> tqdm:
-    """A progress bar of an epoch, shown only if the main process has a terminal."""
+    """A progress bar of an epoch, on the main process if it has a terminal."""
     progress, images = trainer.progress, trainer.args.batch_size * trainer.dist.world_size
     return tqdm(
         desc=f"epoch {progress.epoch}",
@@ -58,7 +58,7 @@ def progress_bar(trainer: Trainer) -> tqdm:
         leave=False,
         dynamic_ncols=True,
         bar_format=BAR,
-        disable=not (trainer.dist.is_main and sys.stderr.isatty()),
+        disable=None if trainer.dist.is_main else True,  # None: only without a terminal
     )
 
 

@@ -168,47 +168,40 @@ CHECKS: Checks = [
 ]
 
 
-def build_parser(
-    flags: TaskFlags, recipe: str | None = None, description: str | None = None, recipe_without_lr: str | None = None
-) -> Parser:
+def build_parser(flags: TaskFlags, recipes: Sequence[str] = (), description: str | None = None) -> Parser:
     """Build the parser of a task's main scripts."""
     parser = Parser(description, usage="%(prog)s [flags]")
     for table in (RUN, flags.table, TRAINING):
         add_flags(parser, table)
     parser.set_defaults(num_workers=default_workers())
-    if recipe:
-        without_lr = f", or without --lr {recipe_without_lr}" if recipe_without_lr else ""
-        parser.epilog = f"Without --config, the values of {recipe}{without_lr} replace the defaults above."
+    if recipes:
+        chosen = ", or without --lr of ".join(recipes)
+        parser.epilog = f"Without --config, the values of {chosen} replace the defaults above."
     return parser
 
 
 def parse_args(
-    flags: TaskFlags,
-    argv: Sequence[str] | None,
-    recipe: str | None = None,
-    description: str | None = None,
-    recipe_without_lr: str | None = None,
+    flags: TaskFlags, argv: Sequence[str] | None, recipes: Sequence[str] = (), description: str | None = None
 ) -> argparse.Namespace:
     """Parse and check the command line of a main script, by default `sys.argv[1:]`.
 
     Args:
-        recipe: the YAML file to use without --config, relative to the project root.
+        recipes: the YAML file to use without --config, relative to the project root, and another one without --lr.
         description: the first text of --help.
-        recipe_without_lr: the YAML file to use with neither --config nor --lr.
 
     Raises:
         UserError: an argument is unknown or malformed, or two arguments contradict each other.
         CheckpointError: --finetune's file is unreadable, or model arguments would make timm read other files.
     """
     words = sys.argv[1:] if argv is None else argv
-    parser = build_parser(flags, recipe, description, recipe_without_lr)
+    parser = build_parser(flags, recipes, description)
     on_line = parser.given(words)
     run_directory = Path(resume) if (resume := on_line.get("resume")) and Path(resume).is_dir() else None
     config = on_line.pop("config", None)
     if config is None and run_directory and (run_directory / "args.yaml").exists():
         config = run_directory / "args.yaml"
-    if config is None and recipe:
-        config = recipe if "lr" in on_line else recipe_without_lr or recipe
+    if config is None and recipes:
+        config = recipes[0 if "lr" in on_line else -1]
         in_config = read_config(ROOT / config, parser)
     else:
         in_config = {} if config is None else read_config(config, parser)

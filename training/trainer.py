@@ -60,6 +60,7 @@ class Trainer:
     def __init__(self, run: Run, task: Task, stop: StopSignals):
         args = run.args
         self.args, self.dist, self.precision = args, run.dist, run.precision
+        self.directory, self.checkpoint = run.directory, run.checkpoint
         self.task, self.stop, self.progress = task, stop, Progress()
         self.epochs = args.epochs + args.cooldown_epochs
         self.updates_per_epoch = len(task.train) // args.accum_iter
