@@ -12,7 +12,6 @@ from training.losses import (
     balanced_class_weights,
     token_label_loss,
 )
-from utils import UserError
 
 GOLDEN = {
     name: torch.from_numpy(np.asarray(value))
@@ -52,11 +51,6 @@ def test_token_label_loss_equals_the_golden_values(ground_truth, box):
 def test_soft_targets_and_smoothing_are_the_same_loss(criterion, targets):
     expected = F.cross_entropy(LOGITS, GOLDEN["ground_truth"], label_smoothing=0.1)
     torch.testing.assert_close(criterion(torch.zeros(4), LOGITS, targets), expected)
-
-
-def test_a_model_that_mixes_tokens_is_not_trained_on_unmixed_labels():
-    with pytest.raises(UserError, match="--token-label"):
-        ClassLoss()(torch.zeros(4), (LOGITS, TOKEN_LOGITS, BOX), GOLDEN["ground_truth"])
 
 
 # ----------------------------------------------------------------------------------------------- distillation

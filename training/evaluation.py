@@ -11,10 +11,7 @@ from utils import Interrupted, StopSignals
 
 
 def evaluation_batches(loader: Any, dist: Distributed, stop: StopSignals | None = None) -> Iterator[Any]:
-    """Yield this process's batches, one per round of all processes, with a progress bar on a terminal.
-
-    Args:
-        loader: its `rounds` is the largest number of batches of any process.
+    """Yield this process's batches, one per round of all processes (`loader.rounds`), with a progress bar.
 
     Raises:
         Interrupted: between two batches, on every process, if any of them received a signal.

@@ -150,29 +150,26 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> None:
     """Load the initial weights of a model, from --finetune or, with --eval, from --resume.
 
-    The classifier of --finetune is loaded too if its classes match, unless --classifier is "new".
+    The classifier is loaded too if its classes match, unless --classifier is "new".
 
     Raises:
         UserError: the weights do not fit the model or, with --eval, the classes.
     """
-    args = run.args
+    args, resumed = run.args, run.checkpoint is not None
     model.to(run.precision.dtype)  # before loading, so that float64 weights keep their precision
-    if run.checkpoint is not None and args.eval:
-        if run.checkpoint.get("class_names") is not None:
-            check_same(run.checkpoint, {"class_names": class_names}, args.resume)
-        load(model, weights_of(run.checkpoint, ema=False), args.resume, new_head=False)
-    elif run.checkpoint is None and args.finetune is not None:
-        state = read_checkpoint(args.finetune)
-        weights = weights_of(state, path=args.finetune)
-        if state.get("class_names"):
-            same = tuple(state["class_names"]) == class_names
-        else:  # compare the numbers of classes
-            same = len(weights.get(f"{classifier_names(model)[0]}.weight", ())) == len(class_names)
-        if args.eval and not same:
-            raise UserError(f"--eval --finetune {args.finetune}: its classes differ from those of this data")
-        keeps_head = args.eval or (same and args.classifier == "auto")
-        new = load(model, weights, args.finetune, new_head=not keeps_head)
-        report(run.dist, f"loaded {args.finetune}; not from it: {', '.join(new) or 'nothing'}")
+    path = args.resume if resumed else args.finetune
+    if path is None or (resumed and not args.eval):  # `restore` loads the weights of a run that resumes
+        return
+    state = run.checkpoint if resumed else read_checkpoint(path)
+    weights = weights_of(state, ema=False if resumed else None, path=path)
+    if state.get("class_names"):
+        same = tuple(state["class_names"]) == class_names
+    else:  # compare the numbers of classes
+        same = len(weights.get(f"{classifier_names(model)[0]}.weight", ())) == len(class_names)
+    if args.eval and not same:
+        raise UserError(f"--eval: the classes of {path} differ from those of this data")
+    new = load(model, weights, path, new_head=not (args.eval or (same and args.classifier == "auto")))
+    report(run.dist, f"loaded {path}; not from it: {', '.join(new) or 'nothing'}")
 
 
 def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
