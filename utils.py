@@ -187,9 +187,11 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> MachineError:
 
 
 def make_directory(path: str | os.PathLike) -> None:
-    """Create the directory `path` and its parents if they do not exist; raises MachineError if that fails."""
+    """Create the directory `path` and its parents; UserError if it is a file, MachineError if that fails otherwise."""
     try:
         os.makedirs(path, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{os.fspath(path)}: cannot be a directory, a file is in its place") from error
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -62,7 +62,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(MachineError, match=f"^{tmp_path}/run/.lock: cannot be written: "):
         opened(tmp_path / "run")
     for path in ("file/run", "file"):
-        with pytest.raises(MachineError, match=f"^{tmp_path}/{path}: cannot be written: "):
+        with pytest.raises(UserError, match=f"^{tmp_path}/{path}: cannot be a directory"):
             opened(tmp_path / path)
 
 

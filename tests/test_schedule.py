@@ -144,7 +144,7 @@ def test_only_weights_with_two_axes_decay():
 def test_betas_are_for_optimisers_that_have_some():
     given = ("--opt-betas", "0.8", "0.95")
     groups = build_optimizer(parse(*given), tiny(), Distributed()).param_groups
-    assert {group["betas"] for group in groups} == {(0.8, 0.95)}
+    assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.95)}
     build_optimizer(parse("--opt", "sgd", *given), tiny(), Distributed())
 
 

@@ -65,8 +65,6 @@ def progress_bar(trainer: Trainer) -> tqdm:
 def show_progress(trainer: Trainer, bar: tqdm, loss: float) -> None:
     """Show the progress after an update: on the bar, or without one as a line every --print-freq updates."""
     args, dist, progress = trainer.args, trainer.dist, trainer.progress
-    if bar.disable and progress.step // args.accum_iter % args.print_freq:
-        return
     images, steps = args.batch_size * dist.world_size, len(trainer.task.train)
     seconds = progress.meters["seconds"] / progress.step
     left = seconds * (steps - progress.step)
@@ -74,12 +72,12 @@ def show_progress(trainer: Trainer, bar: tqdm, loss: float) -> None:
     if not bar.disable:
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{trainer.lr:.2e}", run=run_left, refresh=False)
         bar.update(args.accum_iter * images)
-        return
-    report(
-        dist,
-        f"epoch {progress.epoch} step {progress.step}/{steps}: loss {loss:.4f}, lr {trainer.lr:.2e}, "
-        f"{images / seconds:.0f} images/s, {tqdm.format_interval(left)} to go (the run: {run_left})",
-    )
+    elif progress.step // args.accum_iter % args.print_freq == 0:
+        report(
+            dist,
+            f"epoch {progress.epoch} step {progress.step}/{steps}: loss {loss:.4f}, lr {trainer.lr:.2e}, "
+            f"{images / seconds:.0f} images/s, {tqdm.format_interval(left)} to go (the run: {run_left})",
+        )
 
 
 def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:

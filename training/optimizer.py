@@ -4,8 +4,8 @@ import argparse
 import warnings
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -38,23 +38,13 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, dist: Distribute
     Raises:
         UserError: the optimizer is not available.
     """
-    options = {"eps": args.opt_eps}
-    if args.opt_betas is not None:
-        options["betas"] = tuple(args.opt_betas)
+    options = optimizer_kwargs(args) | {"lr": peak_rate(args, dist)}
     if args.opt.lower() in ("adam", "adamw") and dist.device.type == "cuda":
         options["fused"] = True
     if "muon" in args.opt.lower():
         options["fallback_list"] = no_matrices(model)
     try:
-        return create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=peak_rate(args, dist),
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            layer_decay=args.layer_decay,
-            **options,
-        )
+        return create_optimizer_v2(model, **options)
     except (ImportError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
 
@@ -83,22 +73,15 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, 
         warmup_epochs = args.warmup_part * args.epochs
         if args.sched_on_updates and warmup_epochs * updates_per_epoch < SHORTEST_WARMUP:
             warmup_epochs = 0
+    options = scheduler_kwargs(args) | {
+        "min_lr": at_most_a_tenth(args.min_lr, MIN_LR, peak),
+        "warmup_epochs": warmup_epochs,
+        "warmup_lr": at_most_a_tenth(args.warmup_lr, WARMUP_LR, peak),
+        "decay_epochs": args.decay_epochs or (None if args.sched == "wsd" else DECAY_EPOCHS),
+    }
     try:
         with warnings.catch_warnings(action="ignore"):  # timm's plateau schedule warns that it is deprecated
-            scheduler, _ = create_scheduler_v2(
-                optimizer,
-                sched=args.sched,
-                num_epochs=args.epochs,
-                min_lr=at_most_a_tenth(args.min_lr, MIN_LR, peak),
-                warmup_epochs=warmup_epochs,
-                warmup_lr=at_most_a_tenth(args.warmup_lr, WARMUP_LR, peak),
-                decay_epochs=args.decay_epochs or (None if args.sched == "wsd" else DECAY_EPOCHS),
-                decay_milestones=args.decay_milestones,
-                decay_rate=args.decay_rate,
-                patience_epochs=args.patience_epochs,
-                step_on_epochs=not args.sched_on_updates,
-                updates_per_epoch=updates_per_epoch,
-            )
+            scheduler, _ = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **options)
     except (ValueError, AssertionError) as error:
         raise UserError(f"--sched {args.sched}: {one_line(error)}") from error
     return scheduler

@@ -44,7 +44,7 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
     if args.resume == "auto" or source.is_dir():
         path, state = newest_intact(source) if dist.is_main else (None, None)
         path = dist.gather_objects(path)[0]
-        if path is None and args.resume == "auto":
+        if path is None and args.resume == "auto" and not args.eval:
             return None
         if path is None:
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
@@ -139,8 +139,6 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     for name, key in stored_names(task.ranked_by).items():
         setattr(progress, name, state.get(key, getattr(progress, name)))
     progress.step = progress.step // state["args"]["accum_iter"] * trainer.args.accum_iter
-    if progress.step > len(task.train):
-        raise UserError(f"--resume {path}: its step {progress.step} exceeds this data's {len(task.train)} per epoch")
     if progress.epoch > 0:
         trainer.scheduler.step(progress.epoch - 1)
     if isinstance(trainer.scheduler, PlateauLRScheduler):
