@@ -94,15 +94,14 @@ class CocoImages:
         """
         entry, path = self.entry(index), self.path(index)
         size = (entry["width"], entry["height"])
-        image = read_image(path, upright=True)
-        if image.size != size:
-            image = read_image(path)
-        if image.size != size:
-            raise BadImage(
-                f"{path}: {image.width}x{image.height} pixels (with and without its EXIF orientation), but image "
-                f"{entry['id']} of {self.file} has {size[0]}x{size[1]}"
-            )
-        return image
+        for upright in (True, False):
+            image = read_image(path, upright=upright)
+            if image.size == size:
+                return image
+        raise BadImage(
+            f"{path}: {image.width}x{image.height} pixels (with and without its EXIF orientation), but image "
+            f"{entry['id']} of {self.file} has {size[0]}x{size[1]}"
+        )
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """Return the file's entries for an image's objects and crowds."""
@@ -155,8 +154,6 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
         UserError: if there is no such file, or more than one; see also `CocoImages`.
     """
     root = Path(data_path)
-    if not root.is_dir():
-        raise UserError(f"--data-path {root}: no such folder")
     roboflow = root / ("valid" if split == "val" else split) / "_annotations.coco.json"
     if roboflow.is_file():
         return CocoImages(roboflow, roboflow.parent, masks)
@@ -166,10 +163,7 @@ def open_split(data_path: str | os.PathLike, split: str, masks: bool) -> CocoIma
             f"--data-path {root}: expected one file annotations/instances_{split}*.json (COCO's layout) or "
             f"{roboflow.relative_to(root)} (Roboflow's), found {', '.join(path.name for path in found) or 'none'}"
         )
-    folder = root / found[0].stem.removeprefix("instances_")
-    if not folder.is_dir():
-        raise UserError(f"--data-path {root}: the images of {found[0].name} belong in {folder.name}/, which is missing")
-    return CocoImages(found[0], folder, masks)
+    return CocoImages(found[0], root / found[0].stem.removeprefix("instances_"), masks)
 
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:

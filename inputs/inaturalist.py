@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from inputs.dataset_options import DatasetOptions
 from inputs.images import ImageDataset, file_dataset
@@ -16,9 +15,9 @@ def inaturalist(options: DatasetOptions) -> ImageDataset:
     As in DeiT, labels are numbered in the order in which classes first appear in the training annotations.
     """
     year = {"INAT": 2018, "INAT19": 2019}[options.name]
-    categories, training = _read_json(options, "categories.json"), _read_json(options, f"train{year}.json")
-    wanted = training if options.train else _read_json(options, f"val{year}.json")
+    files = ("categories.json", f"train{year}.json", f"{'train' if options.train else 'val'}{year}.json")
     try:
+        categories, training, wanted = (json.loads((options.root / file).read_bytes()) for file in files)
         category_names = {int(category["id"]): str(category[options.inat_category]) for category in categories}
         class_names = list(dict.fromkeys(category_names[entry["category_id"]] for entry in training["annotations"]))
         label_of = {name: label for label, name in enumerate(class_names)}
@@ -26,15 +25,8 @@ def inaturalist(options: DatasetOptions) -> ImageDataset:
         paths = [_image_path(options.root, image["file_name"]) for image in wanted["images"]]
         labels = [label_of[category_names[category_of[image["id"]]]] for image in wanted["images"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise options.missing(f"iNaturalist's annotations, but an entry is incomplete ({error!r})") from error
+        raise options.missing(f"iNaturalist's {', '.join(files)}, but one is incomplete ({error!r})") from error
     return file_dataset(paths, labels, class_names)
-
-
-def _read_json(options: DatasetOptions, file: str) -> Any:
-    try:
-        return json.loads((options.root / file).read_bytes())
-    except (OSError, ValueError) as error:
-        raise options.missing(f"{file}, a JSON file ({error})") from error
 
 
 def _image_path(root: Path, file_name: str) -> str:

@@ -3,6 +3,7 @@
 import pickle
 from typing import NoReturn
 
+import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet, StanfordCars, VisionDataset
 
 from inputs.dataset_options import SPLIT_NAMES, DatasetOptions
@@ -65,27 +66,23 @@ def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
             content = _PlainUnpickler(file).load()
         if isinstance(content, dict):
             content = [(*entry[:2], split == "test") for split in ("train", "test") for entry in content[split]]
-        labels = [entry[1] for entry in content]
-        if not all(type(label) is int for label in labels):
-            raise ValueError("a label is not a class number")
-        first, last = min(labels), max(labels)
-        chosen = [(str(entry[0]), entry[1] - first) for entry in content if bool(entry[-1]) != options.train]
+        numbers, labels = np.unique([entry[1] for entry in content], return_inverse=True)
+        chosen = [i for i, entry in enumerate(content) if bool(entry[-1]) != options.train]
+        files = [str(content[i][0]) for i in chosen]
     except Exception as error:  # pickle raises many types of errors for a damaged file
         expected = "{'train': [(file, label), ...], 'test': [...]} or [(file, label, ..., is_test), ...]"
         raise UserError(f"{path}: expected {expected}: {one_line(error)}") from error
     split = "train" if options.train else "test"
     folder = split_folder(options.root, (split, f"cars_{split}")) or options.root
-    files = [folder / file for file, _ in chosen]
-    return file_dataset(files, [label for _, label in chosen], [f"{i + 1:03d}" for i in range(last - first + 1)])
+    class_names = [f"{i + 1:03d}" for i in range(len(numbers))]
+    return file_dataset([folder / file for file in files], labels[chosen], class_names)
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings and containers, and refuses everything that would run code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(
-            f"it refers to {module}.{name}; only lists, dicts, strings and numbers are allowed"
-        )
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}; only plain values are allowed")
 
 
 def pets(options: DatasetOptions) -> ImageDataset:
