@@ -60,5 +60,5 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> F
         labels, size = [as_label(name) for name in names], 9 if classes <= COUNTED_CLASSES else 5.5
         axes.set_yticks(range(classes), labels, fontsize=size)
         axes.set_xticks(range(classes), labels, fontsize=size, rotation=45, ha="right", rotation_mode="anchor")
-    figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02).set_label("% of the true class")
+    figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02, label="% of the true class")
     return figure

@@ -80,10 +80,10 @@ def eval_loader(
     Args:
         preprocessing: mean, std, crop_pct and interpolation.
     """
-    resizing = {name: preprocessing[name] for name in ("crop_pct", "interpolation")}
+    crop_pct, interpolation = preprocessing["crop_pct"], preprocessing["interpolation"]
     samples = KeyedImages(
         dataset,
-        eval_transform(args.input_size, **resizing),
+        eval_transform(args.input_size, crop_pct=crop_pct, interpolation=interpolation),
         skip_bad_images=args.skip_bad_images,
         replacements=0,
         mean=preprocessing["mean"],

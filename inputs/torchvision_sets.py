@@ -1,5 +1,6 @@
 """The data sets that torchvision reads: CIFAR, Oxford Flowers, Stanford Cars, Oxford-IIIT Pets."""
 
+import io
 import pickle
 from typing import NoReturn
 
@@ -58,24 +59,20 @@ def cars(options: DatasetOptions) -> ImageDataset:
 def _cars_with_pickle(options: DatasetOptions) -> ImageDataset:
     """Read cars_anno.pkl: {"train": [(file, label), ...], "test": [...]}, or a list of (file, label, ..., is_test).
 
-    Labels start at 0 or 1. The files are in train/ and test/, or in cars_train/ and cars_test/.
+    The files are in train/ and test/, or in cars_train/ and cars_test/.
     """
-    path = options.root / _CARS_PICKLE
+    path, split = options.root / _CARS_PICKLE, "train" if options.train else "test"
+    folder = split_folder(options.root, (split, f"cars_{split}")) or options.root
     try:
-        with open(path, "rb") as file:
-            content = _PlainUnpickler(file).load()
+        content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
         if isinstance(content, dict):
-            content = [(*entry[:2], split == "test") for split in ("train", "test") for entry in content[split]]
+            content = [(*entry[:2], part == "test") for part in ("train", "test") for entry in content[part]]
         numbers, labels = np.unique([entry[1] for entry in content], return_inverse=True)
         chosen = [i for i, entry in enumerate(content) if bool(entry[-1]) != options.train]
-        files = [str(content[i][0]) for i in chosen]
+        files = [folder / content[i][0] for i in chosen]
     except Exception as error:  # pickle raises many types of errors for a damaged file
-        expected = "{'train': [(file, label), ...], 'test': [...]} or [(file, label, ..., is_test), ...]"
-        raise UserError(f"{path}: expected {expected}: {one_line(error)}") from error
-    split = "train" if options.train else "test"
-    folder = split_folder(options.root, (split, f"cars_{split}")) or options.root
-    class_names = [f"{i + 1:03d}" for i in range(len(numbers))]
-    return file_dataset([folder / file for file in files], labels[chosen], class_names)
+        raise UserError(f"{path}: not the annotations of Stanford Cars: {one_line(error)}") from error
+    return file_dataset(files, labels[chosen], [f"{i + 1:03d}" for i in range(len(numbers))])
 
 
 class _PlainUnpickler(pickle.Unpickler):
