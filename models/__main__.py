@@ -13,16 +13,13 @@ from pathlib import Path
 
 
 def main() -> None:
-    _, *words = sys.argv
-    if words and words[0] in ("-h", "--help"):
+    script, *words = sys.argv[1:] or ["--help"]
+    if script in ("-h", "--help"):
         print(__doc__)
         return
-    if not (words and Path(words[0]).is_file()):
-        print(f"error: {words[0]}: no such script" if words else __doc__, file=sys.stderr)
-        sys.exit(2)
-    sys.argv = words
-    sys.path[0] = str(Path(words[0]).resolve().parent)  # as when running the script directly
-    runpy.run_path(words[0], run_name="__main__")
+    sys.argv = [script, *words]
+    sys.path[0] = str(Path(script).resolve().parent)  # as when running the script directly
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import global_pool_nlc, trunc_normal_
+from timm.layers import Format, global_pool_nlc, nhwc_to
 from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .layers import Block, GridMixer, LayerNorm, format_grid
+from .layers import Block, GridMixer, LayerNorm, init_linear
 from .loading import pretrained_filter_fn
 from .resampling import Grid, to_grid
 
@@ -72,8 +72,7 @@ class ImageModel(nn.Module):
             return nn.Identity()
         like = next(self.parameters())
         head = nn.Linear(self.num_features, self.num_classes, device=like.device, dtype=like.dtype)
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
+        init_linear(head)
         return head.train(self.training)
 
     def get_classifier(self) -> nn.Module:
@@ -123,10 +122,12 @@ class ImageModel(nn.Module):
 
         indices: a list of parts, the last n parts, or None for all. norm: apply the final norm to outputs that have no
         norm of their own, those of all blocks and of the last stage. stop_early: skip the parts after the last
-        selected one; a pyramid that skips stages returns its grid as features. output_fmt: "NCHW", "NHWC" or "NLC".
+        selected one; a pyramid that skips stages returns its grid as features. output_fmt: "NCHW", "NHWC", "NLC" or
+        "NCL".
         return_prefix_tokens: return pairs of a pyramid's grid and class token (B, 1, C). Only the last stage has a
         class token, from the class block; the other stages return the mean of the grid.
         """
+        output_fmt = Format(output_fmt)
         take, last = feature_take_indices(len(self.parts), indices)
         parts = self.parts[: last + 1] if stop_early else self.parts
         x = self._embed(x)
@@ -136,13 +137,13 @@ class ImageModel(nn.Module):
             if i not in take:
                 continue
             has_norm = isinstance(getattr(part, "norm", None), LayerNorm)
-            grid = format_grid(self.norm(x) if norm and not has_norm else x, output_fmt)
+            grid = nhwc_to(self.norm(x) if norm and not has_norm else x, output_fmt).contiguous()
             pairs = return_prefix_tokens and self.num_prefix_tokens
             intermediates.append((grid, self._prefix_token(x, norm, last_stage=not has_norm)) if pairs else grid)
         if intermediates_only:
             return intermediates
         if self.num_prefix_tokens and len(parts) < len(self.feature_info):  # the class block needs the last stage
-            return format_grid(x, output_fmt), intermediates
+            return nhwc_to(x, output_fmt).contiguous(), intermediates
         return self._to_tokens(x), intermediates
 
     def prune_intermediate_layers(

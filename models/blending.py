@@ -85,7 +85,7 @@ def blend_tokens(bands: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor,
     """`EinsteinBlending` over tokens."""
     batch, height, width, *_, channels = bands.shape
     weight1, weight2 = (resize_token_weight(weight, (height, width)).to(bands.dtype) for weight in (weight1, weight2))
-    bias1, bias2 = (resize_token_bias(bias, (height, width)).to(bands.dtype) for bias in (bias1, bias2))
+    bias1, bias2 = (resize_image(bias, (height, width)).to(bands.dtype) for bias in (bias1, bias2))
     with autocast_off(bands):
         rows = bands.permute(1, 4, 2, 0, 3, 5).reshape(height, 2 * width, -1)
         rows = torch.baddbmm(real_bias(bias1)[..., None], real_matrix(weight1).mT, rows).relu()
@@ -101,14 +101,9 @@ def resize_token_weight(weight: Tensor, half: Grid) -> Tensor:
     if weight.shape[1:3] == half:
         return weight
     rows, width = half
-    square = torch.stack([resize_image(part, (width, width), align_corners=False) for part in weight])
-    flat = resize_image(square.flatten(2), (rows, width * width), align_corners=False)
+    square = torch.stack([resize_image(part, (width, width)) for part in weight])
+    flat = resize_image(square.flatten(2), (rows, width * width))
     return flat.unflatten(2, (width, width)) * (weight.shape[2] / width)
-
-
-def resize_token_bias(bias: Tensor, half: Grid) -> Tensor:
-    """Resample (2, h, w) to (2, *half), bicubic."""
-    return bias if bias.shape[1:] == half else resize_image(bias, half, align_corners=False)
 
 
 class TensorBlending(nn.Module):
@@ -132,4 +127,4 @@ def resize_planes(weight: Tensor, half: Grid) -> Tensor:
     """Resample (12, h, w, C) to (12, *half, C), bicubic."""
     if weight.shape[1:3] == half:
         return weight
-    return torch.stack([resize_grid(plane, half, align_corners=False) for plane in weight])
+    return torch.stack([resize_grid(plane, half) for plane in weight])

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -18,20 +19,11 @@ from torch import Tensor
 StateDict = dict[str, Tensor]
 
 EMA_KEYS = ("model_ema", "state_dict_ema")
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 # The JSON metadata of an exported .safetensors file.
-METADATA_KEYS = (
-    "arch",
-    "model_kwargs",
-    "num_classes",
-    "input_size",
-    "mean",
-    "std",
-    "crop_pct",
-    "interpolation",
-    "class_names",
-)
+METADATA_KEYS = ("arch", "model_kwargs", "num_classes", "class_names", "input_size", *PREPROCESSING)
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "net")
-_WRAPPERS = ("module.", "_orig_mod.")  # from DistributedDataParallel and torch.compile
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
 _COMMON_PREFIXES = ("model.", "net.", "backbone.", "encoder.")
 # timm arguments that make it read other files or the network.
 READING_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -142,18 +134,12 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
     """Return the innermost state dict of {"model": ...}, {"state_dict": ...} etc., without wrappers' prefixes."""
     while (key := next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)) is not None:
         checkpoint = checkpoint[key]
-    weights = {_without_wrappers(str(name)): value for name, value in checkpoint.items()}
+    weights = {_WRAPPERS.sub("", str(name)): value for name, value in checkpoint.items()}
     for prefix in _COMMON_PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
             return {name.removeprefix(prefix): value for name, value in weights.items()}
     ours = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
     return ours or weights  # Lightning's files also contain the tensors of losses and metrics
-
-
-def _without_wrappers(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], source: str) -> None:

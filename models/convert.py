@@ -6,12 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-StateDict = dict[str, Tensor]
+from .checkpoints import StateDict
 
-# Authors' name -> ours: the pyramid's parts outside the stages, parts of a stage, scattering weights.
-_PREFIXES = {"patch_embed1.": "stem.", "norm4.": "norm.", "post_network.0.": "class_block."}
-_PARTS = {"patch_embed": "downsample", "norm": "norm", "block": "blocks"}
-_PARTS_ORIGINAL = {ours: theirs for theirs, ours in _PARTS.items()}
+# Authors' name -> ours: the beginnings of a pyramid's names, and the weights of a scattering mixer.
+_STAGE = {"patch_embed": "downsample", "norm": "norm", "block": "blocks"}
+_PREFIXES = {f"{theirs}{i + 1}.": f"stages.{i}.{ours}." for theirs, ours in _STAGE.items() for i in range(4)}
+_PREFIXES |= {"patch_embed1.": "stem.", "norm4.": "norm.", "post_network.0.": "class_block."}
 _SCATTERING = {
     "complex_weight_ll": "low_pass",
     "complex_weight_lh_1": "channel_blend.weight1",
@@ -23,7 +23,9 @@ _SCATTERING = {
     "complex_weight_lh_b1_t": "token_blend.bias1",
     "complex_weight_lh_b2_t": "token_blend.bias2",
 }
-_SCATTERING_ORIGINAL = {ours: theirs for theirs, ours in _SCATTERING.items()}
+_PREFIXES_ORIGINAL, _SCATTERING_ORIGINAL = (
+    {ours: theirs for theirs, ours in names.items()} for names in (_PREFIXES, _SCATTERING)
+)
 
 
 def to_ours(state_dict: Mapping[str, Tensor]) -> StateDict:
@@ -41,12 +43,7 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> StateDict:
 
 
 def _our_name(name: str) -> str:
-    for theirs, ours in _PREFIXES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    if match := re.fullmatch(r"(patch_embed|norm|block)([1-4])\.(.+)", name):
-        kind, stage, rest = match.groups()
-        name = f"stages.{int(stage) - 1}.{_PARTS[kind]}.{rest}"
+    name = _replace_prefix(name, _PREFIXES)
     if match := re.fullmatch(r"(.*blocks\.\d+\.)(?:attn|filter)\.(.+)", name):
         block, leaf = match.groups()
         name = f"{block}mixer.{_SCATTERING.get(leaf, leaf)}"
@@ -57,9 +54,9 @@ def _join_qkv(state_dict: StateDict) -> StateDict:
     """Join q and kv of the blocks' attention, but not of the class block. An incomplete pair stays unchanged."""
     joined = dict(state_dict)
     for name in state_dict:
-        match = re.fullmatch(r"(.*\.mixer\.)q\.(weight|bias)", name)
-        if match and (kv := f"{match[1]}kv.{match[2]}") in state_dict:
-            joined[f"{match[1]}qkv.{match[2]}"] = torch.cat((joined.pop(name), joined.pop(kv)))
+        kv = name.replace(".mixer.q.", ".mixer.kv.")
+        if kv != name and kv in state_dict:
+            joined[name.replace(".mixer.q.", ".mixer.qkv.")] = torch.cat((joined.pop(name), joined.pop(kv)))
     return joined
 
 
@@ -73,14 +70,13 @@ def to_original(state_dict: Mapping[str, Tensor]) -> StateDict:
     for name, value in state_dict.items():
         if name.endswith(".low_pass"):
             value = value.permute(2, 0, 1).contiguous()
-        match = re.fullmatch(r"(.*\.mixer\.)qkv\.(weight|bias)", name)
-        if pyramid and match:
-            prefix, leaf = match.groups()
-            dim = value.shape[0] // 3
-            original[_original_name(f"{prefix}q.{leaf}", pyramid)] = value[:dim].clone()
-            original[_original_name(f"{prefix}kv.{leaf}", pyramid)] = value[dim:].clone()
+        theirs = _original_name(name, pyramid)
+        if pyramid and ".qkv." in name:
+            width = len(value) // 3
+            original[theirs.replace(".qkv.", ".q.")] = value[:width].clone()
+            original[theirs.replace(".qkv.", ".kv.")] = value[width:].clone()
         else:
-            original[_original_name(name, pyramid)] = value
+            original[theirs] = value
     return original
 
 
@@ -89,12 +85,9 @@ def _original_name(name: str, pyramid: bool) -> str:
         block, leaf = match.groups()
         gate = "attn" if pyramid or leaf != "complex_weight" else "filter"
         name = f"{block}.{gate}.{_SCATTERING_ORIGINAL.get(leaf, leaf)}"
-    if not pyramid:
-        return name
-    for theirs, ours in _PREFIXES.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    if match := re.fullmatch(r"stages\.(\d)\.(downsample|norm|blocks)\.(.+)", name):
-        stage, part, rest = match.groups()
-        name = f"{_PARTS_ORIGINAL[part]}{int(stage) + 1}.{rest}"
-    return name.replace(".dwconv.", ".dwconv.dwconv.")
+    return _replace_prefix(name, _PREFIXES_ORIGINAL).replace(".dwconv.", ".dwconv.dwconv.") if pyramid else name
+
+
+def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes[old] + name.removeprefix(old) if old else name

@@ -12,19 +12,13 @@ import torch
 from timm.models import adapt_input_conv
 from torch import nn
 
-from .checkpoints import CheckpointError, check_model_kwargs, read_checkpoint, unwrap
-from .convert import StateDict, to_ours
+from .checkpoints import CheckpointError, StateDict, check_model_kwargs, read_checkpoint, unwrap
+from .convert import to_ours
 from .layers import GridMixer
 from .resampling import Grid
 
 _WAVELET_FILTER = re.compile(r"(^|\.)(xfm|ifm)\.")
-_HEADS = ("head", "aux_head")
 _logger = logging.getLogger(__name__)
-
-
-def is_ours(model: nn.Module) -> bool:
-    """Return whether a model belongs to this project, so that the functions below can convert its weights."""
-    return hasattr(model, "design")
 
 
 class WeightMismatch(ValueError):
@@ -38,7 +32,7 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
     that depend on the grid. Loading the state dict reports the remaining mismatches.
     """
     weights = unwrap(state_dict)
-    if not is_ours(model):
+    if not hasattr(model, "design"):  # a model of timm
         return weights
     weights = {name: value for name, value in to_ours(weights).items() if not _WAVELET_FILTER.search(name)}
     if getattr(model, "aux_head", None) is None:
@@ -120,8 +114,6 @@ def filter_grids(weights: StateDict, mixer: str) -> list[Grid]:
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a timm model's classifiers."""
-    if is_ours(model):
-        return _HEADS
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
     return (names,) if isinstance(names, str) else tuple(names)
 

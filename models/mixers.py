@@ -78,16 +78,11 @@ def choose_mixers(
             raise ValueError("mixers sets every block's mixer: leave out mixer, mixing, alpha and spectral_depths")
         return stage_mixers(mixers, depths)
     spectral_depths = default if spectral_depths is None else spectral_depths
-    fits = len(spectral_depths) == len(depths) and all(
-        0 <= a <= b for a, b in zip(spectral_depths, depths, strict=True)
-    )
-    if not fits:
+    both = list(zip(spectral_depths, depths, strict=False))
+    if len(spectral_depths) != len(depths) or not all(0 <= spectral <= depth for spectral, depth in both):
         given = f"spectral_depths {tuple(spectral_depths)} (alpha in a vanilla model)"
         raise ValueError(f"{given} do not fit depths {tuple(depths)}")
-    return [
-        [mixer or "spectral"] * spectral + ["attention"] * (depth - spectral)
-        for spectral, depth in zip(spectral_depths, depths, strict=True)
-    ]
+    return [[mixer or "spectral"] * spectral + ["attention"] * (depth - spectral) for spectral, depth in both]
 
 
 def block_mixers(mixers: str | Sequence[str], depth: int) -> list[str]:

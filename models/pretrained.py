@@ -20,7 +20,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from . import spectformer, svt
-from .checkpoints import EMA_KEYS, CheckpointError, check_model_kwargs, read_checkpoint, weights_of
+from .checkpoints import EMA_KEYS, PREPROCESSING, CheckpointError, check_model_kwargs, read_checkpoint, weights_of
 from .convert import to_ours
 from .layers import GridMixer
 from .loading import WeightMismatch, filter_grids, load_weights, source_grid
@@ -28,7 +28,6 @@ from .resampling import Grid, to_grid
 
 # All model names that this package registers.
 ARCHITECTURES = tuple(name for family in (spectformer, svt) for name in family.default_cfgs)
-PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"  # of a run directory
 
 

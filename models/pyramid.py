@@ -141,7 +141,8 @@ class Pyramid(ImageModel):
         dim = embed_dims[-1]
         super().__init__(num_classes, in_chans, img_size, dim, global_pool, drop_rate, dynamic_img_size)
         num_heads = num_heads or [max(dim // HEAD_DIM, 1) for dim in embed_dims]
-        _check_stages(depths, embed_dims, num_heads, mlp_ratios)
+        if {len(stages) for stages in (depths, embed_dims, num_heads, mlp_ratios)} != {4}:
+            raise ValueError("depths, embed_dims, num_heads and mlp_ratios must each have four values")
         names = choose_mixers(depths, spectral_depths, (*depths[:2], 0, 0), mixer, mixers)
         options = mixer_options or {}
         check_names(options)
@@ -244,11 +245,6 @@ class Pyramid(ImageModel):
             return tokens.mean(1, keepdim=True)
         token = self.class_block(tokens)[:, :1]
         return self.norm(token) if norm else token
-
-
-def _check_stages(*arguments: Sequence[float]) -> None:
-    if {len(stages) for stages in arguments} != {4}:
-        raise ValueError("depths, embed_dims, num_heads and mlp_ratios must each have four values")
 
 
 def stage_grids(img_size: Grid, stages: int, stem_stride: int = 4) -> list[Grid]:

@@ -8,15 +8,19 @@ from .precision import full_precision
 Grid = tuple[int, int]  # (height, width) in pixels or tokens
 
 
-def resize_image(image: Tensor, size: Grid, align_corners: bool) -> Tensor:
+def resize_image(image: Tensor, size: Grid, align_corners: bool = False) -> Tensor:
     """Resample a (C, h, w) image to `size`, bicubic without antialiasing; returns the image's dtype."""
+    if image.shape[1:] == size:
+        return image
     batch = full_precision(image)[None]
     resized = F.interpolate(batch, size=size, mode="bicubic", align_corners=align_corners)
     return resized[0].to(image.dtype)
 
 
-def resize_grid(grid: Tensor, size: Grid, align_corners: bool) -> Tensor:
+def resize_grid(grid: Tensor, size: Grid, align_corners: bool = False) -> Tensor:
     """`resize_image` for a channels-last (h, w, C) tensor."""
+    if grid.shape[:2] == size:
+        return grid
     return resize_image(grid.permute(2, 0, 1), size, align_corners).permute(1, 2, 0).contiguous()
 
 

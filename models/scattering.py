@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from .blending import EinsteinBlending, TensorBlending, resize_planes, resize_token_bias, resize_token_weight
+from .blending import EinsteinBlending, TensorBlending, resize_planes, resize_token_weight
 from .cpu.scattering import scatter
 from .layers import GridMixer
-from .resampling import Grid, resize_grid
+from .resampling import Grid, resize_grid, resize_image
 from .wavelet import analyse, padded_grid, synthesise
 
+torch.fx.wrap("resize_grid")  # torch.fx must not trace it
 CHANNEL_BLOCKS = 4
 # mixing -> the modules applied to the high-pass bands, in order
 MIXINGS = {
@@ -19,12 +20,6 @@ MIXINGS = {
     "tensor": ("tensor_blend",),
 }
 HALVED = ("channel_token", "token_half")  # transform half of the channels
-
-
-@torch.fx.wrap
-def resize_low_pass(low_pass: Tensor, grid: Grid) -> Tensor:
-    """Resample (H', W', C) to another even grid, bicubic."""
-    return low_pass if low_pass.shape[:2] == grid else resize_grid(low_pass, grid, align_corners=False)
 
 
 class ScatteringMixer(GridMixer):
@@ -70,7 +65,7 @@ class ScatteringMixer(GridMixer):
 
     def scatter(self, x: Tensor) -> Tensor:
         """Apply the wavelet transform, the blending and the inverse transform."""
-        low_pass = resize_low_pass(self.low_pass, padded_grid(x.shape[1:3]))
+        low_pass = resize_grid(self.low_pass, padded_grid(x.shape[1:3]))
         if self.mixing == "channel":
             half = self.spectral_precision == "half"
             if (y := scatter(x, low_pass, self.channel_blend, half)) is not None:
@@ -90,11 +85,11 @@ class ScatteringMixer(GridMixer):
         height, width = padded_grid(grid)
         half = (height // 2, width // 2)
         rules = {
-            "low_pass": (3, resize_low_pass, (height, width)),
+            "low_pass": (3, resize_grid, (height, width)),
             "token_blend.weight1": (4, resize_token_weight, half),
             "token_blend.weight2": (4, resize_token_weight, half),
-            "token_blend.bias1": (3, resize_token_bias, half),
-            "token_blend.bias2": (3, resize_token_bias, half),
+            "token_blend.bias1": (3, resize_image, half),
+            "token_blend.bias2": (3, resize_image, half),
             "tensor_blend.weight": (4, resize_planes, half),
         }
         resized = dict(weights)

@@ -161,7 +161,7 @@ def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
     """Resample position embeddings (1, N, C) to another grid: bicubic, align_corners=False, as the authors do."""
     if old == new:
         return pos_embed
-    return resize_grid(pos_embed[0].unflatten(0, old), new, align_corners=False).flatten(0, 1)[None]
+    return resize_grid(pos_embed[0].unflatten(0, old), new).flatten(0, 1)[None]
 
 
 def vanilla_cfgs(family: str, source: dict[str, str]) -> dict[str, dict]:
