@@ -112,10 +112,7 @@ def weights_of(
 ) -> StateDict:
     """Return the state dict in a checkpoint of any known layout, without the name prefixes of wrappers.
 
-    Args:
-        checkpoint: the result of `read_checkpoint`.
-        ema: True for the averaged (EMA) weights, False for the trained ones, None for the averaged ones if present.
-        path: the file name for error messages.
+    `ema` is True for the averaged (EMA) weights, False for the trained ones, None for the averaged ones if present.
 
     Raises:
         CheckpointError: if the checkpoint has no such weights.

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from .layers import Attention, ClassAttention
 from .resampling import Grid, to_grid
@@ -26,16 +26,12 @@ def _fft(factor: float, shape, dim, *_, out_shape, **__) -> int:
     return round(factor * math.prod(points) * math.log2(max(size, 2)))
 
 
-def _attention(query, key, value, *_, **__) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 # Operations that FlopCounterMode does not count.
 FORMULAS = {
     aten._fft_r2c: partial(_fft, 2.5),
     aten._fft_c2r: partial(_fft, 2.5),
     aten._fft_c2c: partial(_fft, 5.0),
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
 }
 _LAYERS = (aten.mm, aten.addmm, aten.convolution)
 

@@ -15,7 +15,7 @@ from torch import nn
 from .checkpoints import CheckpointError, StateDict, check_model_kwargs, read_checkpoint, unwrap
 from .convert import to_ours
 from .layers import GridMixer
-from .resampling import Grid
+from .resampling import Grid, resize_pos_embed
 
 _WAVELET_FILTER = re.compile(r"(^|\.)(xfm|ifm)\.")
 _logger = logging.getLogger(__name__)
@@ -58,16 +58,13 @@ def pretrained_filter_fn(state_dict: Mapping, model: nn.Module) -> StateDict:
             design = getattr(timm.create_model(arch, **kwargs | {"img_size": model.img_size}), "design", {})
         different = [name for name in design | model.design if design.get(name) != model.design.get(name)]
         if different:
-            arguments = "".join(f", {name}={value!r}" for name, value in kwargs.items())
             raise CheckpointError(
-                f"{file}: its weights are of another model (different {', '.join(different)}); load it with "
-                f"models.load_checkpoint({file!r}) or timm.create_model({arch!r}, pretrained=True, "
-                f"pretrained_cfg_overlay=dict(file={file!r}, num_classes={described.get('num_classes')}){arguments})"
+                f"{file}: its weights are of another model (different {', '.join(different)}), {arch} with "
+                f"{kwargs}: pass these to timm, or load the file with models.load_checkpoint({file!r})"
             )
     size = tuple(described.get("input_size") or model.img_size)
     if size != tuple(model.img_size):
-        shown = ["x".join(map(str, sides)) for sides in (size, model.img_size)]
-        _logger.warning(f"{file}: resampling weights for images of {shown[0]} pixels to {shown[1]}")
+        _logger.warning(f"{file}: resampling weights for images of {size} pixels to {tuple(model.img_size)}")
     return checkpoint_filter_fn(state_dict, model)
 
 
@@ -76,7 +73,7 @@ def _resize(weights: StateDict, model: nn.Module) -> StateDict:
     if "pos_embed" in weights and hasattr(model, "pos_embed"):
         source = source_grid(weights, model.grid_size)
         if source is not None:
-            weights |= model.resize_weights(weights, source)
+            weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], source, model.grid_size)
     for prefix, module in model.named_modules():
         if not (prefix.endswith(".mixer") and isinstance(module, GridMixer)):
             continue

@@ -79,11 +79,7 @@ def find_checkpoint(source: str | os.PathLike) -> Path:
 def create_model(arch: str, num_classes: int, input_size: Grid | None, model_kwargs: Mapping[str, Any]) -> nn.Module:
     """Create any registered model, from this project or timm, without pretrained weights.
 
-    Args:
-        arch: the model's name.
-        num_classes: number of classes of its classifier.
-        input_size: (height, width) in pixels, ignored by models without a fixed size; None for the model's default.
-        model_kwargs: further constructor arguments.
+    `input_size` is (height, width) in pixels, ignored by models without a fixed size; None for the model's default.
 
     Raises:
         ModelError: if the model does not exist or does not accept the arguments.
@@ -140,13 +136,7 @@ class LoadedModel:
     @cached_property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Timm's evaluation transform, from an RGB image to the model's input (3, H, W)."""
-        return create_transform(
-            self.input_size,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-        )
+        return create_transform(self.input_size, **{name: getattr(self, name) for name in PREPROCESSING})
 
     @property
     def num_classes(self) -> int:
@@ -224,8 +214,9 @@ def load_checkpoint(
     preprocessing = {key: checkpoint.get(key) or getattr(cfg, key) for key in PREPROCESSING}
     preprocessing |= {key: tuple(preprocessing[key]) for key in ("mean", "std")}
     averaged = ema is not False and any(checkpoint.get(key) for key in EMA_KEYS)
-    more = {"ema": averaged, "checkpoint": checkpoint}
-    return LoadedModel(model.eval(), path, name, kwargs, classes, size, **preprocessing, **more)
+    return LoadedModel(
+        model.eval(), path, name, kwargs, classes, size, **preprocessing, ema=averaged, checkpoint=checkpoint
+    )
 
 
 def model_name(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> str:

@@ -103,8 +103,9 @@ class Pyramid(ImageModel):
         depths: number of blocks in each stage.
         num_heads: number of attention heads in each stage; by default a head has 32 channels.
         mlp_ratios: ratio of hidden to embedding channels in each stage's feed-forward networks.
-        spectral_depths: number of leading blocks in each stage that use `mixer`, by default all blocks of stages 1 and
-            2. The remaining blocks use attention.
+        spectral_depths: number of leading blocks in each stage that use `mixer`, by default all blocks of the first
+            `spectral_stages` stages. The remaining blocks use attention.
+        spectral_stages: see `spectral_depths`.
         token_label: whether to add `aux_head`, see above.
 
     Raises:
@@ -129,6 +130,7 @@ class Pyramid(ImageModel):
         num_heads: Sequence[int] | None = None,
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         spectral_depths: Sequence[int] | None = None,
+        spectral_stages: int = 2,
         mixer: str | None = None,
         mixers: str | Sequence[str | Sequence[str]] | None = None,
         mixer_options: Options | None = None,
@@ -143,7 +145,8 @@ class Pyramid(ImageModel):
         num_heads = num_heads or [max(dim // HEAD_DIM, 1) for dim in embed_dims]
         if {len(stages) for stages in (depths, embed_dims, num_heads, mlp_ratios)} != {4}:
             raise ValueError("depths, embed_dims, num_heads and mlp_ratios must each have four values")
-        names = choose_mixers(depths, spectral_depths, (*depths[:2], 0, 0), mixer, mixers)
+        default = [depth if i < spectral_stages else 0 for i, depth in enumerate(depths)]
+        names = choose_mixers(depths, spectral_depths, default, mixer, mixers)
         options = mixer_options or {}
         check_names(options)
         self.embed_dims = tuple(embed_dims)
@@ -271,12 +274,8 @@ def sample_mix_box(grid_size: Grid, device: torch.device | None = None) -> Box:
     side = (1.0 - lam) ** 0.5
     half_width, half_height = int(width * side) // 2, int(height * side) // 2
     x, y = int(column * width), int(row * height)
-    box = (
-        max(x - half_width, 0),
-        max(y - half_height, 0),
-        min(x + half_width, width),
-        min(y + half_height, height),
-    )
+    top_left = max(x - half_width, 0), max(y - half_height, 0)
+    box = *top_left, min(x + half_width, width), min(y + half_height, height)
     if device is None:
         return box
     return torch.tensor(box, pin_memory=device.type == "cuda").to(device, non_blocking=True)
@@ -308,18 +307,12 @@ def pyramid_cfgs(family: str, source: dict[str, str]) -> dict[str, dict]:
     return cfgs | {f"{family}_h_{size}": cfg for size in ("s", "b", "l")}
 
 
-def build_pyramid(name: str, pretrained: bool, overrides: dict, spectral_stages: int = 2) -> Pyramid:
-    """Build the registered model `name`, whose last part is its size; `overrides` replace the size's arguments.
-
-    By default, all blocks of the first `spectral_stages` stages are spectral.
-    """
+def build_pyramid(name: str, pretrained: bool, overrides: dict) -> Pyramid:
+    """Build the registered model `name`, whose last part is its size; `overrides` replace the size's arguments."""
     size = SIZES[name.rpartition("_")[2]]
     if "embed_dims" in overrides:
         size = size | {"num_heads": None}  # the size's heads only fit its own widths
     arguments = size | overrides
-    if arguments.get("mixers") is None and arguments.get("spectral_depths") is None:
-        depths = arguments["depths"]
-        arguments["spectral_depths"] = [depth if i < spectral_stages else 0 for i, depth in enumerate(depths)]
     if arguments.get("token_label"):
         # Loading a checkpoint with another number of classes replaces both heads.
         overlay = {"classifier": ("head", "aux_head"), **(arguments.get("pretrained_cfg_overlay") or {})}

@@ -24,6 +24,13 @@ def resize_grid(grid: Tensor, size: Grid, align_corners: bool = False) -> Tensor
     return resize_image(grid.permute(2, 0, 1), size, align_corners).permute(1, 2, 0).contiguous()
 
 
+def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Resample position embeddings (1, N, C) to another grid: bicubic, align_corners=False, as the authors do."""
+    if old == new:
+        return pos_embed
+    return resize_grid(pos_embed[0].unflatten(0, old), new).flatten(0, 1)[None]
+
+
 def to_grid(size: int | tuple[int, int] | list[int]) -> Grid:
     """Convert an int or a pair to (height, width) in pixels or tokens.
 

@@ -50,9 +50,9 @@ def build(name: str, pretrained: bool, arguments: dict) -> ImageModel:
     if mixing is not None or arguments.get("mixers") is None:
         default = "channel" if released else "channel_token"
         arguments = {"mixer": f"scattering_{mixing or default}"} | arguments
-    if "vanilla" in name:
-        return build_vanilla(name, pretrained, arguments)
-    return build_pyramid(name, pretrained, arguments, spectral_stages=1 if released else 2)
+    if released:
+        arguments = {"spectral_stages": 1} | arguments
+    return (build_vanilla if "vanilla" in name else build_pyramid)(name, pretrained, arguments)
 
 
 for _name, _description in MODELS.items():

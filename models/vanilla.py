@@ -19,9 +19,10 @@ from .layers import (
 )
 from .mixers import Options, build_mixer, check_names, choose_mixers
 from .precision import to_autocast
-from .resampling import Grid, resize_grid, to_grid
+from .resampling import Grid, resize_pos_embed, to_grid
 
-torch.fx.wrap("to_autocast")  # torch.fx must not trace it
+torch.fx.wrap("resize_pos_embed")  # torch.fx must not trace these
+torch.fx.wrap("to_autocast")
 HEAD_DIM = 64
 ALPHA = 4
 # The published sizes.
@@ -127,10 +128,6 @@ class Vanilla(ImageModel):
         self.grid_size = grid_size
         self._record_input_size(img_size)
 
-    def resize_weights(self, weights: dict[str, Tensor], source_grid: Grid) -> dict[str, Tensor]:
-        """Resample the position embeddings of a checkpoint from `source_grid` to the model's grid."""
-        return {"pos_embed": resize_pos_embed(weights["pos_embed"], source_grid, self.grid_size)}
-
     def _embed(self, x: Tensor) -> Tensor:
         self._check_input(x)
         x = self.patch_embed(x)
@@ -154,14 +151,6 @@ def patch_grid(img_size: Grid, patch_size: int) -> Grid:
     if 0 in grid:
         raise ValueError(f"img_size {img_size[0]}x{img_size[1]} is smaller than patch_size {patch_size}")
     return grid
-
-
-@torch.fx.wrap
-def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Resample position embeddings (1, N, C) to another grid: bicubic, align_corners=False, as the authors do."""
-    if old == new:
-        return pos_embed
-    return resize_grid(pos_embed[0].unflatten(0, old), new).flatten(0, 1)[None]
 
 
 def vanilla_cfgs(family: str, source: dict[str, str]) -> dict[str, dict]:

@@ -28,8 +28,13 @@ _SYNTHESIS_LOW = (
 )  # fmt: skip
 
 
-def _symmetric(half: tuple[float, ...]) -> tuple[float, ...]:
-    return half + half[-2::-1]
+def _taps(half: tuple[float, ...]) -> tuple[float, ...]:
+    """Complete a symmetric filter and scale it by 2 ** -1/4.
+
+    Filtering both axes then includes the factor 1 / sqrt(2) of turning 2x2 pixels into complex numbers. The low-pass
+    image has no such factor, so its matrices undo the scaling.
+    """
+    return tuple(2**-0.25 * tap for tap in half + half[-2::-1])
 
 
 def _alternate(taps: tuple[float, ...]) -> tuple[float, ...]:
@@ -38,14 +43,9 @@ def _alternate(taps: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(-tap if (i - centre) % 2 else tap for i, tap in enumerate(taps))
 
 
-def _scaled(taps: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(2**-0.25 * tap for tap in taps)
-
-
-# (low, high). All are scaled by 2 ** -1/4: filtering both axes then includes the factor 1 / sqrt(2) of turning 2x2
-# pixels into complex numbers. The low-pass image has no such factor, so its matrices undo the scaling.
-ANALYSIS = _scaled(_symmetric(_ANALYSIS_LOW)), _scaled(_alternate(_symmetric(_SYNTHESIS_LOW)))
-SYNTHESIS = _scaled(_symmetric(_SYNTHESIS_LOW)), _scaled(_alternate(_symmetric(_ANALYSIS_LOW)))
+# (low, high)
+ANALYSIS = _taps(_ANALYSIS_LOW), _alternate(_taps(_SYNTHESIS_LOW))
+SYNTHESIS = _taps(_SYNTHESIS_LOW), _alternate(_taps(_ANALYSIS_LOW))
 
 
 def padded_grid(grid: Grid) -> Grid:

@@ -93,7 +93,7 @@ def test_intermediates_are_the_forward_pass(name):
     assert all(torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(features, channels_last, strict=True))
     normed = model.forward_intermediates(images(), indices=1, norm=True, intermediates_only=True)[0]
     assert torch.allclose(normed, model.norm(features[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2), atol=1e-6)
-    with pytest.raises(ValueError, match="output_fmt"):
+    with pytest.raises(ValueError, match="HWC"):
         model.forward_intermediates(images(), output_fmt="HWC")
 
 

@@ -168,16 +168,15 @@ def _linear(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _convolve(grid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply a depthwise convolution that preserves the size of the grid (B, H, W, C)."""
-    padding = weight.shape[2] // 2
-    return _channels_last(F.conv2d(_channels_first(grid), weight, bias, padding=padding, groups=len(weight)))
+    """Apply a depthwise 3x3 convolution that preserves the size of the grid (B, H, W, C)."""
+    return _channels_last(F.conv2d(_channels_first(grid), weight, bias, padding=1, groups=len(weight)))
 
 
 def _convolution_backward(grad: Tensor, grid: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of `_convolve`'s arguments."""
-    channels, padding, ones = len(weight), [weight.shape[2] // 2] * 2, [1, 1]
+    channels, ones = len(weight), [1, 1]  # stride, padding and dilation
     grad, grid = _channels_first(grad), _channels_first(grid)
     grad_grid, *others = torch.ops.aten.convolution_backward(
-        grad, grid, weight, [channels], ones, padding, ones, False, [0, 0], channels, [True] * 3
+        grad, grid, weight, [channels], ones, ones, ones, False, [0, 0], channels, [True] * 3
     )
     return _channels_last(grad_grid), *others
