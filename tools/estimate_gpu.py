@@ -19,14 +19,25 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import models
 from runtime.cli import run_cli
 from training.arguments import POSITIVE, Parser
-from utils import UserError
 
 BANDWIDTH, PRODUCTS, LAUNCH = 3.35e12, 400e12, 4e-6  # bytes/s, bf16 operations/s, seconds per kernel
 FFT_KERNELS, FFT_PASSES = 4, 6  # copy to contiguous, a transform for each axis, scaling
+
+aten = torch.ops.aten
+# Functions that count the multiplications and additions of products, convolutions and attention. PyTorch's own lack the
+# CPU's attention, and count the backward pass of a depthwise convolution as that of a dense one.
+FORMULAS = flop_registry | {
+    aten.convolution_backward: lambda gradient, _, weight, *__, **___: 4 * gradient.numel() * weight[0].numel(),
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 class Traffic(TorchDispatchMode):
@@ -40,9 +51,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        namespace, name = func._schema.name.split("::")
-        if namespace not in ("aten", "prim", "prims"):
-            raise UserError(f"{func}: the memory traffic of custom operations is unknown")
+        name = func._schema.name.split("::")[1]
         read, written = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), results))
         if "empty" in name or name == "_unsafe_view" or func.is_view or not written:  # runs no kernel
             return results
@@ -51,7 +60,9 @@ class Traffic(TorchDispatchMode):
             moved, kernels = FFT_PASSES * max(map(stored_bytes, read + written)), FFT_KERNELS
         self.bytes[name] += moved
         self.kernels[name] += kernels
-        self.seconds += max(moved / BANDWIDTH, operations(name, read, written) / PRODUCTS, kernels * LAUNCH)
+        formula = FORMULAS.get(func.overloadpacket)
+        operations = formula(*args, **(kwargs or {}), out_val=results) if formula else 0
+        self.seconds += max(moved / BANDWIDTH, operations / PRODUCTS, kernels * LAUNCH)
         return results
 
 
@@ -59,22 +70,6 @@ def stored_bytes(tensor: Tensor) -> int:
     """Return the bytes of a tensor in memory; an expanded axis is stored once."""
     entries = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return entries * tensor.element_size()
-
-
-def operations(name: str, read: list[Tensor], written: list[Tensor]) -> float:
-    """Count the multiplications and additions of matrix products, convolutions and attention; 0 for the rest."""
-    if name in ("mm", "addmm", "bmm", "baddbmm"):
-        return 2 * written[0].numel() * read[-1].shape[-2]
-    if name == "convolution":
-        return 2 * written[0].numel() * math.prod(read[1].shape[1:])
-    if name == "convolution_backward":
-        return 4 * read[0].numel() * math.prod(read[2].shape[1:])
-    if "attention" in name:
-        # The forward pass has two matrix products, the backward pass five. The latter's first argument is the gradient.
-        backward = "backward" in name
-        query, key = read[backward : backward + 2]
-        return 4 * query.numel() * key.shape[-2] * (2.5 if backward else 1)
-    return 0
 
 
 class AutocastOfCuda(TorchFunctionMode):
@@ -112,15 +107,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names of timm models")
     parser.add_argument("--batch-size", type=POSITIVE, default=128, metavar="N", help="images per step")
     parser.add_argument("--img-size", type=POSITIVE, default=224, metavar="N", help="image side in pixels")
-    parser.add_argument("--operations", type=POSITIVE, metavar="N", help="also list the N operations with most traffic")
     args = parser.parse_args(argv)
     print(f"{'model':36}{'GB':>8}{'kernels':>9}{'ms':>8}   a training step of {args.batch_size} images")
     for name in args.models:
         traffic = training_step(name, args.batch_size, args.img_size)
         gigabytes, kernels = traffic.bytes.total() / 1e9, traffic.kernels.total()
         print(f"{name:36}{gigabytes:8.1f}{kernels:9}{traffic.seconds * 1e3:8.1f}", flush=True)
-        for operation, moved in traffic.bytes.most_common(args.operations) if args.operations else ():
-            print(f"    {operation:32}{moved / 1e9:8.2f}{traffic.kernels[operation]:9}")
 
 
 if __name__ == "__main__":
