@@ -56,18 +56,13 @@ def test_safetensors_keep_weights_and_what_prediction_needs(tmp_path, capsys):
     assert f"e.safetensors: written, {len(averaged)} tensors" in capsys.readouterr().out
 
 
-def test_half_precision_halves_the_file_and_refuses_numbers_beyond_its_range(tmp_path):
+def test_half_precision_halves_the_file(tmp_path):
     model = untrained.save(tmp_path / "c.pth")
     full = write(tmp_path / "c.pth", "safetensors", tmp_path / "f.safetensors").stat().st_size
     half = write(tmp_path / "c.pth", "safetensors", tmp_path / "h.safetensors", "--half")
     assert half.stat().st_size < 0.6 * full
     found = read_checkpoint(half)["model"]
     assert all(torch.equal(found[name], value.half()) for name, value in model.state_dict().items())
-    state = read_checkpoint(tmp_path / "c.pth")
-    state["model"]["head.bias"][0] = 1e6
-    checkpoints.save(tmp_path / "c.pth", state)
-    with pytest.raises(UserError, match="head.bias of .* exceeds the range of float16"):
-        write(tmp_path / "c.pth", "safetensors", tmp_path / "x.safetensors", "--half")
 
 
 def test_the_authors_names_come_back_the_same(checkpoint, tmp_path):
@@ -112,15 +107,7 @@ def test_timm_reads_the_hubs_layout_bit_for_bit_and_transformers_gives_the_same_
 
 
 def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path):
-    args = {
-        "data_set": "IMNET",
-        "data_path": "/data/birds",
-        "finetune": "/weights/spectformer_h_n.cifar10.safetensors",
-        "epochs": 12,
-        "mixup": 0.0,
-        "sched": "cosine",
-        "output_dir": "/secret/place",
-    }
+    args = {"data_set": "IMNET", "data_path": "/data/birds", "output_dir": "/secret/place"}
     known = {"args": args, "epoch": 12, "step": 0, "acc1": 98.765, "averaged": False, "world_size": 8}
     kwargs = {"depths": (1, 1, 1, 1)}
     untrained.save(tmp_path / "c.pth", "spectformer_h_n", kwargs, classes=("wren", "crow"), **known)
@@ -128,15 +115,7 @@ def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path)
     card, config = (folder / "README.md").read_text(), (folder / "config.json").read_text()
     assert f'"local-dir:{tmp_path / "folder"}"' in card and "license: unknown" in card
     assert "arxiv.org/abs/2304.06446" in card
-    for words in (
-        "98.77 % top-1",
-        "birds",
-        "spectformer_h_n.cifar10.safetensors",
-        "epochs: 12",
-        "mixup: 0",
-        "cosine",
-    ):
-        assert words in card
+    assert "98.77 % top-1" in card and "birds" in card
     assert not [words for words in ("secret", "airplane", "timm/", "/weights") if words in card]
     assert not [words for words in ("cifar", "airplane", "paper", "license") if words in config]
     assert json.loads(config)["label_names"] == ["wren", "crow"]

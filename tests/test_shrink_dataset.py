@@ -45,7 +45,7 @@ def test_a_copy_has_the_same_files_with_smaller_images(source, tmp_path, capsys,
     shrink_dataset.main([str(source), str(target), "--short-side", "40", "--num-workers", str(workers)])
     assert names(target) == names(source)
     output = capsys.readouterr().err
-    assert "broken.jpg: copied unchanged: " in output and f"9 files are in {target}\n" in output
+    assert "broken.jpg: copied unchanged: " in output and f"9 files are in {target}, 9 of them new\n" in output
     for name in ("train/cat/broken.jpg", "train/cat/small.jpg", "labels.csv"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
     sizes = {}
@@ -69,7 +69,7 @@ def test_a_copy_has_the_same_files_with_smaller_images(source, tmp_path, capsys,
     assert len(build_dataset("FOLDER", target, "val")) == 1
 
 
-def test_a_second_call_goes_on_and_other_settings_are_refused(source, tmp_path):
+def test_a_second_call_goes_on_and_impossible_folders_are_refused(source, tmp_path):
     target = tmp_path / "copy"
     command = [str(source), str(target), "--short-side", "40", "--num-workers", "0"]
     shrink_dataset.main(command)
@@ -79,8 +79,6 @@ def test_a_second_call_goes_on_and_other_settings_are_refused(source, tmp_path):
     shrink_dataset.main(command)
     assert (target / "labels.csv").read_text() == "left alone"
     assert (target / "train" / "cat" / "wide.JPEG").read_bytes() == whole["train/cat/wide.JPEG"]
-    with pytest.raises(UserError, match="was made with .*40.*; choose another folder"):
-        shrink_dataset.main([*command[:3], "50"])
     with pytest.raises(UserError, match="the copy cannot be inside"):
         shrink_dataset.main([str(source), str(source / "small")])
     with pytest.raises(UserError, match="no such"):

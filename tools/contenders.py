@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import models
-from tools.export import in_onnxruntime
+from tools.export import ANY_BATCH, in_onnxruntime, to_onnx
 from training.precision import set_up_device
 from utils import UserError
 
@@ -77,7 +77,10 @@ class Runner:
         self.settings = settings
         set_up_device(torch.device(settings.device))
         self.model = settings.build()
-        self.forward = in_onnxruntime(self.model, settings.img_size) if settings.onnx else self.model
+        self.forward = self.model
+        if settings.onnx:
+            shape = (3, settings.img_size, settings.img_size)
+            self.forward = in_onnxruntime(to_onnx(self.model.eval(), shape, ANY_BATCH))
         if settings.compile:
             self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

@@ -18,12 +18,10 @@ by the mean and std in the file's metadata. They are only written if their logit
 
 import argparse
 import copy
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,12 +42,13 @@ from runtime.cli import run_cli
 from training.arguments import Parser, suggestion
 from training.model import count_parameters
 from training.options import data_name
-from utils import MachineError, UserError, atomic_write, make_directory, one_line
+from utils import MachineError, UserError, atomic_write, make_directory
 
 OPSET = 18  # supported by TensorRT, CoreML's converters and onnxruntime 1.18
 TOLERANCE = 1e-4  # largest allowed difference of a logit
 LARGEST_SIDE = 4096  # pixels, with --dynamic-size
 BATCHES = (1, 3)  # batch sizes for checking a graph; tracing uses 2
+ANY_BATCH = {0: Dim("batch")}  # the dynamic axis of a graph's images
 Shape = tuple[int, int, int]  # of an image (C, H, W)
 
 
@@ -97,8 +96,6 @@ def write_weights(args: argparse.Namespace, path: Path) -> str:
         weights = to_original(to_ours(weights))
     if args.half:
         weights = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
-        if overflows := [name for name, weight in weights.items() if weight.isinf().any()]:
-            raise UserError(f"--half: {overflows[0]} of {source} exceeds the range of float16")
     if path.suffix == ".safetensors":
         checkpoints.save_safetensors(path, weights, state | {"arch": arch})
     else:
@@ -110,8 +107,6 @@ def write_weights(args: argparse.Namespace, path: Path) -> str:
 
 # Keys of timm's `pretrained_cfg` that describe the model, not its pretrained weights.
 MODEL_KEYS = ("architecture", "input_size", "fixed_input_size", "num_classes", "pool_size", "first_conv", "classifier")
-# Settings of the run that the model card lists.
-RECIPE = ("epochs", "batch_size", "opt", "lr", "weight_decay", "sched", "drop_path", "aa", "mixup", "cutmix", "reprob")
 USAGE = """
 ```python
 import timm
@@ -141,14 +136,12 @@ def write_hub(args: argparse.Namespace, path: Path) -> str:
 
 
 def model_card(info: LoadedModel, paper: str, folder: Path) -> str:
-    """Return the content of README.md: the model, the run that trained it, and `paper` ("arXiv:2304.06446" or "")."""
+    """Return the content of README.md: the model, its accuracy and `paper` ("arXiv:2304.06446" or "")."""
     settings = info.checkpoint.get("args") or {}
     details: dict[str, Any] = {
         "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
         "Data": data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None,
         "Accuracy": accuracy(info.checkpoint, info.ema),
-        "Initial weights": settings.get("finetune") and Path(settings["finetune"]).name,
-        "Recipe": {name: settings[name] for name in RECIPE if settings.get(name) is not None},
         "Paper": paper and f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}",
     }
     card = {
@@ -172,9 +165,11 @@ def accuracy(state: Mapping[str, Any], ema: bool) -> str | None:
 
 def write_onnx(args: argparse.Namespace, path: Path) -> str:
     """Write an ONNX file, after checking its logits in onnxruntime."""
+    import onnx  # optional
+
     kwargs = {"dynamic_img_size": True} if args.dynamic_size else {}
     info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema, model_kwargs=kwargs)
-    size, sizes, axes = info.input_size, [info.input_size], {0: Dim("batch")}
+    size, sizes, axes = info.input_size, [info.input_size], ANY_BATCH
     if args.dynamic_size:
         if not isinstance(info.model, ImageModel):
             raise UserError(f"--dynamic-size: {info.arch} is not a model of this project")
@@ -186,9 +181,9 @@ def write_onnx(args: argparse.Namespace, path: Path) -> str:
         size = (native[0] + stride, native[1] + 2 * stride)  # trace at another size, so that weights are resampled
     channels = image_shape(info)[0]
     proto = to_onnx(info.model, (channels, *size), axes)
-    package("onnx").helper.set_model_props(proto, metadata(info))
+    onnx.helper.set_model_props(proto, metadata(info))
+    difference = check(in_onnxruntime(proto), info.model, [(channels, *size) for size in sizes])
     content = proto.SerializeToString()
-    difference = check(onnxruntime_forward(content), info.model, [(channels, *size) for size in sizes])
     atomic_write(path, content)
     return (
         f"opset {OPSET}, {len(content) / 1e6:.1f} MB, any batch size{' and image size' * args.dynamic_size}; "
@@ -199,7 +194,7 @@ def write_onnx(args: argparse.Namespace, path: Path) -> str:
 def write_pt2(args: argparse.Namespace, path: Path) -> str:
     """Write a torch.export program, after checking its logits."""
     info = load_checkpoint(args.checkpoint, args.arch, ema=args.ema)
-    program = export(info.model, image_shape(info), {0: Dim("batch")})
+    program = export(info.model, image_shape(info), ANY_BATCH)
     difference = check(program.module(), info.model, [image_shape(info)])
     extra = {"model.json": json.dumps(metadata(info))}
     atomic_write(path, lambda file: torch.export.save(program, file, extra_files=extra))
@@ -215,18 +210,13 @@ FORMATS = {
 }
 
 
-def in_onnxruntime(model: nn.Module, img_size: int) -> Callable[[Tensor], Tensor]:
-    """Convert a model to ONNX; returns a function from images to logits that runs it in onnxruntime."""
-    proto = to_onnx(model.eval(), (3, img_size, img_size), {0: Dim("batch")})
-    return onnxruntime_forward(proto.SerializeToString())
+def in_onnxruntime(proto: Any) -> Callable[[Tensor], Tensor]:
+    """Return a function from images to logits that runs an onnx.ModelProto on the CPU, with torch's threads."""
+    import onnxruntime  # optional
 
-
-def onnxruntime_forward(content: bytes) -> Callable[[Tensor], Tensor]:
-    """Return a function from images to logits that runs an ONNX file on the CPU, with torch's number of threads."""
-    runtime = package("onnxruntime")
-    options = runtime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
@@ -244,7 +234,7 @@ def export(model: nn.Module, shape: Shape, axes: dict[int, Any]) -> ExportedProg
 
 def to_onnx(model: nn.Module, shape: Shape, axes: dict[int, Any]) -> Any:
     """Convert a model to an onnx.ModelProto with the input `images` and the output `logits`; see `export`."""
-    operators = package("onnxscript").opset18
+    from onnxscript import opset18 as operators  # optional
 
     # The exporter's own translation treats a dynamic size as a constant.
     def remainder(x, divisor):
@@ -287,13 +277,6 @@ def check(run: Callable[[Tensor], Tensor], model: nn.Module, shapes: list[Shape]
 def metadata(info: LoadedModel) -> dict[str, str]:
     """Return the metadata for prediction, as JSON by name."""
     return {key: json.dumps(getattr(info, key)) for key in METADATA_KEYS}
-
-
-def package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--to onnx: run pip install onnx onnxruntime onnxscript ({one_line(error)})") from error
 
 
 def with_convolutions(model: nn.Module) -> nn.Module:

@@ -3,11 +3,11 @@
     python -m tools.shrink_dataset IMAGENET IMAGENET-256 --short-side 256
 
 File names and folders stay the same. Images whose shorter side is longer than --short-side are resized and saved in
-the same format. All other files, including unreadable images, are copied unchanged. A second call resumes the first.
+the same format. All other files, including unreadable images, are copied unchanged. A second call resumes the first,
+and keeps the files that exist.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -23,9 +23,8 @@ from inputs.folders import walk_files
 from inputs.images import is_image_name
 from runtime.cli import run_cli
 from training.arguments import COUNT, POSITIVE, Parser, number
-from utils import UserError, make_directory, tell
+from utils import UserError, tell
 
-SETTINGS = ".shrink_dataset.json"  # in the copy: the settings it was made with
 PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")
 
 
@@ -59,19 +58,6 @@ def shrink(source: Path, target: Path, short_side: int, quality: int) -> bool:
     return True
 
 
-def check_target(source: Path, target: Path, settings: dict[str, int]) -> None:
-    """Create the folder of the copy; raises UserError if it is inside the source or was made with other settings."""
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{target}: the copy cannot be inside {source}")
-    make_directory(target)
-    record = target / SETTINGS
-    if record.exists() and json.loads(record.read_text()) != settings:
-        raise UserError(f"{target}: it was made with {record.read_text().strip()}; choose another folder")
-    record.write_text(json.dumps(settings) + "\n")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.shrink_dataset")
     add = parser.add_argument
@@ -82,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--num-workers", type=COUNT, default=os.cpu_count(), metavar="N", help="worker processes")
     args = parser.parse_args(argv)
 
-    check_target(args.source, args.target, {"short_side": args.short_side, "quality": args.quality})
+    if not args.source.is_dir():
+        raise UserError(f"{args.source}: no such folder")
+    if args.target.resolve().is_relative_to(args.source.resolve()):
+        raise UserError(f"{args.target}: the copy cannot be inside {args.source}")
     names = [os.path.relpath(path, args.source) for path in walk_files(args.source)]
     missing = [name for name in names if not (args.target / name).exists()]
     copies = DataLoader(missing, batch_size=None, num_workers=args.num_workers, collate_fn=partial(copy_file, args))
@@ -90,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for problem in tqdm(copies, "shrinking", total=len(names), initial=done, unit=" files", disable=None):
         if problem is not None:
             tqdm.write(problem, file=sys.stderr)
-    tell(f"{len(names)} files are in {args.target}")
+    tell(f"{len(names)} files are in {args.target}, {len(missing)} of them new")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Find all unreadable images of a data set before training stops at one.
 
     python -m tools.verify_dataset --data-set IMNET --data-path DIR
-    python -m tools.verify_dataset --folder /any/folder --json unreadable.json
+    python -m tools.verify_dataset --data-path DIR --split train --json unreadable.json
 
 Every image is decoded completely, as in training. Prints a line `FILE: reason` for each unreadable image.
 Exit codes: 0 all images are readable, 1 some are not, 2 invalid flags or data set layout.
@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from inputs.catalogue import build_dataset
-from inputs.folders import walk_files
-from inputs.images import BadImage, ImageDataset, file_dataset, is_image_name
+from inputs.images import BadImage, ImageDataset
 from runtime.cli import run_cli
 from training.arguments import WORKERS, Parser
 from training.options import default_workers
-from utils import UserError, atomic_write
+from utils import atomic_write
 
 
 def problem(dataset: ImageDataset, index: int) -> str | None:
@@ -40,19 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data-set", default="FOLDER", metavar="NAME", help="name of the data set, as in training")
     add("--data-path", metavar="DIR", help="folder of the data set, as in training")
     add("--split", default="all", choices=["all", "train", "val", "test"], help="split to check; all: train and val")
-    add("--folder", metavar="DIR", help="check all images below this folder instead of a data set")
     add("--num-workers", type=WORKERS, default=default_workers(), metavar="N", help="worker processes")
     add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     args = parser.parse_args(argv)
 
-    if args.folder is None:
-        splits = ("train", "val") if args.split == "all" else (args.split,)
-        parts = {split: build_dataset(args.data_set, args.data_path, split) for split in splits}
-    else:
-        paths = [path for path in walk_files(args.folder) if is_image_name(path)]
-        if not paths:
-            raise UserError(f"--folder {args.folder}: contains no images")
-        parts = {args.folder: file_dataset(paths, [0] * len(paths), ["unknown"])}
+    splits = ("train", "val") if args.split == "all" else (args.split,)
+    parts = {split: build_dataset(args.data_set, args.data_path, split) for split in splits}
     unreadable = []
     for name, dataset in parts.items():
         images, check = range(len(dataset)), partial(problem, dataset)

@@ -76,9 +76,6 @@ def layers(model: nn.Module, kind: type) -> dict[str, nn.Module]:
     return {name.removesuffix(".mixer"): part for name, part in model.named_modules() if isinstance(part, kind)}
 
 
-# ---------------------------------------------------------------------------------------------------------- responses
-
-
 def spatial_kernels(gate: SpectralGate) -> Tensor:
     """Return the real kernels (C, H, W) of a gate's circular convolution, origin first.
 
@@ -109,9 +106,6 @@ def band_panels(model: nn.Module, mixers: dict[str, ScatteringMixer], images: Te
         amplitudes = blended.double().square().sum((-2, -1)).mean(0).sqrt().permute(2, 0, 1)
         rows[name] = dict(zip(ORIENTATIONS, amplitudes, strict=True))
     return rows
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
 
 
 def channel_panels(planes: Tensor, count: int, signed: bool = False) -> Panels:
