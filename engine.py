@@ -23,7 +23,7 @@ from runtime import checkpoints
 from runtime.processes import init_distributed
 from runtime.provenance import describe_run
 from runtime.run_directory import RunDirectory
-from training.log import describe, log_row, peak_memory, profiler, progress_bar, report, show_progress
+from training.log import describe, log_row, peak_memory, profiler, progress_bar, show_progress
 from training.optimizer import images_per_update
 from training.precision import choose_precision, set_up_device
 from training.resume import LAST, checkpoint_state, find_checkpoint, restore, with_global_batch
@@ -63,7 +63,7 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
             if args.dry_run:
                 dry_run(trainer)
             elif args.eval:
-                report(dist, json.dumps(evaluate(trainer)))
+                dist.say(json.dumps(evaluate(trainer)))
             else:
                 train(trainer)
 
@@ -77,9 +77,9 @@ def train(trainer: Trainer) -> None:
         directory.write_args(record, resuming=trainer.checkpoint is not None)
     describe(trainer)
     if progress.epoch >= trainer.epochs:
-        report(trainer.dist, f"nothing left to train: {progress.epoch} epochs are done; a larger --epochs continues")
+        trainer.dist.say(f"nothing left to train: {progress.epoch} epochs are done; a larger --epochs continues")
     elif stops_early(trainer):
-        report(trainer.dist, f"nothing left to train: --early-stop {args.early_stop} ended this run")
+        trainer.dist.say(f"nothing left to train: --early-stop {args.early_stop} ended this run")
     if progress.epoch > 0 and progress.step == 0:
         # The run may have crashed between writing the files of an epoch.
         save_epoch(trainer, trainer.checkpoint)
@@ -92,7 +92,7 @@ def train(trainer: Trainer) -> None:
             except Interrupted:
                 save_last(trainer)
                 command = shlex.join(["python", sys.argv[0], "--resume", args.output_dir])
-                report(trainer.dist, f"saved {args.output_dir}/{LAST}; to resume: {command}")
+                trainer.dist.say(f"saved {args.output_dir}/{LAST}; to resume: {command}")
                 raise
             row = log_row(trainer, results)
             score = trainer.task.ranked_by  # the better of the weights and their average
@@ -103,7 +103,7 @@ def train(trainer: Trainer) -> None:
                 directory.log_row(row, progress.best_epoch)
             save_epoch(trainer, checkpoint_state(trainer))
     best = trainer.task.score_format.format(progress.best_score)
-    report(trainer.dist, f"best {best} in epoch {progress.best_epoch}; see {args.output_dir}")
+    trainer.dist.say(f"best {best} in epoch {progress.best_epoch}; see {args.output_dir}")
 
 
 def stops_early(trainer: Trainer) -> bool:
@@ -177,8 +177,7 @@ def dry_run(trainer: Trainer) -> None:
         trained = time.perf_counter()
         evaluate(trainer)
     evaluated = min(args.batch_size * dist.world_size, len(task.val.dataset)) * (1 if trainer.ema is None else 2)
-    report(
-        dist,
+    dist.say(
         f"dry run: {images_per_update(args, dist) / (trained - began):.1f} images/s in training, "
         f"{evaluated / (time.perf_counter() - trained):.1f} in evaluation, {peak_memory(dist):.2f} GiB of "
         f"{'GPU ' if dist.device.type == 'cuda' else ''}memory; nothing was written",

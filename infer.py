@@ -31,7 +31,6 @@ from training.arguments import (
     FlagTable,
     KeyValues,
     Parser,
-    add_flags,
     class_list,
     image_size,
     number,
@@ -93,7 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         UserError: if an argument is unknown, malformed or contradicts another one.
     """
     parser = Parser("Evaluate a trained model on a data set, or predict images with it.", usage="%(prog)s [flags]")
-    add_flags(parser, FLAGS)
+    parser.add_flags(FLAGS)
     help_text = "overlay each image with the evidence for its class and save it (default: in explained/)"
     parser.add_argument("--explain", nargs="?", const="explained", metavar="DIR", help=help_text)
     parser.set_defaults(dtype="float32")

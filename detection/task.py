@@ -18,7 +18,6 @@ from inputs.loader import Batch, EvalLoader
 from models.checkpoints import read_checkpoint, weights_of
 from runtime.processes import Distributed
 from training.evaluation import evaluation_batches
-from training.log import report
 from training.model import load
 from training.precision import Precision
 from training.resume import load_initial
@@ -114,7 +113,7 @@ def build_model(run: Run, data: CocoImages) -> Detector:
     if run.checkpoint is None and args.backbone_weights is not None:
         weights = weights_of(read_checkpoint(args.backbone_weights), path=args.backbone_weights)
         load(body, weights, args.backbone_weights, new_head=True)
-        report(run.dist, f"loaded {args.backbone_weights} into the backbone")
+        run.dist.say(f"loaded {args.backbone_weights} into the backbone")
     model = detector_over(body, args, len(data.class_names))
     load_initial(run, model, data.class_names)
     if args.freeze_bn:

@@ -15,7 +15,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from utils import UserError, one_line
+from utils import UserError, one_line, say
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 # Control messages may have to wait while the main rank downloads a data set or writes checkpoints.
@@ -28,8 +28,8 @@ _control: torch_dist.ProcessGroup | None = None  # gloo, for control messages; N
 class Distributed:
     """This process's rank in the job. The default is a job of one process.
 
-    All ranks must call every method. `barrier` and `gather_objects` use a separate gloo group, so that they never wait
-    for the GPU.
+    All ranks must call every method except `say`. `barrier` and `gather_objects` use a separate gloo group, so that
+    they never wait for the GPU.
     """
 
     rank: int = 0
@@ -39,6 +39,11 @@ class Distributed:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line on the main process."""
+        if self.is_main:
+            say(line)
 
     def barrier(self) -> None:
         if _control is not None:
@@ -92,11 +97,6 @@ def rank_in_job() -> tuple[int, int, int]:
     else:
         return 0, 1, 0
     return tuple(int(os.environ.get(name, "0")) for name in names)
-
-
-def local_world_size() -> int:
-    """The number of processes that torchrun started on this machine; 1 under Slurm, whose tasks do not share cores."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def first_host(nodes: str) -> str:

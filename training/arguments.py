@@ -60,11 +60,27 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {unknown[0]}{suggestion(unknown[0], self._option_string_actions)}")
         return known
 
+    def add_flags(self, table: FlagTable) -> None:
+        """Add a group of flags for each title of a table."""
+        for title, flags in table.items():
+            group = self.add_argument_group(title)
+            for name, kind, default, metavar, text in flags:
+                options = {"type": kind, "metavar": metavar}
+                if kind is bool:  # argparse would make --no-no-aug of --no-aug, and let neither set it
+                    options = {"action": "store_true" if name == "--no-aug" else argparse.BooleanOptionalAction}
+                elif kind is KeyValues:
+                    options = {"action": KeyValues, "nargs": "*", "metavar": metavar}
+                elif isinstance(kind, list):
+                    options = {"choices": kind, "metavar": metavar}
+                elif isinstance(kind, tuple):
+                    options = {"type": kind[0], "nargs": kind[1], "metavar": metavar}
+                group.add_argument(*name.split(), default=default, help=text, **options)
+
     def settings(self) -> dict[str, argparse.Action]:
         """The flags that a YAML file may set, by attribute."""
         return {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
 
-    def given(self, words: Sequence[str]) -> dict[str, Any]:
+    def given(self, words: Sequence[str] | None) -> dict[str, Any]:
         """The values that `words` set, without defaults."""
         blank = argparse.Namespace(**{action.dest: UNSET for action in self._actions})
         return {name: value for name, value in vars(self.parse_args(words, blank)).items() if value is not UNSET}
@@ -79,23 +95,6 @@ class KeyValues(ParseKwargs):
             if not (equals and key.isidentifier()):
                 raise argparse.ArgumentError(self, f"{value!r} is not of the form key=value")
         super().__call__(parser, namespace, values, option_string)
-
-
-def add_flags(parser: Parser, table: FlagTable) -> None:
-    """Add the flags of a table to a parser."""
-    for title, flags in table.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, metavar, text in flags:
-            options = {"type": kind, "metavar": metavar}
-            if kind is bool:  # argparse would make --no-no-aug of --no-aug, and let neither set it
-                options = {"action": "store_true" if name == "--no-aug" else argparse.BooleanOptionalAction}
-            elif kind is KeyValues:
-                options = {"action": KeyValues, "nargs": "*", "metavar": metavar}
-            elif isinstance(kind, list):
-                options = {"choices": kind, "metavar": metavar}
-            elif isinstance(kind, tuple):
-                options = {"type": kind[0], "nargs": kind[1], "metavar": metavar}
-            group.add_argument(*name.split(), default=default, help=text, **options)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

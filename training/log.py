@@ -19,32 +19,25 @@ from utils import say
 FEW_UPDATES = 20  # a run with fewer updates cannot learn
 
 
-def report(dist: Distributed, line: str) -> None:
-    """Print a line on the main process."""
-    if dist.is_main:
-        say(line)
-
-
 def describe(trainer: Trainer) -> None:
     """Print the model, data and schedule; warn if the run is too short to learn, or for its warm-up."""
     args, dist, precision, scheduler = trainer.args, trainer.dist, trainer.precision, trainer.scheduler
     if args.config is not None:
-        report(dist, f"recipe: {args.config}")
+        dist.say(f"recipe: {args.config}")
     amp = f", autocast {precision.amp}" if precision.amp is not None else ""
     total, trained = count_parameters(trainer.model), count_parameters(trainer.model, trained=True)
     parameters = f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
-    report(dist, f"{models.resolve_arch(args.arch)}: {parameters}, {trainer.task.describe()}, {dist.device}{amp}")
+    dist.say(f"{models.resolve_arch(args.arch)}: {parameters}, {trainer.task.describe()}, {dist.device}{amp}")
     peak = max(scheduler.base_values)
-    report(
-        dist,
+    dist.say(
         f"{len(trainer.task.train)} steps an epoch, {images_per_update(args, dist)} images an update, {args.opt}, "
         f"lr up to {peak:.3g}; files go to {args.output_dir}",
     )
     updates = trainer.updates_per_epoch * trainer.epochs
     if updates < FEW_UPDATES:
-        report(dist, f"warning: the number of updates is only {updates}: use more --epochs or a smaller --batch-size")
+        dist.say(f"warning: the number of updates is only {updates}: use more --epochs or a smaller --batch-size")
     if scheduler.warmup_t >= args.epochs * (trainer.updates_per_epoch if args.sched_on_updates else 1):
-        report(dist, f"warning: the warm-up does not end within --epochs {args.epochs}; choose a shorter warm-up")
+        dist.say(f"warning: the warm-up does not end within --epochs {args.epochs}; choose a shorter warm-up")
 
 
 def progress_bar(trainer: Trainer) -> tqdm:
@@ -73,8 +66,7 @@ def show_progress(trainer: Trainer, bar: tqdm, loss: float) -> None:
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{trainer.lr:.2e}", run=run_left, refresh=False)
         bar.update(args.accum_iter * images)
     elif progress.step // args.accum_iter % args.print_freq == 0:
-        report(
-            dist,
+        dist.say(
             f"epoch {progress.epoch} step {progress.step}/{steps}: loss {loss:.4f}, lr {trainer.lr:.2e}, "
             f"{images / seconds:.0f} images/s, {tqdm.format_interval(left)} to go (the run: {run_left})",
         )
@@ -107,7 +99,7 @@ def log_row(trainer: Trainer, results: dict[str, float]) -> dict[str, float]:
         row["skipped_images"] = int(dist.sum(torch.tensor(len(task.train.skipped), device=dist.device)))
         shown.append("skipped_images")
     speed = f"{row['images_per_second'] / dist.world_size:.0f} images/s per process"
-    report(dist, f"epoch {progress.epoch}: " + ", ".join([*(f"{name} {row[name]:.4g}" for name in shown), speed]))
+    dist.say(f"epoch {progress.epoch}: " + ", ".join([*(f"{name} {row[name]:.4g}" for name in shown), speed]))
     return row
 
 

@@ -6,7 +6,6 @@ take the precedence of the flag that implied them.
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import yaml
 import models
 from models.checkpoints import CheckpointError, check_model_kwargs, peek
 from models.pretrained import find_checkpoint
-from runtime.processes import local_world_size
 from runtime.provenance import plain
 from training.arguments import (
     ABOVE_ZERO,
@@ -29,7 +27,6 @@ from training.arguments import (
     FlagTable,
     KeyValues,
     Parser,
-    add_flags,
     image_size,
     integers,
     number,
@@ -68,8 +65,8 @@ def available_cores() -> int:
 
 
 def default_workers() -> int:
-    """The number of cores per process that the launcher started on this machine, at most MOST_WORKERS."""
-    return min(MOST_WORKERS, max(1, available_cores() // local_world_size()))
+    """The cores per process that torchrun started here, at most MOST_WORKERS; Slurm's tasks do not share cores."""
+    return min(MOST_WORKERS, max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 RUN = {
@@ -172,7 +169,7 @@ def build_parser(flags: TaskFlags, recipes: Sequence[str] = (), description: str
     """Build the parser of a task's main scripts."""
     parser = Parser(description, usage="%(prog)s [flags]")
     for table in (RUN, flags.table, TRAINING):
-        add_flags(parser, table)
+        parser.add_flags(table)
     parser.set_defaults(num_workers=default_workers())
     if recipes:
         chosen = ", or without --lr of ".join(recipes)
@@ -193,9 +190,8 @@ def parse_args(
         UserError: an argument is unknown or malformed, or two arguments contradict each other.
         CheckpointError: --finetune's file is unreadable, or model arguments would make timm read other files.
     """
-    words = sys.argv[1:] if argv is None else argv
     parser = build_parser(flags, recipes, description)
-    on_line = parser.given(words)
+    on_line = parser.given(argv)
     run_directory = Path(resume) if (resume := on_line.get("resume")) and Path(resume).is_dir() else None
     config = on_line.pop("config", None)
     if config is None and run_directory and (run_directory / "args.yaml").exists():

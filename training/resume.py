@@ -17,7 +17,6 @@ from models.pretrained import LAST
 from runtime.checkpoints import newest_first, newest_intact
 from runtime.processes import Distributed
 from runtime.provenance import plain
-from training.log import report
 from training.model import load
 from training.optimizer import images_per_update
 from training.trainer import Progress, Run, Trainer
@@ -50,7 +49,7 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
             raise UserError(f"--resume {args.resume}: no checkpoint in this directory")
     state = state or read_checkpoint(path)
     where = f", epoch {state['epoch']}, step {state.get('step', 0)}" if "epoch" in state else ""
-    report(dist, f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
+    dist.say(f"{'evaluating' if args.eval else 'resuming from'} {path}{where}")
     if args.eval:
         return state
     if missing := [key for key in REQUIRED if state.get(key) is None]:
@@ -88,7 +87,7 @@ def with_global_batch(args: argparse.Namespace, state: Mapping[str, Any], dist: 
             f"{before}; choose --batch-size and --accum-iter so that {dist.world_size} processes keep it, or start a "
             f"new run from its weights: --finetune {args.output_dir if args.resume == 'auto' else args.resume}"
         )
-    report(dist, f"{before}; continuing with --accum-iter {accum_iter} x {dist.world_size} processes")
+    dist.say(f"{before}; continuing with --accum-iter {accum_iter} x {dist.world_size} processes")
     return argparse.Namespace(**vars(args) | {"accum_iter": accum_iter})
 
 
@@ -167,7 +166,7 @@ def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> No
     if args.eval and not same:
         raise UserError(f"--eval: the classes of {path} differ from those of this data")
     new = load(model, weights, path, new_head=not (args.eval or (same and args.classifier == "auto")))
-    report(run.dist, f"loaded {path}; not from it: {', '.join(new) or 'nothing'}")
+    run.dist.say(f"loaded {path}; not from it: {', '.join(new) or 'nothing'}")
 
 
 def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
