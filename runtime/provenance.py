@@ -39,7 +39,7 @@ def read_yaml(path: str | Path, where: str) -> dict:
     except OSError as error:
         found = [near for suffix in (".yaml", ".yml") if (near := Path(path).with_suffix(suffix)).is_file()]
         raise UserError(f"{where}: {error.strerror}" + (f"; did you mean {found[0]}?" if found else "")) from error
-    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected lines of 'flag: value'")

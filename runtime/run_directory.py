@@ -98,12 +98,7 @@ class RunDirectory:
             self._write_log()
 
     def log_row(self, row: Mapping[str, Any], best_epoch: int | None = None) -> None:
-        """Log the results of an epoch, and redraw the plots.
-
-        Args:
-            row: numbers by column; a column ending in `EMA` is drawn dashed, with the column without it.
-            best_epoch: the epoch to mark.
-        """
+        """Log the results of an epoch (numbers by column), and redraw the plots with the best epoch marked."""
         self._rows.append(dict(row))
         self._write_log()
         self._write_events(row)
@@ -143,9 +138,6 @@ class RunDirectory:
 
         `checkpoint_best.pth` has the highest score. With keep_best > 1, each of the keep_best best checkpoints is also
         saved as `checkpoint_best_NNNN.pth`, where NNNN is its epoch. Among equal scores, the earlier one is kept.
-
-        Args:
-            state: a checkpoint that contains the score by which this directory ranks.
         """
         best = []
         if all(state[self._score] > score for score, _ in self._ranked(BEST)):
