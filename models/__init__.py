@@ -2,7 +2,7 @@
 
 from .checkpoints import CheckpointError, read_checkpoint, weights_of
 from .convert import to_original, to_ours
-from .cpu import set_cpu_kernels
+from .cpu.kernels import set_cpu_kernels
 from .layers import set_spectral_precision
 from .loading import WeightMismatch, checkpoint_filter_fn, load_weights
 from .pretrained import (

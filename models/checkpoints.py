@@ -133,10 +133,11 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
         checkpoint = checkpoint[key]
     weights = {_WRAPPERS.sub("", str(name)): value for name, value in checkpoint.items()}
     for prefix in _COMMON_PREFIXES:
-        if weights and all(name.startswith(prefix) for name in weights):
-            return {name.removeprefix(prefix): value for name, value in weights.items()}
-    ours = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    return ours or weights  # Lightning's files also contain the tensors of losses and metrics
+        found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        # Beside "model.", Lightning's files contain the tensors of losses and metrics.
+        if found and (prefix == "model." or len(found) == len(weights)):
+            return found
+    return weights
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], source: str) -> None:

@@ -24,8 +24,8 @@ class GridMixer(nn.Module):
     """Base class of mixers whose weights depend on the size (H, W) of the token grid, `grid_size`.
 
     `spectral_precision` sets the precision under autocast: "half" computes in autocast's dtype and accumulates products
-    in float32, "float32" computes in float32. Every subclass has a static method `resize_weights(weights, grid)`, which
-    returns the weights by name with those that depend on the grid resampled. Loading reports the names it ignores.
+    in float32, "float32" computes in float32. Every subclass has a static method `resize_weight(name, weight, grid)`,
+    which resamples a weight to another (H, W), or returns it unchanged if it does not depend on the grid.
     """
 
     grid_size: Grid
@@ -38,11 +38,11 @@ class GridMixer(nn.Module):
     @torch.no_grad()
     def set_grid_size(self, grid_size: Grid) -> None:
         """Replace all weights that depend on the grid by ones resampled to another (H, W)."""
-        old = dict(self.named_parameters())
-        for name, weight in self.resize_weights(old, grid_size).items():
-            if weight is not old[name]:
+        for name, weight in list(self.named_parameters()):
+            resized = self.resize_weight(name, weight, grid_size)
+            if resized is not weight:
                 owner, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(owner), leaf, nn.Parameter(weight, old[name].requires_grad))
+                setattr(self.get_submodule(owner), leaf, nn.Parameter(resized, weight.requires_grad))
         self.grid_size = grid_size
 
 

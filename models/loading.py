@@ -75,22 +75,20 @@ def _resize(weights: StateDict, model: nn.Module) -> StateDict:
         if source is not None:
             weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], source, model.grid_size)
     for prefix, module in model.named_modules():
-        if not (prefix.endswith(".mixer") and isinstance(module, GridMixer)):
-            continue
-        start = f"{prefix}."
-        own = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
-        resized = module.resize_weights(own, module.grid_size)
-        weights |= {start + name: value for name, value in resized.items()}
+        if isinstance(module, GridMixer):
+            for name in [name for name in weights if name.startswith(f"{prefix}.")]:
+                own_name = name.removeprefix(f"{prefix}.")
+                weights[name] = module.resize_weight(own_name, weights[name], module.grid_size)
     return weights
 
 
 def source_grid(weights: StateDict, model_grid: Grid) -> Grid | None:
     """Infer the grid of a file's position embeddings: from its filters, else the model's grid, else a square."""
-    tokens = weights["pos_embed"].shape[1] if weights["pos_embed"].ndim == 3 else 0
+    tokens = weights["pos_embed"].shape[1]
     prefixes = {name.rpartition(".")[0] for name in weights}
     candidates = {grid for prefix in prefixes for grid in filter_grids(weights, prefix)}
     grids = [*sorted(candidates, key=lambda grid: (grid != model_grid, grid)), model_grid, (math.isqrt(tokens),) * 2]
-    return next((grid for grid in grids if tokens and math.prod(grid) == tokens), None)
+    return next((grid for grid in grids if math.prod(grid) == tokens), None)
 
 
 def filter_grids(weights: StateDict, mixer: str) -> list[Grid]:
@@ -100,10 +98,10 @@ def filter_grids(weights: StateDict, mixer: str) -> list[Grid]:
     numbers.
     """
     gate, low_pass = weights.get(f"{mixer}.complex_weight"), weights.get(f"{mixer}.low_pass")
-    if gate is not None and gate.ndim == 4:
+    if gate is not None:
         rows, columns = gate.shape[0], 2 * gate.shape[1] - 2
         return [(rows, columns), (rows, columns + 1)]
-    if low_pass is not None and low_pass.ndim == 3:
+    if low_pass is not None:
         rows, columns = low_pass.shape[:2]
         return [(rows - odd_height, columns - odd_width) for odd_height in (0, 1) for odd_width in (0, 1)]
     return []
@@ -142,6 +140,6 @@ def _adapt_channels(weights: StateDict, model: nn.Module) -> StateDict:
     """Adapt the first convolution from RGB images to the model's number of channels, as timm does."""
     first = f"{(getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')}.weight"
     stem, wanted = weights.get(first), model.state_dict().get(first)
-    if stem is None or wanted is None or stem.ndim != 4 or stem.shape[1] != 3 or wanted.shape[1] == 3:
+    if stem is None or wanted is None or stem.shape[1] != 3 or wanted.shape[1] == 3:
         return weights
     return weights | {first: adapt_input_conv(wanted.shape[1], stem)}

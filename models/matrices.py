@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .cpu import is_exporting, is_transformed, may_run
+from .cpu.kernels import is_exporting, is_transformed, may_run
 
 Build = Callable[..., Tensor]
 _builders: dict[str, Build] = {}

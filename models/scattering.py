@@ -76,24 +76,18 @@ class ScatteringMixer(GridMixer):
         return synthesise(low * low_pass.to(low.dtype), bands, x.shape[1:3])
 
     @staticmethod
-    def resize_weights(weights: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
-        """Resample the weights that depend on the grid to another (H, W); return the others unchanged.
+    def resize_weight(name: str, weight: Tensor, grid: Grid) -> Tensor:
+        """Resample a weight to another (H, W).
 
         The authors released no rule for scattering. This one follows their rule for position embeddings: bicubic,
         align_corners=False, along each axis.
         """
         height, width = padded_grid(grid)
         half = (height // 2, width // 2)
-        rules = {
-            "low_pass": (3, resize_grid, (height, width)),
-            "token_blend.weight1": (4, resize_token_weight, half),
-            "token_blend.weight2": (4, resize_token_weight, half),
-            "token_blend.bias1": (3, resize_image, half),
-            "token_blend.bias2": (3, resize_image, half),
-            "tensor_blend.weight": (4, resize_planes, half),
-        }
-        resized = dict(weights)
-        for name, (ndim, resize, size) in rules.items():
-            if name in weights and weights[name].ndim == ndim:
-                resized[name] = resize(weights[name], size)
-        return resized
+        if name == "low_pass":
+            return resize_grid(weight, (height, width))
+        if name == "tensor_blend.weight":
+            return resize_planes(weight, half)
+        if name.startswith("token_blend.weight"):
+            return resize_token_weight(weight, half)
+        return resize_image(weight, half) if name.startswith("token_blend.bias") else weight

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .cpu import is_exporting, may_run
+from .cpu.kernels import is_exporting, may_run
 from .cpu.spectral_product import product_in_slices
 from .layers import GridMixer
 from .matrices import builder, matrix, multiply
@@ -36,12 +36,9 @@ class SpectralGate(GridMixer):
         return y if self.spectral_precision == "half" else y.to(x.dtype)
 
     @staticmethod
-    def resize_weights(weights: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+    def resize_weight(name: str, weight: Tensor, grid: Grid) -> Tensor:
         """See `resize_filter`."""
-        weight = weights.get("complex_weight")
-        if weight is None or weight.ndim != 4:
-            return weights
-        return weights | {"complex_weight": resize_filter(weight, grid)}
+        return resize_filter(weight, grid) if name == "complex_weight" else weight
 
 
 @torch.fx.wrap

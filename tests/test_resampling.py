@@ -42,9 +42,8 @@ def test_resampling_at_each_call_is_resampling_for_good(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_of_the_same_grid_are_left_alone(name):
     layer = mixer(name)
-    weights = dict(layer.named_parameters())
-    resized = type(layer).resize_weights(weights, layer.grid_size)
-    assert all(resized[name] is weights[name] for name in resized)
+    weights = layer.named_parameters()
+    assert all(layer.resize_weight(name, weight, layer.grid_size) is weight for name, weight in weights)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -105,8 +105,8 @@ def test_einstein_blending_is_complex_arithmetic(over):
 
 
 def test_token_weights_of_another_grid_keep_the_size_of_their_sums():
-    weights = {"token_blend.weight1": torch.full((2, 4, 6, 6), 0.5), "token_blend.bias1": torch.ones(2, 4, 6)}
-    resized = ScatteringMixer.resize_weights(weights, (11, 20))
-    assert resized["token_blend.weight1"].shape == (2, 6, 10, 10)
-    assert torch.allclose(resized["token_blend.weight1"].sum(2), torch.tensor(0.5 * 6))
-    assert torch.allclose(resized["token_blend.bias1"], torch.ones(2, 6, 10))
+    weight = ScatteringMixer.resize_weight("token_blend.weight1", torch.full((2, 4, 6, 6), 0.5), (11, 20))
+    assert weight.shape == (2, 6, 10, 10)
+    assert torch.allclose(weight.sum(2), torch.tensor(0.5 * 6))
+    bias = ScatteringMixer.resize_weight("token_blend.bias1", torch.ones(2, 4, 6), (11, 20))
+    assert torch.allclose(bias, torch.ones(2, 6, 10))

@@ -4,7 +4,3 @@ On a CPU, moving large intermediate results through memory and allocating pages 
 A kernel takes a few images through all steps of a layer while the data is in cache. Each kernel is a custom operator in
 a compiled graph. If it cannot run (`may_run`), the layer uses its general implementation.
 """
-
-from .kernels import is_exporting, is_transformed, may_run, set_cpu_kernels
-
-__all__ = ["is_exporting", "is_transformed", "may_run", "set_cpu_kernels"]
