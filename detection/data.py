@@ -28,13 +28,6 @@ class DetectionSamples(KeyedSamples):
         return Batch(list(images), list(targets), torch.tensor(indices))
 
 
-def data_path(args: argparse.Namespace) -> str:
-    """Return the data folder in COCO's layout, from --data-set and --data-path."""
-    if args.data_set != ("NUCLEI" if args.data_path is None else "COCO"):
-        raise UserError(f"--data-set {args.data_set}: use COCO with --data-path, or the embedded NUCLEI without it")
-    return args.data_path or str(NUCLEI)
-
-
 def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tuple[TrainLoader, EvalLoader]:
     """Build the training and validation loaders.
 
@@ -42,7 +35,7 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tupl
         UserError: if the splits have different categories, there is nothing to train on, or an update needs more images
             than there are; see also `open_split`.
     """
-    path = data_path(args)
+    path = args.data_path or NUCLEI
     train_set, val_set = (open_split(path, split, masks) for split in ("train", "val"))
     if (train_set.category_ids, train_set.class_names) != (val_set.category_ids, val_set.class_names):
         raise UserError(f"--data-path {path}: the categories of training and validation differ")

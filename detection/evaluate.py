@@ -4,34 +4,30 @@ import argparse
 import json
 import time
 
-from detection.coco import open_split
+from detection.coco import NUCLEI, open_split
 from detection.coco_metrics import evaluate_results, numbers, results_of
-from detection.data import build_eval_loader, data_path
+from detection.data import build_eval_loader
 from detection.detectors import kinds_of
 from detection.loading import LoadedDetector
 from detection.report import write_report
 from detection.task import predict
-from inference.evaluate import default_output, setting
-from inference.output_files import check_output, write_json
+from inference.evaluate import results_file, setting
+from inference.output_files import write_json
 from runtime.processes import Distributed
 from training.precision import choose_precision
-from utils import UserError, atomic_write, make_directory, say
+from utils import UserError, atomic_write, say
 
 
 def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
     """Evaluate on all processes. The main process prints and writes the results, COCO's result files and the report."""
-    data_set = args.data_set or ("COCO" if args.data_path else "NUCLEI")
+    data_set = "COCO" if args.data_path else "NUCLEI"
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
     kinds = kinds_of(loaded.detector)
-    dataset = open_split(data_path(args), args.split, masks="mask" in kinds)
+    dataset = open_split(args.data_path or NUCLEI, args.split, masks="mask" in kinds)
     if (dataset.category_ids, dataset.class_names) != (loaded.category_ids, loaded.class_names):
         theirs, ours = (", ".join(names[:5]) for names in (dataset.class_names, loaded.class_names))
         raise UserError(f"{dataset.file}: its categories ({theirs}) or their ids differ from {loaded.path}'s ({ours})")
-    output = args.output or default_output(args, loaded.path)
-    if dist.is_main:
-        check_output(output)
-        if args.report is not None:
-            make_directory(args.report)
+    output = results_file(args, loaded.path)
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)
     began = time.perf_counter()
     results = predict(model, build_eval_loader(dataset, args, dist), dist, precision)

@@ -1,7 +1,6 @@
 """Object detection and instance segmentation as a task of the engine."""
 
 import argparse
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,8 +70,16 @@ class Detection(Task):
         return list(zip(batch.indices.tolist(), finite, strict=True))
 
     def evaluate(self, model: nn.Module, stop: StopSignals | None) -> dict[str, float]:
-        results = predict(model, self.val, self._run.dist, self._run.precision, stop)
-        return evaluate(results, self.val.dataset, self.kinds, self._run.dist, model.detections)
+        """COCO's metrics under names such as ``box_AP50``. "AP" and "AP50" are those of the last kind."""
+        dist, metrics = self._run.dist, {}
+        results = predict(model, self.val, dist, self._run.precision, stop)
+        if dist.is_main:
+            truth = self.val.dataset.ground_truth()
+            for kind in self.kinds:
+                found = numbers(evaluate_results(truth, results, kind, model.detections))
+                metrics |= {f"{kind}_{name}": value for name, value in found.items()}
+                metrics |= {name: found.get(name, 0.0) for name in ("AP", "AP50")}
+        return dist.gather_objects(metrics)[0]
 
     def identity(self) -> dict[str, Any]:
         args, data = self.args, self.train.dataset
@@ -142,28 +149,11 @@ def predict(
     """
     model.eval()
     dataset: CocoImages = loader.dataset
-    own: list[tuple[int, list[Result]]] = []
+    own: dict[int, list[Result]] = {}
     for batch in evaluation_batches(loader, dist, stop):
         with precision.autocast():
             predictions = model(as_inputs(batch.images, precision))
         for index, prediction in zip(batch.indices.tolist(), predictions, strict=True):
-            own.append((index, to_results(prediction, dataset.entry(index)["id"], dataset.category_ids)))
-    results = dict(found for process in dist.gather_objects(own) for found in process)
+            own[index] = to_results(prediction, dataset.entry(index)["id"], dataset.category_ids)
+    results = {index: found for process in dist.gather_objects(own) for index, found in process.items()}
     return [result for index in sorted(results) for result in results[index]]
-
-
-def evaluate(
-    results: list[Result], dataset: CocoImages, kinds: Iterable[str], dist: Distributed, detections: int
-) -> dict[str, float]:
-    """Return COCO's metrics under names such as ``box_AP50``, the same on every process.
-
-    "AP" and "AP50" are those of the last kind.
-    """
-    metrics: dict[str, float] = {}
-    if dist.is_main:
-        truth = dataset.ground_truth()
-        for kind in kinds:
-            found = numbers(evaluate_results(truth, results, kind, detections))
-            metrics |= {f"{kind}_{name}": value for name, value in found.items()}
-            metrics |= {name: found.get(name, 0.0) for name in ("AP", "AP50")}
-    return dist.gather_objects(metrics)[0]

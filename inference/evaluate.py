@@ -38,11 +38,7 @@ def average_mirrored(model: nn.Module) -> None:
 def run_evaluation(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> None:
     """Evaluate on all processes. The main process prints the results and writes them to files on request."""
     dataset, present = open_data(args, dist, loaded)
-    output = args.output or default_output(args, loaded.path)
-    if dist.is_main:
-        check_output(output)
-        if args.report is not None:
-            make_directory(args.report)
+    output = results_file(args, loaded.path)
     model = loaded.model.to(dist.device)
     dataset.labels = np.array(present)[dataset.labels]
     preprocessing = {name: getattr(loaded, name) for name in PREPROCESSING}
@@ -101,12 +97,19 @@ def setting(args: argparse.Namespace, dist: Distributed, loaded: Any) -> dict[st
     return vars(args) | model | machine | {"torch": torch.__version__, "timm": timm.__version__}
 
 
-def default_output(args: argparse.Namespace, path: Path) -> Path | None:
-    """Return a file next to the run's checkpoint, named after it, the data and the split; None outside a run."""
-    if not (path.parent / "args.yaml").is_file():
-        return None
-    data = data_name(args.data_set, args.data_path).lower().replace("/", "-")
-    return path.with_name(f"{path.stem}_{data}{'_test' if args.split == 'test' else ''}.json")
+def results_file(args: argparse.Namespace, path: Path) -> Path | None:
+    """Return the file for the results of a checkpoint, and check that it and the report can be written.
+
+    It is --output, or next to a run's checkpoint, named after it, the data and the split; None outside a run.
+    """
+    output = args.output
+    if output is None and (path.parent / "args.yaml").is_file():
+        data = data_name(args.data_set, args.data_path).lower().replace("/", "-")
+        output = path.with_name(f"{path.stem}_{data}{'_test' if args.split == 'test' else ''}.json")
+    check_output(output)
+    if args.report is not None:
+        make_directory(args.report)
+    return output
 
 
 def open_data(args: argparse.Namespace, dist: Distributed, loaded: LoadedModel) -> tuple[ImageDataset, Sequence[int]]:

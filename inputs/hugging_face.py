@@ -49,8 +49,7 @@ def hugging_face(options: DatasetOptions) -> ImageDataset:
             raise UserError(f"column {label!r}: not every row has a class number; cast it to ClassLabel")
         if labels.min(initial=0) < 0:
             raise UserError("some labels are negative: they are withheld in this split")
-        class_names = list(getattr(features[label], "names", None) or ())
-        class_names += [str(i) for i in range(len(class_names), int(labels.max(initial=-1)) + 1)]
+        class_names = getattr(features[label], "names", None) or map(str, range(labels.max(initial=-1) + 1))
         images = rows.select_columns([image]).cast_column(image, Image(decode=False))
     except Exception as error:  # builders may raise anything
         raise UserError(f"--data-set {options.name}: {one_line(error)}") from error

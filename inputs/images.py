@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from models.pretrained import describe_class, synonyms
 from utils import UserError, key_seed, one_line
@@ -56,8 +56,6 @@ def read_image(
             mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
             image = _eight_bits(ImageOps.exif_transpose(image) if upright else image, pixel_range)
             return image if image.mode == mode else image.convert(mode)
-    except UnidentifiedImageError as error:
-        raise BadImage(f"{name}: cannot be read as an image: Pillow does not know its format") from error
     except Exception as error:  # Pillow's plugins may raise anything
         raise BadImage(f"{name}: cannot be read as an image: {one_line(error)}") from error
 
@@ -65,13 +63,9 @@ def read_image(
 def _eight_bits(image: Image.Image, pixel_range: Sequence[float] | None) -> Image.Image:
     """Load the image and scale it to 0..255 if necessary; raises ValueError if that loses most levels."""
     sixteen = image.mode.startswith("I;16")
-    # Pillow reads only the upper 8 bits of 16-bit colour, whose raw mode is RGB;16B or similar.
-    halved = not sixteen and any(re.search(";16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ()))
     image.load()
     if not sixteen and image.mode not in ("I", "F"):
-        if halved and 0 < np.asarray(image).max() < FEWEST_LEVELS:
-            raise ValueError(f"fewer than {FEWEST_LEVELS} levels of its 16-bit colours remain in 8 bits; convert it")
-        return image
+        return image  # of 16-bit colours, Pillow reads only the upper 8 bits
     if pixel_range is None and not sixteen:
         raise ValueError(f"pixels of mode {image.mode!r} have no fixed range; set --pixel-range MIN MAX")
     low, high = pixel_range or (0, 65535)

@@ -21,7 +21,6 @@ TOP_K = 5
 MAP_SIZE = 18
 MAP_SHAPE = (2, TOP_K, MAP_SIZE, MAP_SIZE)
 HALF_EXACT = 2048  # float16 represents the indices of this many classes exactly
-GENERATE = "python -m tools.generate_token_labels makes them"
 
 
 def image_map_path(root: str | os.PathLike, image_path: str | os.PathLike) -> Path:
@@ -39,10 +38,8 @@ def read_label_map(path: str | os.PathLike, num_classes: int) -> Tensor:
     try:
         check_archive(path)
         label_map = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such label map ({GENERATE})") from error
     except Exception as error:  # torch and zipfile raise many types of errors for a damaged file
-        raise UserError(f"{path}: a damaged label map: {one_line(error)[:200]}") from error
+        raise UserError(f"{path}: a missing or damaged label map: {one_line(error)[:200]}") from error
     if not isinstance(label_map, Tensor) or label_map.shape != MAP_SHAPE or not label_map.isfinite().all():
         raise UserError(f"{path}: not a label map: expected finite numbers of shape {MAP_SHAPE}")
     index = label_map[1].double()
@@ -78,7 +75,7 @@ def check_label_maps(dataset: ImageDataset, root: str | os.PathLike, read: int =
         if missing:
             raise UserError(
                 f"--token-label-data {root}: {len(missing)} of {len(paths)} label maps are missing, the first is "
-                f"{missing[0]}; {GENERATE}"
+                f"{missing[0]}; python -m tools.generate_token_labels makes them"
             )
         for _ in pool.map(lambda path: read_label_map(path, len(dataset.class_names)), paths[:read]):
             pass

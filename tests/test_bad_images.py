@@ -107,16 +107,6 @@ def test_a_range_keeps_the_levels_of_twelve_bits_and_without_it_they_are_not_los
     ]
 
 
-def test_colours_of_twelve_bits_are_not_lost_in_silence():
-    def colours(values: np.ndarray) -> io.BytesIO:
-        return io.BytesIO(png(40, 30, 16, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)))
-
-    levels = np.arange(3 * 1200).reshape(30, 40, 3)
-    with pytest.raises(BadImage, match="levels of its 16-bit colours"):
-        read_image(colours(levels), "scan.png")
-    assert np.asarray(read_image(colours(levels * 16), "scan.png")).max() > 200
-
-
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_grey_and_alpha_stay_where_the_model_takes_them(channels, mode):
     content = encoded(photo(mode), "png")
