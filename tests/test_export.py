@@ -108,18 +108,16 @@ def test_timm_reads_the_hubs_layout_bit_for_bit_and_transformers_gives_the_same_
 
 def test_card_and_config_say_what_is_known_of_the_run_and_nothing_else(tmp_path):
     args = {"data_set": "IMNET", "data_path": "/data/birds", "output_dir": "/secret/place"}
-    known = {"args": args, "epoch": 12, "step": 0, "acc1": 98.765, "averaged": False, "world_size": 8}
     kwargs = {"depths": (1, 1, 1, 1)}
-    untrained.save(tmp_path / "c.pth", "spectformer_h_n", kwargs, classes=("wren", "crow"), **known)
+    untrained.save(tmp_path / "c.pth", "spectformer_h_n", kwargs, classes=("wren", "crow"), args=args)
     folder = write(tmp_path / "c.pth", "hub", tmp_path / "folder")
     card, config = (folder / "README.md").read_text(), (folder / "config.json").read_text()
     assert f'"local-dir:{tmp_path / "folder"}"' in card and "license: unknown" in card
     assert "arxiv.org/abs/2304.06446" in card
-    assert "98.77 % top-1" in card and "birds" in card
+    assert "spectformer_h_n, " in card and "birds" in card
     assert not [words for words in ("secret", "airplane", "timm/", "/weights") if words in card]
     assert not [words for words in ("cifar", "airplane", "paper", "license") if words in config]
     assert json.loads(config)["label_names"] == ["wren", "crow"]
-    assert export.accuracy(known | {"averaged": True}, False) is None  # measured with other weights
 
 
 # -------------------------------------------------------------------------------------------------------------- graphs

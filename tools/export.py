@@ -20,7 +20,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,28 +136,15 @@ def write_hub(args: argparse.Namespace, path: Path) -> str:
 
 
 def model_card(info: LoadedModel, paper: str, folder: Path) -> str:
-    """Return the content of README.md: the model, its accuracy and `paper` ("arXiv:2304.06446" or "")."""
+    """Return the content of README.md: the model, its data, and `paper` ("arXiv:2304.06446" or "")."""
     settings = info.checkpoint.get("args") or {}
-    details: dict[str, Any] = {
-        "Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes",
-        "Data": data_name(settings["data_set"], settings.get("data_path")) if "data_set" in settings else None,
-        "Accuracy": accuracy(info.checkpoint, info.ema),
-        "Paper": paper and f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}",
-    }
-    card = {
-        "license": "unknown",
-        "description": f"A {info.arch} for image classification.",
-        "details": {name: value for name, value in details.items() if value},
-        "usage": USAGE.format(folder=folder),
-    }
-    return generate_readme(card, folder.name)
-
-
-def accuracy(state: Mapping[str, Any], ema: bool) -> str | None:
-    """Return the top-1 accuracy after the checkpoint's epoch, or None if it belongs to other weights (see `ema`)."""
-    if not state.get("acc1") or not state.get("epoch") or state.get("step") or state.get("averaged", False) != ema:
-        return None
-    return f"{state['acc1']:.2f} % top-1 on the validation images, after epoch {state['epoch']}"
+    details = {"Model": f"{info.arch}, {count_parameters(info.model):,} parameters, {info.num_classes} classes"}
+    if "data_set" in settings:
+        details["Data"] = data_name(settings["data_set"], settings.get("data_path"))
+    if paper:
+        details["Paper"] = f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}"
+    usage = USAGE.format(folder=folder)
+    return generate_readme({"license": "unknown", "details": details, "usage": usage}, folder.name)
 
 
 # ------------------------------------------------------------------------------------------------------------- graphs
@@ -175,7 +162,7 @@ def write_onnx(args: argparse.Namespace, path: Path) -> str:
             raise UserError(f"--dynamic-size: {info.arch} is not a model of this project")
         stride = info.model.feature_info[-1]["reduction"]
         rows, columns = (Dim(name, min=2, max=LARGEST_SIDE // stride) for name in ("rows", "columns"))
-        axes |= {2: stride * rows, 3: stride * columns}
+        axes = ANY_BATCH | {2: stride * rows, 3: stride * columns}
         native = tuple(max(side // stride, 2) * stride for side in info.input_size)
         sizes = [(2 * stride, 3 * stride), (5 * stride, 4 * stride), native]
         size = (native[0] + stride, native[1] + 2 * stride)  # trace at another size, so that weights are resampled

@@ -5,7 +5,7 @@
 #
 # The parts, in this order: comparison with results on a CPU, speed of the spectral mixers in half precision and
 # float32, speed of this project's and timm's models (eager), a short training run, the same speeds compiled, training
-# over NCCL. Each result is appended to OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or times
+# over NCCL. Each figure is appended to OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or times
 # out does not stop the others; the exit status is the number of such parts. PYTHON sets the interpreter. DEVICE=cpu
 # runs all parts with small sizes, to test the script.
 set -u

@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from queue import SimpleQueue
@@ -86,8 +87,6 @@ class Study:
         recipe = {key.replace("-", "_"): value for key, value in content["recipe"].items()}
         for cell, arguments in self.cells.items():
             try:
-                if not isinstance(arguments, dict):
-                    raise UserError("a cell must be a mapping of model arguments")
                 own = {key: value for key, value in arguments.items() if key != "arch"}
                 if "arch" in arguments:  # the recipe's model arguments are for another model
                     own_flags = {"arch": arguments["arch"], "model_kwargs": own}
@@ -303,16 +302,13 @@ Images/s are medians over the seeds; inference uses batches of {args.batch_size}
 def draw(study: Study, means: list[float], spreads: list[float], rates: dict[str, list[float]]) -> Figure:
     """Plot accuracy against the model argument in the study's `against`, and against the measured images/s."""
     against = study.content["against"]
-    panels = {against: [arguments.get(against) for arguments in study.cells.values()]} if against else {}
+    panels = {against: [arguments.get(against, math.nan) for arguments in study.cells.values()]} if against else {}
     panels |= {name: values for name, values in rates.items() if not any(map(math.isnan, values))}
     figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.5), layout="constrained")
     for axes, (name, positions) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for number, (cell, position) in enumerate(zip(study.cells, positions, strict=True)):
-            style = {"color": f"C{number % 10}", "label": cell}
-            if position is None:  # a cell without that argument
-                axes.axhline(means[number], linestyle="--", **style)
-            else:
-                axes.errorbar(position, means[number], spreads[number], fmt="osD^vP*"[number % 7], capsize=3, **style)
+        points = zip(study.cells, positions, means, spreads, cycle("osD^vP*"), strict=False)
+        for cell, position, mean, spread, marker in points:
+            axes.errorbar(position, mean, spread, fmt=marker, capsize=3, label=cell)
         axes.set(xlabel=name, ylabel="Top-1 accuracy (%)")
         axes.grid(alpha=0.3)
     figure.suptitle(study.content["title"], fontsize=11)
