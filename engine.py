@@ -29,7 +29,7 @@ from training.precision import choose_precision, set_up_device
 from training.resume import LAST, checkpoint_state, find_checkpoint, restore, with_global_batch
 from training.task import Task
 from training.trainer import Run, Trainer, set_mode
-from utils import Interrupted, NonFiniteError, StopSignals, seed_step, seeded
+from utils import Interrupted, NonFiniteError, StopSignals, UserError, seed_step, seeded
 
 SMALLEST_SCALE = 2.0**-14  # smallest scale of the fp16 loss; an overflow at this scale is an error
 NAMED_FILES = 32  # at most this many sample files in an error message
@@ -46,6 +46,8 @@ def fit(kind: type[Task], args: argparse.Namespace) -> None:
         UserError: a flag or the checkpoint does not fit the machine or the model, or another run uses the directory.
     """
     dist = init_distributed(args.device)
+    if args.sync_bn and dist.device.type != "cuda":
+        raise UserError("--sync-bn needs CUDA; on a CPU, use --freeze-bn to be independent of the number of processes")
     set_up_device(dist.device, kind.fixed_sizes)
     opened = nullcontext()
     if dist.is_main and not (args.eval or args.dry_run):

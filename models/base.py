@@ -1,5 +1,6 @@
 """The timm interface of both backbones: forward pass, features, classifier, gradient checkpointing, registration."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -261,4 +262,4 @@ def register(build: Callable[[str, bool, dict], ImageModel], name: str, descript
         return build(name, pretrained, arguments)
 
     model.__name__, model.__doc__, model.__module__ = name, description, build.__module__
-    register_model(model)
+    setattr(sys.modules[build.__module__], name, register_model(model))

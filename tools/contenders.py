@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,8 +170,11 @@ def measure(
         return seconds
 
     with ExitStack() as stack:
-        spawn = multiprocessing.get_context("spawn")
-        pools = {label: stack.enter_context(ProcessPoolExecutor(1, spawn)) for label in contenders}
+        spawn, ignore_interrupt = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+        pools = {
+            label: stack.enter_context(ProcessPoolExecutor(1, spawn, signal.signal, ignore_interrupt))
+            for label in contenders
+        }
         for part in sorted(parts):
             yield part, take_turns({label: partial(run, label, part) for label in contenders}, rounds), memory
 

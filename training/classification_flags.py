@@ -122,6 +122,7 @@ CHECKS: Checks = [
     (lambda a: a.token_label and a.distillation_type != "none", "--token-label excludes --distillation-type"),
     (lambda a: a.token_label != bool(a.token_label_data), "--token-label and --token-label-data DIR need each other"),
     (lambda a: mixes(a) and a.batch_size % 2, "--batch-size {batch_size}: mixup and cutmix need it even"),
+    (lambda a: a.cutmix_minmax and a.cutmix_minmax[0] >= a.cutmix_minmax[1], "--cutmix-minmax: MIN must be below MAX"),
     (
         lambda a: {bool(a.teacher_model), bool(a.teacher_path)} != {a.distillation_type != "none"},
         "--distillation-type soft or hard, --teacher-model NAME and --teacher-path PATH need each other",

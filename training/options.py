@@ -6,6 +6,7 @@ take the precedence of the flag that implied them.
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +190,11 @@ def parse_args(
         UserError: an argument is unknown or malformed, or two arguments contradict each other.
         CheckpointError: --finetune's file is unreadable, or model arguments would make timm read other files.
     """
+    words = sys.argv[1:] if argv is None else argv
+    # torch.distributed.launch without --use_env adds --local-rank; LOCAL_RANK has the same value.
+    words = [word for word in words if not word.startswith(("--local-rank=", "--local_rank="))]
     parser = build_parser(flags, recipes, description)
-    on_line = parser.given(argv)
+    on_line = parser.given(words)
     run_directory = Path(resume) if (resume := on_line.get("resume")) and Path(resume).is_dir() else None
     config = on_line.pop("config", None)
     if config is None and run_directory and (run_directory / "args.yaml").exists():
