@@ -125,14 +125,12 @@ class CocoImages:
             "labels": torch.tensor(labels, dtype=torch.int64),
         }
         if self._masks:
-            masks = np.zeros((len(found), height, width), dtype=np.uint8)
-            for mask, annotation in zip(masks, found, strict=True):
-                try:
-                    mask[:] = decode_mask(annotation["segmentation"], height, width)
-                except Exception as error:  # the decoder raises many types of errors
-                    where = f"{self.path(index)}: the mask of annotation {annotation['id']} of {self.file}"
-                    raise BadImage(f"{where} cannot be decoded: {one_line(error)}") from error
-            objects["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+            try:
+                masks = [decode_mask(annotation["segmentation"], height, width) for annotation in found]
+            except Exception as error:  # the decoder raises many types of errors
+                raise BadImage(f"{self.path(index)}: a mask in {self.file}: {one_line(error)}") from error
+            stacked = np.array(masks, dtype=np.uint8).reshape(-1, height, width)
+            objects["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
         return image, objects
 
     def ground_truth(self) -> dict[str, Any]:

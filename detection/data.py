@@ -40,9 +40,7 @@ def build_data(args: argparse.Namespace, dist: Distributed, masks: bool) -> tupl
     if (train_set.category_ids, train_set.class_names) != (val_set.category_ids, val_set.class_names):
         raise UserError(f"--data-path {path}: the categories of training and validation differ")
     if train_set.objects == 0:
-        raise UserError(
-            f"{train_set.file}: it has no object to train on; crowds (iscrowd: 1) and boxes without area do not count"
-        )
+        raise UserError(f"{train_set.file}: it has no object to train on (crowds and boxes without area do not count)")
     update = (args.batch_size, args.seed, dist.rank, dist.world_size, args.accum_iter)
     sampler = GroupedSampler(len(train_set), *update, groups=train_set.groups)
     samples = DetectionSamples(train_set, TrainTransform(args), seed=args.seed, skip_bad_images=args.skip_bad_images)

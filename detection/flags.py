@@ -24,10 +24,7 @@ TABLE: FlagTable = {
     ],
 }
 CHECKS: Checks = [
-    (
-        lambda a: a.data_set != ("COCO" if a.data_path else "NUCLEI"),
-        "--data-set {data_set}: use COCO with --data-path, or the embedded NUCLEI without it",
-    ),
+    (lambda a: (a.data_set == "COCO") != bool(a.data_path), "--data-set: COCO needs --data-path, NUCLEI excludes it"),
     (lambda a: a.backbone_weights and a.finetune, "--finetune includes the backbone: leave out --backbone-weights"),
     (lambda a: a.max_size < a.min_size[-1], "--max-size {max_size} is below --min-size {min_size}"),
     (lambda a: a.compile, "--compile: not supported for detectors, which would recompile for every image size"),

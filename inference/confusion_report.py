@@ -30,17 +30,11 @@ def write_report(folder: Path, confusion: np.ndarray, names: Sequence[str], titl
     rows = []
     for i in np.argsort(accuracies, kind="stable"):  # NaN comes last
         counts = [confusion[i].sum(), confusion[i, i], f"{accuracies[i]:.2f}", f"{precisions[i]:.2f}"]
-        rows.append([i, names[i], *counts, most_confused(confusion, i, names)])
+        errors = np.where(np.arange(len(names)) == i, 0, confusion[i])
+        rows.append([i, names[i], *counts, names[errors.argmax()] if errors.any() else ""])
     header = ["index", "class", "images", "correct", "accuracy", "precision", "most often taken for"]
     write_csv(folder / "per_class.csv", header, rows)
     save_figure(folder / "confusion_matrix.png", draw_confusion(confusion, names, title))
-
-
-def most_confused(confusion: np.ndarray, index: int, names: Sequence[str]) -> str:
-    """Return the class that a class is most often mistaken for, or an empty string."""
-    others = confusion[index].copy()
-    others[index] = 0
-    return names[others.argmax()] if others.any() else ""
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> Figure:

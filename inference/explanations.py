@@ -4,10 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -16,23 +13,15 @@ from utils import UserError, make_directory
 
 from .output_files import as_label
 
-# Perceptually uniform, and transparent for low values, so that the photograph remains visible.
-_colours = matplotlib.colormaps["plasma"](np.linspace(0, 1, 256))
-_colours[:, 3] = np.linspace(0, 0.65, 256)
-SEE_THROUGH = ListedColormap(_colours)
 CELLS = 14  # rows and columns of the evidence map
 HIDDEN = 4  # rows and columns of cells that are hidden at a time
 
 
-def overlay_paths(
-    files: Sequence[Path], folder: Path, flag: str = "--explain", suffix: str = "explained"
-) -> list[Path]:
+def overlay_paths(files: Sequence[Path], folder: Path, flag: str, suffix: str) -> list[Path]:
     """Return the paths of the overlays in a new folder; raise UserError if two of them are the same."""
     paths = [folder / f"{file.stem}_{suffix}.png" for file in files]
     if repeated := [path.name for path, count in Counter(paths).items() if count > 1]:
-        raise UserError(
-            f"{flag}: several images have the same name and overlay, {repeated[0]}; process them separately"
-        )
+        raise UserError(f"{flag}: several images would share the file {repeated[0]}; process them separately")
     make_directory(folder)
     return paths
 
@@ -95,10 +84,11 @@ def draw_overlay(image: Tensor, heat: Tensor, title: str) -> Figure:
     left.set_title("input", fontsize=9)
     right.imshow(0.15 + 0.7 * image.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     whole = (-0.5, width - 0.5, height - 0.5, -0.5)
-    colours = right.imshow(heat.numpy(), cmap=SEE_THROUGH, vmin=0, vmax=1, interpolation="nearest", extent=whole)
+    colours = {"cmap": "plasma", "vmin": 0, "vmax": 1, "alpha": 0.65 * heat.numpy()}  # no evidence is transparent
+    evidence = right.imshow(heat.numpy(), **colours, interpolation="nearest", extent=whole)
     right.set_title("occlusion: the logit drops\nwhere the image is hidden", fontsize=9)
     for axes in (left, right):
         axes.set_axis_off()
     figure.suptitle(as_label(title, 100), fontsize=10)
-    figure.colorbar(colours, ax=right, fraction=0.046, pad=0.02, label="relative to the largest")
+    figure.colorbar(evidence, ax=right, fraction=0.046, pad=0.02, label="relative to the largest")
     return figure

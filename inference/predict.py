@@ -56,7 +56,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         UserError: at the end, if some of the images could not be read.
     """
     files = image_files(args.image)
-    overlays = [] if args.explain is None else overlay_paths(files, Path(args.explain))
+    overlays = [] if args.explain is None else overlay_paths(files, Path(args.explain), "--explain", "explained")
     check_output(args.output, (".json", ".csv", ".parquet"))
     check_output(args.embeddings, (".npy",), "--embeddings")
     model, precision = loaded.model.to(dist.device), choose_precision(args, dist.device)

@@ -67,8 +67,6 @@ def check_label_maps(dataset: ImageDataset, root: str | os.PathLike, read: int =
     Raises:
         UserError: maps are missing (the message names the first and their number), or one of them is not valid.
     """
-    if not os.path.isdir(root):
-        raise UserError(f"--token-label-data {root}: no such folder")
     paths = [image_map_path(root, dataset.path(index)) for index in range(len(dataset))]
     with ThreadPoolExecutor(32) as pool:  # a million files, perhaps on a network disk
         missing = [path for path, found in zip(paths, pool.map(os.path.isfile, paths), strict=True) if not found]

@@ -24,11 +24,18 @@ def web_shards(options: DatasetOptions) -> ImageDataset:
 
     A sample consists of an image, KEY.jpg or another format, and its class number in KEY.cls.
     """
-    shards = _shards(options, options.split_names)
+    name = options.name.removeprefix("wds/")
+    prefix = f"{name}-" if name else ""
+
+    def shards_of(splits: Sequence[str]) -> list[Path]:
+        found = (sorted(options.root.glob(f"{prefix}{split}*.tar")) for split in splits)
+        return next(filter(None, found), [])
+
+    shards = shards_of(options.split_names)
     if not shards:
-        raise options.missing(f"shards {_pattern(options.name, options.split)} on a local disk")
+        raise options.missing(f"shards {prefix}{options.split}*.tar on a local disk")
     found, left_out = _index(shards)
-    others, _ = _index(_shards(options, SPLIT_NAMES["val" if options.train else "train"]))
+    others, _ = _index(shards_of(SPLIT_NAMES["val" if options.train else "train"]))
     class_count = max((label for _, label, *_ in found + others), default=-1) + 1
     positions = np.array([position for _, _, *position in found], dtype=np.int64)
 
@@ -44,17 +51,6 @@ def web_shards(options: DatasetOptions) -> ImageDataset:
     paths, labels = [path for path, *_ in found], [label for _, label, *_ in found]
     dataset = file_dataset(paths, labels, [str(i) for i in range(class_count)], left_out=left_out)
     return replace(dataset, source=source)
-
-
-def _shards(options: DatasetOptions, splits: Sequence[str]) -> list[Path]:
-    """The shards of the first of the splits that exists."""
-    found = (sorted(options.root.glob(_pattern(options.name, split))) for split in splits)
-    return next(filter(None, found), [])
-
-
-def _pattern(name: str, split: str) -> str:
-    prefix = name.partition("/")[2]
-    return f"{prefix}-{split}*.tar" if prefix else f"{split}*.tar"
 
 
 def _index(shards: Sequence[Path]) -> tuple[list[tuple[str, int, int, int, int]], list[str]]:

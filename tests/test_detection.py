@@ -183,11 +183,11 @@ def test_what_is_wrong_in_an_annotation_file_is_said_in_one_line(cells, tmp_path
         open_split(root, "train", masks=True)
 
 
-def test_a_mask_that_cannot_be_decoded_is_named_with_its_id(cells, tmp_path):
+def test_a_mask_that_cannot_be_decoded_is_named_with_its_image(cells, tmp_path):
     damage = {"size": [9, 9], "counts": [81]}
     root = respell(cells, tmp_path, lambda content: content["annotations"][2].update(segmentation=damage))
     dataset = open_split(root, "train", masks=True)
-    with pytest.raises(BadImage, match="mask of annotation 3"):
+    with pytest.raises(BadImage, match=r"\.png: a mask in .*instances_train2017.json: its size is 9x9"):
         for index in range(len(dataset)):
             dataset.load(index)
 
@@ -497,8 +497,8 @@ def test_the_embedded_cells_are_whole():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data-set", "COCO"], "use COCO with --data-path"),
-        (["--data-set", "NUCLEI", "--data-path", "/tmp"], "the embedded NUCLEI without it"),
+        (["--data-set", "COCO"], "COCO needs --data-path"),
+        (["--data-set", "NUCLEI", "--data-path", "/tmp"], "NUCLEI excludes it"),
         (["--compile"], "--compile: not supported for detectors"),
         (["--min-size", "800", "--max-size", "700"], "--max-size 700 is below"),
         (["--min-size", "800,600"], "not a list of ascending numbers"),

@@ -170,7 +170,7 @@ def test_check_names_missing_and_mismatched_maps(folder, run):
         (["--pretrained", "--arch", "resnet18"], "no pretrained weights of this model for the 3 classes"),
         (["--pretrained", "--arch", "nonsense"], "no pretrained weights"),
         (["--model-path", "nowhere.pth"], "nowhere.pth"),
-        (["--check"], "no such folder"),
+        (["--check"], "label maps are missing"),
     ],
 )
 def test_bad_command_lines_get_one_line(run, flags, message):

@@ -304,6 +304,6 @@ def test_overlays_are_written_and_replace_no_other_overlay(tmp_path):
     assert sorted(path.name for path in explained.iterdir()) == names
     before = {path: path.read_bytes() for path in explained.iterdir()}
     Image.new("RGB", (8, 8)).save(tmp_path / "china.png")
-    with pytest.raises(UserError, match="same name"):
+    with pytest.raises(UserError, match="share the file china_explained.png"):
         run(*words, folder, tmp_path / "china.png")
     assert all(path.read_bytes() == content for path, content in before.items())

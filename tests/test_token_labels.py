@@ -277,7 +277,7 @@ def test_missing_and_unfitting_maps_are_named_before_training(tmp_path):
         check(30, classes=9)
     with pytest.raises(UserError, match=f"2 of 32 label .*{tmp_path}/a/30.pt;"):
         check(32)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="30 of 30 label maps are missing"):
         check(30, tmp_path / "nowhere")
 
 
