@@ -9,7 +9,11 @@ from .layers import GridMixer
 from .resampling import Grid, resize_grid, resize_image
 from .wavelet import analyse, padded_grid, synthesise
 
-torch.fx.wrap("resize_grid")  # torch.fx must not trace it
+# torch.fx must not trace these. It looks wrapped functions up in the module that calls them.
+torch.fx.wrap("analyse")
+torch.fx.wrap("resize_grid")
+torch.fx.wrap("synthesise")
+
 CHANNEL_BLOCKS = 4
 # mixing -> the modules applied to the high-pass bands, in order
 MIXINGS = {

@@ -143,7 +143,6 @@ def _complex_pair(even: Tensor, odd: Tensor, of_high_rows: bool) -> Iterator[Ten
         yield torch.cat((nothing, parts) if of_high_rows else (parts, nothing), 2)
 
 
-@torch.fx.wrap
 def analyse(x: Tensor) -> tuple[Tensor, Tensor]:
     """Transform a grid (B, H, W, C) to its low-pass image and its bands, in the dtype of x with autocast off.
 
@@ -161,7 +160,6 @@ def analyse(x: Tensor) -> tuple[Tensor, Tensor]:
         return low.view(batch, high, wide, channels), bands.view(batch, high // 2, wide // 2, 6, 2, channels)
 
 
-@torch.fx.wrap
 def synthesise(low: Tensor, bands: Tensor, grid: Grid) -> Tensor:
     """Invert `analyse`: return the (B, H, W, C) tokens of the low-pass image and the bands; `grid` is (H, W)."""
     height, width = grid
