@@ -2,10 +2,11 @@
 
     python -m tools.gpu_check PART OUTPUT_DIR --device cuda
 
-Each result is printed and appended to OUTPUT_DIR/results.jsonl as soon as it is measured. `--small` uses small sizes,
-to test the checks on a CPU.
+Each result is printed as a line of JSON as soon as it is measured. `--small` uses small sizes, to test the checks on a
+CPU.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -54,35 +55,31 @@ CLASSES = 8
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m tools.gpu_check")
     parser.add_argument("part", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="folder of results.jsonl and run directories")
+    parser.add_argument("output", type=Path, metavar="OUTPUT_DIR", help="folder of the run directories")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to check")
     parser.add_argument("--small", action="store_true", help="use small sizes, to test the checks on a CPU")
     args = parser.parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-
-    def report(name: str, **figures: Any) -> None:
-        line = json.dumps({"part": args.part, "name": name} | figures)
-        print(line, flush=True)
-        with (args.output / "results.jsonl").open("a") as file:
-            file.write(line + "\n")
-
-    PARTS[args.part](args.device, args.small, args.output, report)
+    PARTS[args.part](args)
 
 
-def parity(device: str, small: bool, output: Path, report: Callable) -> None:
+def report(name: str, **figures: Any) -> None:
+    print(json.dumps({"name": name} | figures), flush=True)
+
+
+def parity(args: argparse.Namespace) -> None:
     """Compare logits and gradients in float32 and bf16 on the device with float64 on the CPU."""
     report("machine", **describe_machine())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    side = 32 if small else 224
-    for name in ("spectformer_h_n", "svt_h_n") if small else ("spectformer_ti", "spectformer_h_s", "svt_h_s"):
+    side = 32 if args.small else 224
+    for name in ("spectformer_h_n", "svt_h_n") if args.small else ("spectformer_ti", "spectformer_h_s", "svt_h_s"):
         torch.manual_seed(0)
         model = timm.create_model(name, img_size=side).eval()
         images = torch.randn(2, 3, side, side)
         expected = logits_and_gradient(copy.deepcopy(model).double(), images.double())
-        model.to(device)
+        model.to(args.device)
         for dtype in (torch.float32, torch.bfloat16):
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                found = logits_and_gradient(model, images.to(device))
+            with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
+                found = logits_and_gradient(model, images.to(args.device))
             errors = [((a.double().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
             report(name, dtype=str(dtype), logit_error=errors[0], gradient_error=errors[1])
 
@@ -96,26 +93,26 @@ def logits_and_gradient(model: nn.Module, images: torch.Tensor) -> tuple[torch.T
     return logits.detach(), torch.cat(gradients)
 
 
-def gates(device: str, small: bool, output: Path, report: Callable) -> None:
+def gates(args: argparse.Namespace) -> None:
     """Time training steps of the spectral mixers, in half precision and float32, eager and compiled."""
-    set_up_device(torch.device(device))
-    batch, rounds = (1, 1) if small else (128, 20)
-    settings = Settings(device, "bfloat16")
-    shapes = GATES[:1] if small else GATES
+    set_up_device(torch.device(args.device))
+    batch, rounds = (1, 1) if args.small else (128, 20)
+    settings = Settings(args.device, "bfloat16")
+    shapes = GATES[:1] if args.small else GATES
     for (mixer, side, channels), compiled, precision in product(shapes, (False, True), SPECTRAL_PRECISIONS):
         torch.compiler.reset()
-        layer = build_mixer(mixer, channels, (side, side), 1).to(device)
+        layer = build_mixer(mixer, channels, (side, side), 1).to(args.device)
         models.set_spectral_precision(layer, precision)
-        x = torch.randn(batch, side, side, channels, device=device)
+        x = torch.randn(batch, side, side, channels, device=args.device)
         step = partial(layer_step, torch.compile(layer) if compiled else layer, x, settings, training=True)
         figures = {"grid": side, "channels": channels, "batch": batch, "precision": precision, "compiled": compiled}
-        with reported_errors(report, mixer, **figures):
-            seconds = time_in_turns({mixer: step}, rounds, device)
+        with reported_errors(mixer, **figures):
+            seconds = time_in_turns({mixer: step}, rounds, args.device)
             report(mixer, **figures, ms=1000 * statistics.median(seconds[mixer]))
 
 
 @contextmanager
-def reported_errors(report: Callable, name: str, **figures: Any) -> Iterator[None]:
+def reported_errors(name: str, **figures: Any) -> Iterator[None]:
     """Report an error as a result and continue, because the next measurement may succeed."""
     try:
         yield
@@ -123,15 +120,15 @@ def reported_errors(report: Callable, name: str, **figures: Any) -> Iterator[Non
         report(name, **figures, error=one_line(error)[:300])
 
 
-def eager(device: str, small: bool, output: Path, report: Callable, compile: bool = False) -> None:
+def eager(args: argparse.Namespace, compile: bool = False) -> None:
     """Time training and inference of this project's and timm's models in bf16."""
-    batch, side, rounds = (2, 32, 1) if small else (128, 224, 15)
-    for name in ("test_vit",) if small else MODELS:
+    batch, side, rounds = (2, 32, 1) if args.small else (128, 224, 15)
+    for name in ("test_vit",) if args.small else MODELS:
         torch.compiler.reset()
-        with reported_errors(report, name, compiled=compile):
-            settings = Settings(device, "bfloat16", compile, batch_size=batch, img_size=side, arch=name)
+        with reported_errors(name, compiled=compile):
+            settings = Settings(args.device, "bfloat16", compile, batch_size=batch, img_size=side, arch=name)
             report(name, compiled=compile, batch=batch, **speeds(settings, rounds))
-        if device == "cuda":
+        if args.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -156,26 +153,25 @@ def gratings(options: DatasetOptions, count: int) -> ImageDataset:
     return array_dataset(f"GRATINGS/{options.split}", images.clip(0, 255).astype(np.uint8), labels, names)
 
 
-def train(device: str, small: bool, output: Path, report: Callable) -> None:
+def train(args: argparse.Namespace) -> None:
     """Train with main_spectformer.py, in one process or, under torchrun, in several; log.txt has the results."""
-    count, epochs = (512, 1) if small else (4096, 3)
+    count, epochs = (512, 1) if args.small else (4096, 3)
     data = catalogue.DatasetSpec(partial(gratings, count=count), needs_path=False, glyphs=True)
     catalogue.DATASETS["GRATINGS"] = data
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    directory = output / f"train_{processes}_{'torchrun' if 'WORLD_SIZE' in os.environ else 'alone'}"
+    directory = args.output / f"train_{processes}_{'torchrun' if 'WORLD_SIZE' in os.environ else 'alone'}"
     flags = f"""--data-set GRATINGS --input-size 64 --arch spectformer_h_n --model-kwargs stem_stride=4 --aa none
         --mixup 0 --cutmix 0 --opt nmuon --lr 4e-3 --unscale-lr --warmup-epochs 0 --epochs {epochs} --num-workers 2
-        --batch-size {64 // processes} --device {device} --amp bf16"""
+        --batch-size {64 // processes} --device {args.device} --amp bf16"""
     main_spectformer.main([*flags.split(), "--output-dir", str(directory)])
 
 
-def distributed(device: str, small: bool, output: Path, report: Callable) -> None:
+def distributed(args: argparse.Namespace) -> None:
     """Run `train` under torchrun with NCCL (gloo on a CPU): with one process and, if possible, with two."""
-    most = torch.cuda.device_count() if device == "cuda" else 2
+    most = torch.cuda.device_count() if args.device == "cuda" else 2
     for processes in (1, 2)[: min(most, 2)]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        command += ["tools.gpu_check", "train", str(output), "--device", device, *(["--small"] if small else [])]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1])
+        launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes} -m tools.gpu_check train"
+        done = subprocess.run([sys.executable, *launch.split(), *sys.argv[2:]], cwd=Path(__file__).parents[1])
         report(f"torchrun with {processes} processes", exit_code=done.returncode)
 
 

@@ -5,9 +5,9 @@
 #
 # The parts, in this order: comparison with results on a CPU, speed of the spectral mixers in half precision and
 # float32, speed of this project's and timm's models (eager), a short training run, the same speeds compiled, training
-# over NCCL. Each figure is appended to OUTPUT_DIR/results.jsonl as soon as it is measured. A part that fails or times
-# out does not stop the others; the exit status is the number of such parts. PYTHON sets the interpreter. DEVICE=cpu
-# runs all parts with small sizes, to test the script.
+# over NCCL. Each result is a line of OUTPUT_DIR/PART.log as soon as it is measured; OUTPUT_DIR/results.jsonl collects
+# them after each part. A part that fails or times out does not stop the others; the exit status is the number of such
+# parts. PYTHON sets the interpreter. DEVICE=cpu runs all parts with small sizes, to test the script.
 set -u
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: tools/gpu_check.sh OUTPUT_DIR}"
@@ -35,6 +35,7 @@ for part in parity:60 gates:80 eager:80 train:70 compiled:150 distributed:80; do
     timeout -k 5 "$limit" "$python" -m tools.gpu_check "$name" "$output" --device "$device" $small \
         > "$output/$name.log" 2>&1
     status=$?
+    grep '^{' "$output/$name.log" >> "$output/results.jsonl"
     ((status != 0)) && failures=$((failures + 1))
     echo "   exit status $status after $((SECONDS - began)) s; the end of $output/$name.log:"
     tail -n 12 "$output/$name.log"
