@@ -2,8 +2,8 @@
 
 Patro, Agneeswaran: "Scattering Vision Transformer: Spectral Mixing Matters", NeurIPS 2023,
 https://arxiv.org/abs/2311.01310. SVT-H uses scattering in its first stage, as in the released code (alpha = 1). The
-paper's figure has alpha = 2: `spectral_depths=(3, 4, 0, 0)` for S. The code of the vanilla models was not published;
-these are SpectFormer's vanilla models with scattering instead of the gate.
+paper's figure has alpha = 2: `spectral_stages=2`. The code of the vanilla models was not published; these are
+SpectFormer's vanilla models with scattering instead of the gate.
 """
 
 from timm.models import generate_default_cfgs
