@@ -31,10 +31,9 @@ def write_report(
     Args:
         min_score: minimum score of the predictions used to find and draw the worst images.
     """
-    names = dataset.class_names
     for kind, found in evaluated.items():
         precision = np.asarray(found.eval["precision"])[..., -1]  # (IoU thresholds, recalls, categories, areas)
-        rows = category_rows(precision, names)
+        rows = category_rows(precision, dataset.class_names)
         write_csv(folder / f"{kind}_by_category.csv", ["category", "AP", "AP50", "AP75", *AREAS[1:]], rows)
         save_figure(folder / f"{kind}_precision_recall.png", draw_precision_recall(precision[..., 0], kind))
     shown = [result for result in results if result["score"] >= min_score]
@@ -59,15 +58,12 @@ def draw_precision_recall(precision: np.ndarray, kind: str) -> Figure:
     precision = precision[:, :, (precision > NOTHING).any(axis=(0, 1))]  # only categories with objects
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(
-        xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1.02), title=f"{kind.capitalize()}, all sizes"
+        xlabel="Recall", ylabel="Precision", ylim=(0, 1.02), title=f"{kind}, objects of all sizes"
     )
     if precision.size:
-        curves = {
-            "IoU 0.5": precision[0].mean(1),
-            "IoU 0.75": precision[5].mean(1),
-            "mean of IoU 0.5 to 0.95": precision.mean((0, 2)),
-        }
-        for name, curve in curves.items():
+        parts = {"IoU 0.5": precision[:1], "IoU 0.75": precision[5:6], "mean of IoU 0.5 to 0.95": precision}
+        for name, part in parts.items():
+            curve = part.mean((0, 2))
             axes.plot(RECALLS, curve, label=f"{name}: AP {100 * curve.mean():.1f}", linewidth=1.8)
         axes.legend(frameon=False, fontsize=7)
     axes.grid(alpha=0.3)

@@ -22,12 +22,9 @@ class TrainTransform:
         size = args.large_scale_jitter
         self._crops = size > 0
         if self._crops:
-            scale: list[v2.Transform] = [
-                v2.ScaleJitter((size, size), JITTER, antialias=True),
-                v2.RandomCrop((size, size), pad_if_needed=True),
-            ]
+            scale = [v2.ScaleJitter((size, size), JITTER), v2.RandomCrop((size, size), pad_if_needed=True)]
         else:
-            scale = [v2.RandomShortestSize(list(args.min_size), args.max_size, antialias=True)]
+            scale = [v2.RandomShortestSize(list(args.min_size), args.max_size)]
         flips = [v2.RandomHorizontalFlip(args.hflip), v2.RandomVerticalFlip(args.vflip)]
         self._transform = v2.Compose([*scale, *flips, v2.SanitizeBoundingBoxes(min_size=1), v2.ToPureTensor()])
 

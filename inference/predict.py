@@ -76,7 +76,7 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
         best = predict(batch.images).softmax(1).topk(min(args.topk, loaded.num_classes))
         embeddings += [inputs.float().cpu() for inputs in classifier_inputs[:1]]  # the second are --tta's mirrored ones
         for index, image, probabilities, classes in zip(batch.indices.tolist(), batch.images, *best, strict=True):
-            record = describe_prediction(files[index], probabilities.tolist(), classes.tolist(), loaded)
+            record = describe_prediction(files[index], probabilities, classes, loaded)
             records.append(record)
             if not args.quiet:
                 say(one_line_of(record))
@@ -88,11 +88,9 @@ def run_prediction(args: argparse.Namespace, dist: Distributed, loaded: LoadedMo
     report_unreadable(loader)
 
 
-def describe_prediction(
-    file: Path, probabilities: Sequence[float], classes: Sequence[int], loaded: LoadedModel
-) -> dict[str, Any]:
+def describe_prediction(file: Path, probabilities: Tensor, classes: Tensor, loaded: LoadedModel) -> dict[str, Any]:
     """Return an image's most likely classes, and its true class if its folder has the name of a class."""
-    pairs = zip(probabilities, classes, strict=True)
+    pairs = zip(probabilities.tolist(), classes.tolist(), strict=True)
     likely = [{"index": i, "class": loaded.label(i), "probability": p} for p, i in pairs]
     record: dict[str, Any] = {"image": str(file), "classes": likely}
     folder = file.absolute().parent.name
