@@ -13,7 +13,7 @@ def start_wandb(project: str, directory: Path, settings: Mapping[str, Any]) -> A
     """Start the W&B run of a run directory, or continue it. Without an account or network, set `WANDB_MODE=offline`.
 
     Raises:
-        UserError: the wandb package is not installed.
+        UserError: the wandb package is not installed, or nobody is logged in.
     """
     try:
         import wandb
@@ -22,7 +22,10 @@ def start_wandb(project: str, directory: Path, settings: Mapping[str, Any]) -> A
     path = directory / RUN_ID
     known = path.read_text(encoding="utf-8").strip() if path.exists() else None
     name, config = directory.name, dict(settings)
-    run = wandb.init(project=project, dir=directory, name=name, id=known, resume="allow", config=config)
+    try:
+        run = wandb.init(project=project, dir=directory, name=name, id=known, resume="allow", config=config)
+    except wandb.errors.Error as error:
+        raise UserError(f"--wandb {project}: {one_line(error)}") from error
     atomic_write(path, f"{run.id}\n")
     run.define_metric("*", step_metric="epoch")  # a repeated epoch is logged twice
     return run

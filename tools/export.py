@@ -42,7 +42,7 @@ from runtime.cli import run_cli
 from training.arguments import Parser, suggestion
 from training.model import count_parameters
 from training.options import data_name
-from utils import MachineError, UserError, atomic_write, make_directory
+from utils import MachineError, UserError, atomic_write, make_directory, one_line
 
 OPSET = 18  # supported by TensorRT, CoreML's converters and onnxruntime 1.18
 TOLERANCE = 1e-4  # largest allowed difference of a logit
@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if path.exists() and not args.overwrite:
         raise UserError(f"{path}: already exists; use --overwrite to replace it")
     make_directory(path if name == "hub" else path.parent)
-    print(f"{path}: written, {FORMATS[name](args, path)}")
+    try:
+        print(f"{path}: written, {FORMATS[name](args, path)}")
+    except ImportError as error:
+        raise UserError(f"--to onnx: run pip install onnx onnxruntime onnxscript ({one_line(error)})") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -96,6 +99,8 @@ def write_weights(args: argparse.Namespace, path: Path) -> str:
         weights = to_original(to_ours(weights))
     if args.half:
         weights = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+        if overflows := [name for name, weight in weights.items() if weight.isinf().any()]:
+            raise UserError(f"--half: {overflows[0]} of {source} exceeds the range of float16")
     if path.suffix == ".safetensors":
         checkpoints.save_safetensors(path, weights, state | {"arch": arch})
     else:

@@ -279,6 +279,8 @@ def write_report(study: Study, lines: dict[tuple[str, int], Line], folder: Path)
         table += f"| {training[-1]:.0f} | {inference[-1]:.0f} |\n"
     machines = ", ".join(sorted({line["machine"] for line in lines.values()}))
     title = study.content["title"]
+    least = least_difference(scores)
+    error = f"\nTwice the standard error of a difference between two means is {least:.2f}." if len(seeds) > 1 else ""
     text = f"""# {title}
 
 Data: {study.content["data"]}.
@@ -289,8 +291,7 @@ Machine: {machines}; torch {line["torch"]}.
 
 Top-1 accuracy on {line["test_images"]:,} test images after the last epoch, mean ± standard deviation over the seeds.
 All cells have the same data, budget, schedule and augmentation. For each seed they start from the same weights, except
-for their mixers. Twice the standard error of a difference between two means is {least_difference(scores):.2f}.
-Images/s are medians over the seeds; inference uses batches of {args.batch_size} images.
+for their mixers.{error} Images/s are medians over the seeds; inference uses batches of {args.batch_size} images.
 
 {table}
 ![{title}]({study.name}.png)

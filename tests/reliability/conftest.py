@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,13 @@ from sklearn.datasets import load_digits
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     """A run of the project in about a second."""
     here = Path(__file__).parent
-    with pytest.MonkeyPatch.context() as environment:  # of the server, which starts with the first child
+    with pytest.MonkeyPatch.context() as environment:  # of the server alone: other tests start processes, too
         environment.setenv("PYTHONPATH", f"{here}:{here.parent.parent}")
-        yield Launcher(tmp_path_factory.mktemp("jobs"))
+        forkserver.ensure_running()
+    return Launcher(tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture(scope="session")
