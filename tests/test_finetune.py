@@ -174,6 +174,8 @@ def test_a_frozen_stem_keeps_its_batch_statistics():
 def test_more_layers_than_there_are_cannot_be_frozen():
     with pytest.raises(UserError, match="--freeze-at 99: the model has"):
         modes(["--freeze-at", "99"])
+    with pytest.raises(UserError, match="--freeze-at: this model defines no layers"):
+        freeze_layers(create_model("caformer_s18", 2, None, {}), 1)
 
 
 @pytest.mark.parametrize("model", [TINY, TINY_SVT])

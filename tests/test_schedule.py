@@ -148,7 +148,14 @@ def test_betas_are_for_optimisers_that_have_some():
     build_optimizer(parse("--opt", "sgd", *given), tiny(), Distributed())
 
 
-@pytest.mark.parametrize(("name", "expected"), [("fusedlamb", "APEX optimizers"), ("adamww", "--opt adamww: .*adamww")])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fusedlamb", "APEX optimizers"),
+        ("adamww", "--opt adamww: .*adamww"),
+        ("adahessian", "--opt adahessian: it needs second"),
+    ],
+)
 def test_an_optimiser_that_is_not_there_says_what_to_do(monkeypatch, name, expected):
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(UserError, match=expected):

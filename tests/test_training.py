@@ -188,6 +188,8 @@ def test_accumulation_checkpointing_and_layout_leave_the_weights_the_same(tmp_pa
     plain = last(tmp_path / "plain")["model"]
     for name in ("accumulated", "saving"):
         assert largest_difference(plain, last(tmp_path / name)["model"]) <= 1e-10
+    with pytest.raises(UserError, match="--grad-checkpointing: pit_ti_224 does not support it"):
+        train(tmp_path / "pit", "--grad-checkpointing", model=["--arch", "pit_ti_224"])
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ def load(model: nn.Module, weights: dict[str, Tensor], path: str, new_head: bool
 
 def layers_of(model: nn.Module) -> dict[int, list[str]]:
     """Parameter names by layer, from the stem (0) to the head, according to the model's `group_matcher`."""
+    if not hasattr(model, "group_matcher"):
+        raise UserError("--freeze-at: this model defines no layers (it has no group_matcher)")
     return group_parameters(model, model.group_matcher(coarse=False))
 
 

@@ -36,7 +36,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, dist: Distribute
     """Create timm's optimizer --opt for a model, with the learning rate `peak_rate`.
 
     Raises:
-        UserError: the optimizer is not available.
+        UserError: the optimizer is not available, or it needs second derivatives.
     """
     options = optimizer_kwargs(args) | {"lr": peak_rate(args, dist)}
     if args.opt.lower() in ("adam", "adamw") and dist.device.type == "cuda":
@@ -44,7 +44,10 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, dist: Distribute
     if "muon" in args.opt.lower():
         options["fallback_list"] = no_matrices(model)
     try:
-        return create_optimizer_v2(model, **options)
+        optimizer = create_optimizer_v2(model, **options)
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which are not computed")
+        return optimizer
     except (ImportError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {one_line(error)}") from error
 

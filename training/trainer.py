@@ -15,7 +15,7 @@ from training.model import freeze_layers
 from training.optimizer import build_optimizer, build_scheduler
 from training.precision import Precision
 from training.task import Task
-from utils import StopSignals
+from utils import StopSignals, UserError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class Trainer:
         self.model: nn.Module = task.model.to(run.dist.device, run.precision.dtype, memory_format=layout)
         freeze_layers(self.model, args.freeze_at)
         if args.grad_checkpointing:
-            self.model.set_grad_checkpointing(True)
+            try:
+                self.model.set_grad_checkpointing(True)
+            except (AttributeError, AssertionError) as error:
+                raise UserError(f"--grad-checkpointing: {args.arch} does not support it") from error
         self.ema: ModelEmaV3 | None = None
         if args.model_ema or (args.eval and run.checkpoint is not None and run.checkpoint.get("model_ema")):
             self.ema = ModelEmaV3(self.model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
