@@ -150,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_checkpoint(path, args.arch, ema=args.ema, input_size=args.input_size, model_kwargs=args.model_kwargs)
     if args.eval_crop_pct is not None:
         loaded = dataclasses.replace(loaded, crop_pct=args.eval_crop_pct)
+    channels = loaded.model_kwargs.get("in_chans", 3)
+    if channels != len(loaded.mean):
+        raise UserError(f"{path}: the model expects {channels} channels, but its mean has {len(loaded.mean)} values")
     if args.tta:
         average_mirrored(loaded.model)
     run = run_evaluation if args.image is None else run_prediction

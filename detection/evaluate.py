@@ -21,6 +21,8 @@ from utils import UserError, atomic_write, say
 def evaluate_detector(args: argparse.Namespace, dist: Distributed, loaded: LoadedDetector) -> None:
     """Evaluate on all processes. The main process prints and writes the results, COCO's result files and the report."""
     data_set = "COCO" if args.data_path else "NUCLEI"
+    if args.data_set not in (None, data_set):
+        raise UserError(f"--data-set {args.data_set}: detectors take COCO with --data-path, and NUCLEI without it")
     args = argparse.Namespace(**vars(args) | {"data_set": data_set})
     kinds = kinds_of(loaded.detector)
     dataset = open_split(args.data_path or NUCLEI, args.split, masks="mask" in kinds)

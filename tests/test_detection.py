@@ -452,6 +452,8 @@ def test_infer_draws_what_it_finds(trained, cells, tmp_path, capsys):
     assert len(found) == 4 and "cell" in found[0]["objects"][0]["category"]
     with pytest.raises(UserError, match="--explain is for classifiers"):
         infer.main(["--model-path", str(path), "--image", str(images), "--explain", "--device", "cpu"])
+    with pytest.raises(UserError, match="--data-set COCO: detectors take COCO with --data-path"):
+        infer.main(["--model-path", str(path), "--data-set", "COCO", "--device", "cpu"])
 
 
 @pytest.mark.slow
