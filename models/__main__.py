@@ -17,6 +17,9 @@ def main() -> None:
     if script in ("-h", "--help"):
         print(__doc__)
         return
+    if not Path(script).exists():
+        print(f"error: {script}: no such script", file=sys.stderr)
+        sys.exit(2)
     sys.argv = [script, *words]
     sys.path[0] = str(Path(script).resolve().parent)  # as when running the script directly
     runpy.run_path(script, run_name="__main__")

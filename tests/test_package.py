@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 
+from models import __main__ as registering
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "spectformer_svt"
 BUILT = ("pyproject.toml", "README.md", "LICENSE", "models")
@@ -88,3 +90,10 @@ assert not [name for name in ours if name in sys.modules], sys.modules
     (tmp_path / "train.py").write_text(script)
     flags = ["-m", NAME, str(tmp_path / "train.py"), "--model", "spectformer_xs"]
     assert run(environment, None, cwd="/", flags=flags) == "__main__ True ['--model', 'spectformer_xs'] True\n"
+
+
+def test_a_script_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [NAME, "nope.py"])
+    with pytest.raises(SystemExit, match="2"):
+        registering.main()
+    assert capsys.readouterr().err == "error: nope.py: no such script\n"

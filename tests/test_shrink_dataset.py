@@ -83,3 +83,5 @@ def test_a_second_call_goes_on_and_impossible_folders_are_refused(source, tmp_pa
         shrink_dataset.main([str(source), str(source / "small")])
     with pytest.raises(UserError, match="no such"):
         shrink_dataset.main([str(tmp_path / "gone"), str(target)])
+    with pytest.raises(UserError, match="a file is in its place"):
+        shrink_dataset.main([str(source), str(target / "labels.csv")])

@@ -115,6 +115,7 @@ def test_cells_of_a_seed_start_from_the_same_weights_except_for_their_mixers(tmp
     ("changes", "flags", "expected"),
     [
         ({"cels": {}}, [], "'cels' is missing, unknown or of a wrong type; expected title"),
+        ({"cells": {"a": None}}, [], "cells: a: a cell must be a mapping"),
         ({"cells": {"a": {"alpha": 9}}}, [], "cells: a: .*alpha.* do not fit depths"),
         ({"recipe": {"arch": "spectformer_ti", "epoch": 3}}, [], "unknown key 'epoch'; did you mean epochs"),
         ({}, ["--epochs", "many"], "--epochs.*many"),

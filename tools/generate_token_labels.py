@@ -47,7 +47,7 @@ from runtime.processes import Distributed, init_distributed
 from training.arguments import POSITIVE, WORKERS, Parser, class_list, image_size
 from training.options import default_workers
 from training.precision import Precision, choose_precision, set_up_device
-from utils import UserError, atomic_write, make_directory
+from utils import UserError, atomic_write, make_directory, one_line
 
 WRITERS = 16  # threads, which mostly wait for the disk
 
@@ -133,7 +133,10 @@ def load_teacher(
         if cfg is None or cfg.num_classes != len(class_names):
             raise UserError(f"--arch {args.arch}: timm has no pretrained weights of this model for {classes}")
         size = {"img_size": args.input_size} if args.input_size and cfg.fixed_input_size else {}
-        model = timm.create_model(args.arch, pretrained=True, **size).eval()
+        try:
+            model = timm.create_model(args.arch, pretrained=True, **size).eval()
+        except (OSError, RuntimeError, ValueError) as error:  # the download failed, or the size is invalid
+            raise UserError(f"--arch {args.arch} --pretrained: {one_line(error)}") from error
         config = resolve_data_config(model=model)
         input_size = args.input_size or config["input_size"][1:]
     else:

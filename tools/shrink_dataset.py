@@ -23,7 +23,7 @@ from inputs.folders import walk_files
 from inputs.images import is_image_name
 from runtime.cli import run_cli
 from training.arguments import COUNT, POSITIVE, Parser, number
-from utils import UserError, tell
+from utils import UserError, make_directory, tell
 
 PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")
 
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.source}: no such folder")
     if args.target.resolve().is_relative_to(args.source.resolve()):
         raise UserError(f"{args.target}: the copy cannot be inside {args.source}")
+    make_directory(args.target)
     names = [os.path.relpath(path, args.source) for path in walk_files(args.source)]
     missing = [name for name in names if not (args.target / name).exists()]
     copies = DataLoader(missing, batch_size=None, num_workers=args.num_workers, collate_fn=partial(copy_file, args))

@@ -87,6 +87,8 @@ class Study:
         recipe = {key.replace("-", "_"): value for key, value in content["recipe"].items()}
         for cell, arguments in self.cells.items():
             try:
+                if not isinstance(arguments, dict):
+                    raise UserError("a cell must be a mapping of model arguments; {} for none")
                 own = {key: value for key, value in arguments.items() if key != "arch"}
                 if "arch" in arguments:  # the recipe's model arguments are for another model
                     own_flags = {"arch": arguments["arch"], "model_kwargs": own}

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     unreadable = []
     for name, dataset in parts.items():
         images, check = range(len(dataset)), partial(problem, dataset)
-        found = DataLoader(images, batch_size=None, num_workers=args.num_workers, collate_fn=check)
+        start = "fork" if args.num_workers > 0 else None  # a data set cannot be pickled
+        found = DataLoader(images, None, num_workers=args.num_workers, collate_fn=check, multiprocessing_context=start)
         for index, reason in enumerate(tqdm(found, name, unit=" images", disable=None)):
             if reason is not None:
                 tqdm.write(reason, file=sys.stdout)
