@@ -6,6 +6,7 @@ the class from `GridMixer` if its weights depend on the grid.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -18,13 +19,14 @@ from .spectral_gate import SpectralGate
 Options = Mapping[str, Mapping[str, object]]  # mixer name -> the mixer's own options
 
 
+def _scattering(mixing: str, dim: int, grid: Grid, _num_heads: int, **options: str) -> nn.Module:
+    return ScatteringMixer(dim, grid, mixing, **options)
+
+
 MIXERS: dict[str, Callable[..., nn.Module]] = {
     "attention": lambda dim, _grid, num_heads: Attention(dim, num_heads),
     "spectral": lambda dim, grid, _num_heads: SpectralGate(dim, grid),
-    **{
-        f"scattering_{mixing}": lambda dim, grid, _num_heads, mixing=mixing: ScatteringMixer(dim, grid, mixing)
-        for mixing in MIXINGS
-    },
+    **{f"scattering_{mixing}": partial(_scattering, mixing) for mixing in MIXINGS},
     "fnet": lambda _dim, _grid, _num_heads, **options: FNet(**options),
     "fno": lambda dim, _grid, _num_heads: FourierOperator(dim),
     "afno": lambda dim, _grid, _num_heads, **options: AFNO(dim, **options),

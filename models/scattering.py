@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from .blending import EinsteinBlending, TensorBlending, resize_planes, resize_token_weight
 from .cpu.scattering import scatter
 from .layers import GridMixer
+from .library_wavelet import library_analyse, library_synthesise, library_transforms
 from .resampling import Grid, resize_grid, resize_image
 from .wavelet import analyse, padded_grid, synthesise
 
 # torch.fx must not trace these. It looks wrapped functions up in the module that calls them.
-torch.fx.wrap("analyse")
-torch.fx.wrap("resize_grid")
-torch.fx.wrap("synthesise")
+for _name in ("analyse", "library_analyse", "library_synthesise", "resize_grid", "synthesise"):
+    torch.fx.wrap(_name)
 
 CHANNEL_BLOCKS = 4
 # mixing -> the modules applied to the high-pass bands, in order
@@ -33,14 +33,19 @@ class ScatteringMixer(GridMixer):
     blending of the high-pass bands: "channel" or "token", Einstein blending over channels or tokens; "tensor", tensor
     blending; "channel_token", both Einstein blendings; "token_half", Einstein blending over tokens. The last two act
     on half of the channels; the other half passes through a depthwise 3x3 convolution, and the two are interleaved
-    channel by channel.
+    channel by channel. `backend` computes the transform: "native" or "pytorch_wavelets", which needs that package.
 
     Raises:
-        ValueError: if the number of channels is not divisible into blocks.
+        ValueError: if the backend is unknown, or the number of channels is not divisible into blocks.
     """
 
-    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel"):
+    def __init__(self, dim: int, grid_size: Grid, mixing: str = "channel", backend: str = "native"):
         super().__init__()
+        if backend not in ("native", "pytorch_wavelets"):
+            raise ValueError(f"wavelet_backend must be native or pytorch_wavelets, not {backend!r}")
+        self.native = backend == "native"
+        if not self.native:
+            library_transforms(torch.float32, torch.device("cpu"))  # a missing package raises here
         blends = MIXINGS[mixing]
         self.halved = mixing in HALVED
         multiple = (2 if self.halved else 1) * (CHANNEL_BLOCKS if "channel_blend" in blends else 1)
@@ -70,14 +75,16 @@ class ScatteringMixer(GridMixer):
     def scatter(self, x: Tensor) -> Tensor:
         """Apply the wavelet transform, the blending and the inverse transform."""
         low_pass = resize_grid(self.low_pass, padded_grid(x.shape[1:3]))
-        if self.mixing == "channel":
+        if self.native and self.mixing == "channel":
             half = self.spectral_precision == "half"
             if (y := scatter(x, low_pass, self.channel_blend, half)) is not None:
                 return y
-        low, bands = analyse(self.spectral_input(x))
+        signal = self.spectral_input(x)
+        low, bands = analyse(signal) if self.native else library_analyse(signal)
         for name in MIXINGS[self.mixing]:
             bands = self.get_submodule(name)(bands)
-        return synthesise(low * low_pass.to(low.dtype), bands, x.shape[1:3])
+        low = low * low_pass.to(low.dtype)
+        return (synthesise if self.native else library_synthesise)(low, bands, x.shape[1:3])
 
     @staticmethod
     def resize_weight(name: str, weight: Tensor, grid: Grid) -> Tensor:

@@ -10,6 +10,7 @@ from timm.models import generate_default_cfgs
 
 from .base import ImageModel, register
 from .pyramid import build_pyramid, pyramid_cfgs
+from .scattering import MIXINGS
 from .vanilla import build_vanilla, vanilla_cfgs
 
 SOURCE = {
@@ -38,11 +39,12 @@ MODELS = {
 
 
 def build(name: str, pretrained: bool, arguments: dict) -> ImageModel:
-    """Build the model `name` with arguments of `Pyramid` (H) or `Vanilla`, and with `mixing`.
+    """Build the model `name` with arguments of `Pyramid` (H) or `Vanilla`, with `mixing` and with `wavelet_backend`.
 
     mixing: a mixing of `ScatteringMixer`. By default, the sizes of the released code (H-S, H-B and H-L) use "channel"
         in one stage, as that code does, and the other models "channel_token". The published H-S and H-B are
         "channel_token", and so are the vanilla models, by their number of parameters.
+    wavelet_backend: "native" (the default) or "pytorch_wavelets", which needs that package.
     """
     name = ALIASES.get(name, name)
     released = name in ALIASES.values()
@@ -50,6 +52,9 @@ def build(name: str, pretrained: bool, arguments: dict) -> ImageModel:
     if mixing is not None or arguments.get("mixers") is None:
         default = "channel" if released else "channel_token"
         arguments = {"mixer": f"scattering_{mixing or default}"} | arguments
+    if backend := arguments.pop("wavelet_backend", None):
+        options = {f"scattering_{each}": {"backend": backend} for each in MIXINGS}
+        arguments["mixer_options"] = options | (arguments.get("mixer_options") or {})
     if released:
         arguments = {"spectral_stages": 1} | arguments
     return (build_vanilla if "vanilla" in name else build_pyramid)(name, pretrained, arguments)

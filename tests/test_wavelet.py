@@ -1,9 +1,14 @@
+import sys
+
 import pytest
+import timm
 import torch
 from pytorch_wavelets import DTCWTForward, DTCWTInverse
 from torch import nn
 
+from models import scattering
 from models.blending import EinsteinBlending
+from models.library_wavelet import library_transforms
 from models.scattering import ScatteringMixer
 from models.wavelet import analyse, padded_grid, synthesise
 
@@ -28,6 +33,27 @@ def test_transform_is_that_of_pytorch_wavelets_for_every_even_size():
         back = synthesise(low, bands * weight.permute(0, 3, 4, 2, 5, 1), grid)
         library_back = inverse((library_low, [library_bands * weight]))
         assert (back - library_back.permute(0, 2, 3, 1)).abs().max() <= 1e-5, grid
+
+
+def test_the_library_is_needed_only_by_its_backend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_wavelets", None)  # as if it were not installed
+    library_transforms.cache_clear()
+    assert ScatteringMixer(8, (4, 4))(grid_of(4, 4, channels=8)).shape == (1, 4, 4, 8)
+    with pytest.raises(ImportError, match="pytorch_wavelets"):
+        timm.create_model("svt_h_n", wavelet_backend="pytorch_wavelets")
+
+
+@pytest.mark.slow
+def test_models_with_either_wavelet_backend_agree(monkeypatch):
+    torch.manual_seed(0)
+    native = timm.create_model("svt_h_n", num_classes=10).eval()
+    library = timm.create_model("svt_h_n", num_classes=10, wavelet_backend="pytorch_wavelets").eval()
+    library.load_state_dict(native.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    expected = native(images)
+    monkeypatch.setattr(scattering, "analyse", None)  # neither it nor the CPU kernel runs in place of the library
+    monkeypatch.setattr(scattering, "scatter", None)
+    assert (library(images) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("grid", [(25, 31), (7, 7), (8, 9), (57, 56), (1, 3), (121, 119)])
