@@ -261,5 +261,6 @@ def register(build: Callable[[str, bool, dict], ImageModel], name: str, descript
     def model(pretrained: bool = False, **arguments: Any) -> ImageModel:
         return build(name, pretrained, arguments)
 
-    model.__name__, model.__doc__, model.__module__ = name, description, build.__module__
+    model.__name__ = model.__qualname__ = name
+    model.__doc__, model.__module__ = description, build.__module__
     setattr(sys.modules[build.__module__], name, register_model(model))

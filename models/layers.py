@@ -96,16 +96,11 @@ class Attention(nn.Module):
     A single linear layer with bias computes queries, keys and values; the scale is head_dim ** -0.5. After
     `timm.layers.set_fused_attn(False)`, the attention map passes through the identity `attn_drop`, so that
     `timm.utils.AttentionExtract` can read it.
-
-    Raises:
-        ValueError: if the number of heads does not divide the width or is less than 1.
     """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be a divisor of the width {dim}, not {num_heads}")
-        self.num_heads = num_heads
+        self.num_heads = check_heads(dim, num_heads)
         self.fused_attn = use_fused_attn()
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attn_drop = nn.Identity()
@@ -138,7 +133,7 @@ class ClassAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = check_heads(dim, num_heads)
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.attn_drop = nn.Identity()
@@ -150,6 +145,13 @@ class ClassAttention(nn.Module):
         k, v = self.kv(x).view(batch, length, 2, self.num_heads, -1).unbind(2)
         x = self.attn_drop(attention_map(q, k.transpose(1, 2))) @ v.transpose(1, 2)
         return self.proj(x.transpose(1, 2).reshape(batch, 1, dim))
+
+
+def check_heads(dim: int, num_heads: int) -> int:
+    """Return the number of heads; raise ValueError if it does not divide the width or is less than 1."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must be a divisor of the width {dim}, not {num_heads}")
+    return num_heads
 
 
 class FeedForward(nn.Module):

@@ -357,6 +357,7 @@ def test_a_flag_that_chooses_mixers_replaces_every_weaker_choice(tmp_path):
     other = config(tmp_path, f"arch: spectformer_h_s\nmixers: {text}\n")
     assert chosen(other) == {"mixers": text}
     assert chosen(other, "--model-kwargs", "spectral_depths=(1,0,0,0)") == {"spectral_depths": (1, 0, 0, 0)}
+    assert chosen(other, "--model-kwargs", "spectral_stages=1") == {"spectral_stages": 1}
     assert chosen("--mixers", "spectral*4,attention*8", "--model-kwargs", "embed_dim=64") == {
         "embed_dim": 64,
         "mixers": "spectral*4,attention*8",

@@ -44,7 +44,8 @@ OWN_FOLDERS = ("IMNET", "FOLDER", "COCO")  # data sets that are folders of the u
 COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 SCHEDULES = ["cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "plateau"]
 ACTIONS = ("config", "resume", "eval", "dry_run", "print_config")  # what --print-config leaves out
-MIXER_CHOICES = ("alpha", "spectral_depths", "mixer", "mixing", "mixers")  # model arguments that choose the mixers
+# Model arguments that choose the mixers.
+MIXER_CHOICES = ("alpha", "spectral_depths", "spectral_stages", "mixer", "mixing", "mixers")
 Settings = dict[str, Any]
 # (whether the arguments are invalid, the error message; "{lr}" stands for the value of --lr)
 Checks = Iterable[tuple[Callable[[argparse.Namespace], Any], str]]
@@ -172,8 +173,8 @@ def build_parser(flags: TaskFlags, recipes: Sequence[str] = (), description: str
         parser.add_flags(table)
     parser.set_defaults(num_workers=default_workers())
     if recipes:
-        chosen = ", or without --lr of ".join(recipes)
-        parser.epilog = f"Without --config, the values of {chosen} replace the defaults above."
+        chosen = "; without --lr, by those of ".join(recipes)
+        parser.epilog = f"Without --config, the defaults above are replaced by the values of {chosen}."
     return parser
 
 
