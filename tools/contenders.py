@@ -81,7 +81,10 @@ class Runner:
         self.forward = self.model
         if settings.onnx:
             shape = (3, settings.img_size, settings.img_size)
-            self.forward = in_onnxruntime(to_onnx(self.model.eval(), shape, ANY_BATCH))
+            try:
+                self.forward = in_onnxruntime(to_onnx(self.model.eval(), shape, ANY_BATCH))
+            except ImportError as error:
+                raise UserError(f"onnx:NAME: run pip install onnx onnxruntime onnxscript ({error})") from error
         if settings.compile:
             self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
