@@ -117,8 +117,9 @@ def number(kind: type, low: float = -math.inf, high: float = LARGEST, above: boo
             value = kind(text)
             if low <= value <= high and not (above and value == low):
                 return value
-        noun, bracket = "an integer" if kind is int else "a number", "(" if above else "["
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {noun} in {bracket}{low}, {high}]")
+        noun, least = "an integer" if kind is int else "a number", "above" if above else "of at least"
+        limits = [f"{least} {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < LARGEST)
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {noun} {' and '.join(limits)}".rstrip())
 
     return convert
 
