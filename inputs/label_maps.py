@@ -44,7 +44,7 @@ def read_label_map(path: str | os.PathLike, num_classes: int) -> Tensor:
         raise UserError(f"{path}: not a label map: expected finite numbers of shape {MAP_SHAPE}")
     index = label_map[1].double()
     if (index != index.floor()).any() or index.min() < 0 or index.max() >= num_classes:
-        raise UserError(f"{path}: not a label map of {num_classes} classes: its indices end at {index.max():g}")
+        raise UserError(f"{path}: not a label map of {num_classes} classes: its indices are not all below that")
     return label_map
 
 

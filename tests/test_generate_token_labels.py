@@ -154,7 +154,7 @@ def test_check_names_missing_and_mismatched_maps(folder, run):
     label_map = read_label_map(files[3], len(CLASSES))
     label_map[1, 4] = 3
     torch.save(label_map, files[3])
-    with pytest.raises(UserError, match="not a label map of 3 classes: its indices end at 3"):
+    with pytest.raises(UserError, match="not a label map of 3 classes: its indices"):
         run("--check", model=False)
     files[0].unlink()
     with pytest.raises(UserError, match="1 of 12 label maps are missing"):

@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> dict:
     """Run one comparison, print it, and return its settings and results."""
     set_up_device(init_distributed(args.device).device)
     settings = Settings(args.device, args.dtype, batch_size=args.batch_size, img_size=args.img_size)
+    if args.layers and args.device == "cuda":
+        raise UserError("--layers compares the CPU kernels of the mixers: use --device cpu")
     if args.layers:
         result = compare_layers(settings, args.rounds)
     elif args.loader:

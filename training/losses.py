@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.precision import full_precision
+from utils import UserError
 
 # The teacher's share of a blended class target: if teacher and ground truth agree on the class, and if not.
 AGREED_SHARE, DISPUTED_SHARE = 0.5, 0.9
@@ -74,6 +75,8 @@ class ClassLoss(nn.Module):
             self.loss = nn.CrossEntropyLoss(class_weights, label_smoothing=0.0 if soft_targets else smoothing)
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            raise UserError("this model also returns token logits: train it with --token-label and label maps")
         with torch.autocast(outputs.device.type, enabled=False):
             return self.loss(full_precision(outputs), targets)
 

@@ -84,7 +84,7 @@ def with_global_batch(args: argparse.Namespace, state: Mapping[str, Any], dist: 
     accum_iter, rest = divmod(images, args.batch_size * dist.world_size)
     if rest or dist.world_size == processes:
         raise UserError(
-            f"{before}; choose --batch-size and --accum-iter so that {dist.world_size} processes keep it, or start a "
+            f"{before}; choose --batch-size and --accum-iter that keep this number, or start a "
             f"new run from its weights: --finetune {args.output_dir if args.resume == 'auto' else args.resume}"
         )
     dist.say(f"{before}; continuing with --accum-iter {accum_iter} x {dist.world_size} processes")
@@ -166,7 +166,8 @@ def load_initial(run: Run, model: nn.Module, class_names: tuple[str, ...]) -> No
     if args.eval and not same:
         raise UserError(f"--eval: the classes of {path} differ from those of this data")
     new = load(model, weights, path, new_head=not (args.eval or (same and args.classifier == "auto")))
-    run.dist.say(f"loaded {path}; not from it: {', '.join(new) or 'nothing'}")
+    if not resumed:
+        run.dist.say(f"loaded {path}; not from it: {', '.join(new) or 'nothing'}")
 
 
 def check_same(state: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
