@@ -1,7 +1,7 @@
 """Find all unreadable images of a data set before training stops at one.
 
     python -m tools.verify_dataset --data-set IMNET --data-path DIR
-    python -m tools.verify_dataset --data-path DIR --split train --json unreadable.json
+    python -m tools.verify_dataset --data-path DIR --json unreadable.json
 
 Every image is decoded completely, as in training. Prints a line `FILE: reason` for each unreadable image.
 Exit codes: 0 all images are readable, 1 some are not, 2 invalid flags or data set layout.

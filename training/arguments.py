@@ -118,7 +118,7 @@ def number(kind: type, low: float = -math.inf, high: float = LARGEST, above: boo
             if low <= value <= high and not (above and value == low):
                 return value
         noun, least = "an integer" if kind is int else "a number", "above" if above else "of at least"
-        limits = [f"{least} {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < LARGEST)
+        limits = [f"{least} {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < LARGEST or kind is int)
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {noun} {' and '.join(limits)}".rstrip())
 
     return convert

@@ -68,10 +68,12 @@ def find_checkpoint(args: argparse.Namespace, dist: Distributed) -> dict[str, An
 
 
 def with_global_batch(args: argparse.Namespace, state: Mapping[str, Any], dist: Distributed) -> argparse.Namespace:
-    """Adapt --accum-iter so that another number of processes keeps the checkpoint's images per update.
+    """Adapt batch size and accumulation so that another number of processes keeps the checkpoint's images per update.
+
+    The batch size does not increase, and an even one stays even, as mixup needs.
 
     Raises:
-        UserError: no --accum-iter keeps it, or the command line asks for another number of images.
+        UserError: no batch size keeps it, or the command line asks for another number of images.
     """
     batch, accumulated, processes = state["args"]["batch_size"], state["args"]["accum_iter"], state["world_size"]
     images = batch * accumulated * processes
@@ -81,14 +83,18 @@ def with_global_batch(args: argparse.Namespace, state: Mapping[str, Any], dist: 
         f"{args.resume}: its updates have {images} images, --batch-size {batch} x --accum-iter {accumulated} "
         f"x {processes} processes"
     )
-    accum_iter, rest = divmod(images, args.batch_size * dist.world_size)
-    if rest or dist.world_size == processes:
+    share, rest = divmod(images, dist.world_size)
+    odd = args.batch_size % 2
+    sizes = [size for size in range(args.batch_size, 0, -1) if share % size == 0 and (odd or size % 2 == 0)]
+    if rest or not sizes or dist.world_size == processes:
         raise UserError(
-            f"{before}; choose --batch-size and --accum-iter that keep this number, or start a "
-            f"new run from its weights: --finetune {args.output_dir if args.resume == 'auto' else args.resume}"
+            f"{before}; {dist.world_size} processes with --batch-size {args.batch_size} or less cannot keep it; "
+            f"--finetune {args.output_dir if args.resume == 'auto' else args.resume} starts a new run from its weights"
         )
-    dist.say(f"{before}; continuing with --accum-iter {accum_iter} x {dist.world_size} processes")
-    return argparse.Namespace(**vars(args) | {"accum_iter": accum_iter})
+    new = {"batch_size": sizes[0], "accum_iter": share // sizes[0]}
+    now = f"--batch-size {new['batch_size']} --accum-iter {new['accum_iter']} x {dist.world_size} processes"
+    dist.say(f"{before}; continuing with {now}")
+    return argparse.Namespace(**vars(args) | new)
 
 
 def checkpoint_state(trainer: Trainer) -> dict[str, Any]:
