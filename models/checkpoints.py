@@ -71,10 +71,11 @@ def read_checkpoint(path: str | os.PathLike, verify: bool = True) -> dict[str, A
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch, zipfile and safetensors raise many types of errors for a damaged file
-        # Keep only the reason of torch's message; the rest advises to load the file unsafely.
-        reason = " ".join(str(error).partition("WeightsUnpickler error: ")[2].partition("Please use")[0].split())
-        reason = reason or str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint: {reason[:200]}") from error
+        # Keep only the first sentence of torch's reason; the rest advises to load the file unsafely.
+        text, pickled, _ = str(error).strip().partition("\n\nCheck the documentation")
+        reason = text.rpartition("\n")[2].rpartition("error: ")[2] if pickled else text.partition("\n")[0]
+        reason = reason.partition(". ")[0]
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({reason or type(error).__name__})") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: it contains a {type(checkpoint).__name__}, not a checkpoint dict")
     if isinstance(checkpoint.get("args"), argparse.Namespace):
