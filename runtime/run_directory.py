@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,11 @@ class RunDirectory:
             best.append(BEST)
         if keep_best > 1 and sum(score >= state[self._score] for score, _ in self._ranked(NUMBERED)) < keep_best:
             best.append(NUMBERED.replace("*", f"{state['epoch'] - 1:04d}"))
-        for name in [*best, *names]:
-            checkpoints.save(self.path / name, state)
+        first, *others = (self.path / name for name in (*best, *names))
+        checkpoints.save(first, state)
+        for path in others:  # copies: the state, perhaps on a GPU, is serialized once
+            with open(first, "rb") as file:
+                atomic_write(path, lambda copy, file=file: shutil.copyfileobj(file, copy))
         for _, path in self._ranked(NUMBERED)[keep_best:]:
             path.unlink(missing_ok=True)
 

@@ -156,6 +156,7 @@ TRAINING = {
     ],
 }
 CHECKS: Checks = [
+    (lambda a: a.opt_betas and max(a.opt_betas) >= 1, "--opt-betas must be below 1"),
     (lambda a: a.eval and bool(a.resume) == bool(a.finetune), "--eval needs either --resume PATH or --finetune PATH"),
     (lambda a: a.dtype == "float64" and a.amp in ("bf16", "fp16"), "--dtype float64 excludes --amp"),
     (lambda a: a.eval and a.dry_run, "--eval and --dry-run exclude each other"),
